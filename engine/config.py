@@ -1,0 +1,335 @@
+"""One JSON describes a run: DeepSpeed's keys plus ``model``, ``data``, ``training`` and ``logging``.
+
+The whole file is checked at once, every key at every depth, before anything is built.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import hjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .deepspeed_schema import Block, Count, DeepSpeedKeys, Flag, Number, optimizer_parameters, scheduler_parameters
+from .errors import ConfigError, did_you_mean
+
+OWN_BLOCKS = ("model", "data", "training", "logging")
+
+
+class StrictBlock(Block):
+    """A block of ours: no conversion between types, so ``"8"`` is not 8."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class GrassParams(StrictBlock):
+    """``optimizer.params`` for ``"type": "Grass"``: the arguments of :class:`narrowgauge.optimizers.Grass`."""
+
+    lr: float = Field(1e-3, ge=0.0)
+    rank: Count | None = None
+    density: float | None = Field(None, gt=0.0, le=1.0)
+    side: Literal["columns", "rows"] = "columns"
+    selection: Literal["uniform", "block"] = "uniform"
+    refresh_interval: Count | None = 100
+    betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field([0.9, 0.999], min_length=2, max_length=2)
+    eps: float = Field(1e-8, ge=0.0)
+    weight_decay: float = Field(1e-2, ge=0.0)
+    decay: Literal["active", "all"] = "active"
+    compact_lr_scale: float = Field(1.0, gt=0.0)
+    target_modules: list[str] | None = None
+    param_groups: list[dict[str, Any]] = []
+    seed: int = 0
+    foreach: Flag | None = None
+    fused: Flag | None = None
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "GrassParams":
+        if (self.rank is None) == (self.density is None):
+            raise ValueError("exactly one of 'rank' and 'density' is needed")
+        return self
+
+
+COMPACT_OPTIMIZERS: dict[str, type[GrassParams]] = {"Grass": GrassParams}
+
+
+class ModelBlock(StrictBlock):
+    """What is trained: give one of ``path``, ``preset`` and ``config``; ``config`` may also adjust a preset."""
+
+    path: str | None = None
+    """A local Hugging Face folder; training starts from its weights."""
+    preset: str | None = None
+    """The name of a size shipped with the package, such as ``llama-60m``; starts from random weights."""
+    config: dict[str, Any] = {}
+    """A Hugging Face model configuration, with ``model_type``; starts from random weights."""
+    gradient_checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelBlock":
+        if self.path is not None and (self.preset is not None or self.config):
+            raise ValueError("'path' stands alone: 'preset' and 'config' start from random weights")
+        if self.path is None and self.preset is None and not self.config:
+            raise ValueError("one of 'path', 'preset' and 'config' is needed")
+        return self
+
+
+class DataBlock(StrictBlock):
+    """What it is trained on."""
+
+    train: Literal["stdlib"] | list[str] = "stdlib"
+    """``stdlib``: the source files of the running Python's standard library. Otherwise text files, Megatron
+    ``.bin``/``.idx``
+    pairs (named by either or by their common prefix), or globs of them."""
+    validation: list[str] | None = None
+    """As ``train``; without it ``validation_fraction`` of the training documents is held out."""
+    validation_fraction: float = Field(0.02, gt=0.0, lt=1.0)
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer folder or a sentencepiece ``.model``; without it one is trained on the text."""
+    vocab_size: Count = 4096
+    """Of the tokenizer that is trained."""
+    sequence_length: int = Field(512, gt=1)
+    """Tokens per sample; documents are packed, with an end token after each."""
+    cache_dir: str = "~/.cache/narrowgauge"
+    num_workers: int = Field(1, ge=0)
+
+
+class ScheduleBlock(StrictBlock):
+    """The learning rate over the run, from transformers."""
+
+    type: Literal["constant", "cosine", "wsd"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int | None = Field(None, gt=0)
+    """Of ``wsd``: steps of the final decay; default a fifth of the run."""
+    min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0)
+    """The last learning rate relative to the highest."""
+
+
+class TrainingBlock(StrictBlock):
+    """How long, and what happens on the way."""
+
+    steps: Count
+    seed: int = 0
+    lr_schedule: ScheduleBlock | None = None
+    eval_interval: Count | None = None
+    """Steps between evaluations; there is always one at the end."""
+    eval_batches: Count = 20
+    """Global micro-batches per evaluation."""
+    checkpoint_interval: Count | None = None
+    """Steps between checkpoints; there is always one at the end."""
+    keep_checkpoints: Count = 2
+    sample_prompt: str | None = None
+    """Text the trained model continues at the end of the run."""
+    sample_tokens: Count = 64
+
+
+class LoggingBlock(StrictBlock):
+    """Where the run leaves its traces."""
+
+    run_dir: str
+    interval: Count = 1
+    """Steps between lines of ``metrics.jsonl`` and TensorBoard points."""
+    tensorboard: Flag = True
+
+
+class RunConfig(DeepSpeedKeys):
+    """The whole file."""
+
+    model: ModelBlock | None = None
+    data: DataBlock | None = None
+    training: TrainingBlock | None = None
+    logging: LoggingBlock | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked configuration.
+
+    Attributes:
+        source: what messages call it: the file, or ``config``.
+        raw: the JSON as given, with overrides applied.
+        parsed: the same, typed.
+    """
+
+    source: str
+    raw: dict[str, Any]
+    parsed: RunConfig
+
+    @property
+    def zero_stage(self) -> int:
+        zero = self.parsed.zero_optimization
+        return int(zero.stage) if zero is not None else 0
+
+    @property
+    def bf16(self) -> bool:
+        return any(block is not None and block.enabled for block in (self.parsed.bf16, self.parsed.bfloat16))
+
+    @property
+    def fp16(self) -> bool:
+        return self.parsed.fp16 is not None and bool(self.parsed.fp16.enabled)
+
+    def compact_params(self) -> GrassParams | None:
+        """The parameters of a compact optimizer; None where the optimizer is DeepSpeed's or torch's."""
+        block = self.parsed.optimizer
+        if block is None or block.type not in COMPACT_OPTIMIZERS:
+            return None
+        return COMPACT_OPTIMIZERS[block.type].model_validate(block.params)
+
+    def deepspeed_dict(self) -> dict[str, Any]:
+        """The keys that are DeepSpeed's, as given."""
+        return {key: value for key, value in self.raw.items() if key not in OWN_BLOCKS}
+
+    def error(self, *problems: str) -> ConfigError:
+        return ConfigError(self.source, list(problems))
+
+
+def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Read and check a configuration.
+
+    Args:
+        config: a JSON file, or its contents.
+        overrides: ``a.b=value`` each, the value in JSON or a bare string.
+
+    Raises:
+        ConfigError: the file cannot be read, or any key or value in it is wrong; lists everything found.
+    """
+    source = "config" if isinstance(config, Mapping) else str(config)
+    raw = json.loads(json.dumps(config)) if isinstance(config, Mapping) else _read_json(Path(config))
+    for override in overrides:
+        _apply_override(raw, override)
+    problems = list(_autos(raw))
+    parsed = None
+    try:
+        parsed = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problems += [_describe(item, RunConfig).lstrip(".") for item in error.errors()]
+    problems += _check_optimizer_and_scheduler(raw)
+    if problems or parsed is None:
+        raise ConfigError(source, problems)
+    return Config(source, raw, parsed)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
+    try:
+        # hjson, as DeepSpeed: comments and trailing commas are allowed.
+        raw = hjson.loads(text, object_pairs_hook=_without_duplicates)
+    except hjson.HjsonDecodeError as error:
+        raise ConfigError(str(path), [f"line {error.lineno}, column {error.colno}: {error.msg}"]) from error
+    except ValueError as error:
+        raise ConfigError(str(path), [str(error)]) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(str(path), [f"a JSON object is needed, found {type(raw).__name__}"])
+    return raw
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice in one object")
+        found[key] = value
+    return found
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError("--set", [f"{override!r} found, key.path=value is needed"])
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *parents, last = path.split(".")
+    node = raw
+    for key in parents:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ConfigError("--set", [f"{path}: {key!r} holds {node!r}, which has no keys"])
+    node[last] = value
+
+
+def _autos(value: Any, path: str = "") -> Iterable[str]:
+    """Hugging Face's Trainer replaces "auto"; here nobody would, and DeepSpeed would silently take its default."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            if path or key not in OWN_BLOCKS:
+                yield from _autos(child, f"{path}.{key}" if path else key)
+    elif value == "auto" and path not in ("data_types.keep_in_fp32_modules", "pipeline.stages"):
+        yield f"{path}: 'auto' found; it is filled in by Hugging Face's Trainer only, a value is needed here"
+
+
+def _check_optimizer_and_scheduler(raw: dict[str, Any]) -> list[str]:
+    problems = []
+    optimizer, scheduler = raw.get("optimizer"), raw.get("scheduler")
+    if isinstance(optimizer, dict) and isinstance(optimizer.get("type"), str):
+        name, params = optimizer["type"], optimizer.get("params", {})
+        if name in COMPACT_OPTIMIZERS:
+            schema = COMPACT_OPTIMIZERS[name]
+            try:
+                schema.model_validate(params)
+            except ValidationError as error:
+                problems += [f"optimizer.params{_describe(item, schema)}" for item in error.errors()]
+        else:
+            problems += _check_names("optimizer", name, params, optimizer_parameters)
+    if isinstance(scheduler, dict) and isinstance(scheduler.get("type"), str):
+        problems += _check_names("scheduler", scheduler["type"], scheduler.get("params", {}), scheduler_parameters)
+    if isinstance(raw.get("training"), dict) and raw["training"].get("lr_schedule") and scheduler:
+        problems.append("training.lr_schedule and scheduler are two learning-rate schedules; one is allowed")
+    return problems
+
+
+def _check_names(block: str, name: str, params: Any, allowed_of: Any) -> list[str]:
+    try:
+        allowed = allowed_of(name)
+    except ValueError as error:
+        return [f"{block}.type: {error}"]
+    if allowed is None or not isinstance(params, dict):
+        return []
+    return [
+        f"{block}.params.{key}: unknown key for {name}{did_you_mean(key, allowed)}"
+        for key in params
+        if key not in allowed
+    ]
+
+
+def _describe(item: Any, schema: type[BaseModel]) -> str:
+    """One of pydantic's errors as ``.path: what was found; what is allowed``."""
+    # A union's members add their own names to the path; only keys that are in the file are the user's.
+    keys = [key for key in item["loc"] if not (isinstance(key, str) and _is_type_name(key))]
+    path = "".join(f".{key}" for key in keys)
+    if item["type"] == "extra_forbidden":
+        return f"{path}: unknown key{did_you_mean(str(keys[-1]), _names_at(schema, keys[:-1]))}"
+    if item["type"] == "missing":
+        return f"{path}: this key is needed"
+    message = item["msg"].removeprefix("Value error, ")
+    found = item["input"]
+    shown = "" if isinstance(found, dict | BaseModel) else f" {json.dumps(found, default=str)[:60]} found;"
+    return f"{path}:{shown} {message[0].lower()}{message[1:]}"
+
+
+def _is_type_name(key: str) -> bool:
+    return key.startswith(("list[", "literal[", "function-")) or key in ("str", "int", "float", "bool")
+
+
+def _names_at(schema: type[BaseModel], path: Sequence[Any]) -> set[str]:
+    """The keys allowed in the object at ``path``."""
+    for key in path:
+        field = next((f for name, f in schema.model_fields.items() if key in (name, f.alias)), None)
+        inner = _model_in(field.annotation) if field is not None else None
+        if inner is None:
+            return set()
+        schema = inner
+    return {alias for name, field in schema.model_fields.items() for alias in (name, field.alias) if alias}
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+
+
+__all__ = ["COMPACT_OPTIMIZERS", "Config", "GrassParams", "Number", "RunConfig", "load_config"]

@@ -1,0 +1,150 @@
+"""``initialize``: as ``deepspeed.initialize``, with compact optimizers beside DeepSpeed's own."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
+from narrowgauge.optimizers import Grass
+from torch import nn
+
+from .config import Config, load_config
+from .preflight import agree, ensure_environment
+from .support import check_supported
+from .zero_backends import GatherOnceBackend
+from .zero_engine import Engine
+
+# DeepSpeed's schedules that set learning rates outright; the others scale the rates they find.
+_ABSOLUTE_RATES = {
+    "lr_range_test_min_lr",
+    "cycle_min_lr",
+    "cycle_max_lr",
+    "warmup_min_lr",
+    "warmup_max_lr",
+    "max_lr",
+    "base_lr",
+}
+
+
+def initialize(
+    *,
+    model: nn.Module,
+    config: str | Path | Mapping[str, Any] | Config,
+    training_data: torch.utils.data.Dataset[Any] | None = None,
+    optimizer: torch.optim.Optimizer | Callable[..., Any] | None = None,
+    model_parameters: Any = None,
+    lr_scheduler: Any = None,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[..., Any] | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Make an engine from a model and a DeepSpeed configuration.
+
+    With ``"optimizer": {"type": "Grass", "params": {...}}`` the model's linear layers are made compact in place and
+    trained by :class:`narrowgauge.optimizers.Grass` under ZeRO; with any other optimizer this is
+    ``deepspeed.initialize`` behind a check of the whole configuration. Everything that can be checked is checked
+    before a process group exists.
+
+    Args:
+        model: not yet wrapped; may have been built under ``deepspeed.zero.Init``.
+        config: a JSON file or a dict; blocks of ``narrowgauge train`` in it are ignored.
+        optimizer: a client optimizer instead of the configuration's; may be a ``Grass`` made from this model.
+        model_parameters: for DeepSpeed's own optimizers; a compact one takes ``optimizer.params.param_groups``.
+        training_data, lr_scheduler, mpu, dist_init_required, collate_fn: as in ``deepspeed.initialize``.
+
+    Returns:
+        ``(engine, optimizer, dataloader, lr_scheduler)``.
+
+    Raises:
+        ConfigError: the configuration does not hold, or a setting does not work with a compact optimizer.
+        UserError: the process ranks' configurations differ.
+        ValueError: the optimizer's options do not fit the model.
+    """
+    checked = config if isinstance(config, Config) else load_config(config)
+    ensure_environment()
+    client = optimizer if isinstance(optimizer, Grass) else None
+    params = checked.compact_params()
+    if client is not None and checked.parsed.optimizer is not None:
+        raise checked.error("optimizer: an optimizer was passed to initialize, and the configuration names another")
+    if params is None and client is None:
+        agree(checked.raw)
+        return deepspeed.initialize(
+            model=model,
+            config=checked.deepspeed_dict(),
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+        )
+    check_supported(checked, model, mpu)
+    if model_parameters is not None:
+        raise checked.error("model_parameters: a compact optimizer takes optimizer.params.param_groups instead")
+    shutdown_init_context()
+    try:
+        compact = client or _make_optimizer(model, checked)
+        agree(checked.raw)
+        return _make_engine(
+            checked,
+            compact,
+            model=model,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+        )
+    finally:
+        restore_init_context()
+
+
+def _make_optimizer(model: nn.Module, config: Config) -> Grass:
+    params = config.compact_params()
+    assert params is not None
+    under_zero_init = any(hasattr(p, "ds_id") for p in model.parameters())
+    try:
+        return Grass(
+            model,
+            **{**params.model_dump(), "betas": tuple(params.betas)},
+            backend=GatherOnceBackend() if under_zero_init else None,
+        )
+    except ValueError as error:
+        raise config.error(f"optimizer.params: {error}") from error
+
+
+def _make_engine(
+    config: Config, optimizer: Grass, *, dist_init_required: bool | None, **arguments: Any
+) -> tuple[Any, Any, Any, Any]:
+    settings = {key: value for key, value in config.deepspeed_dict().items() if key != "optimizer"}
+    # What DeepSpeed asks of an optimizer it does not know.
+    settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    if "scheduler" in settings:
+        settings["scheduler"] = _per_group_rates(settings["scheduler"], optimizer)
+    backend = get_accelerator().communication_backend_name()  # pyright: ignore[reportOptionalMemberAccess]
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=dist_init_required)
+    engine = Engine(
+        args=None,
+        optimizer=optimizer,
+        config=settings,
+        config_class=DeepSpeedConfig(settings),
+        dist_init_required=dist_init_required,
+        **arguments,
+    )
+    engine._configure_python_gc()
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _per_group_rates(scheduler: dict[str, Any], optimizer: Grass) -> dict[str, Any]:
+    """Give a schedule that sets one rate for all groups a rate for each, so that the groups keep their proportions."""
+    base = optimizer.defaults["lr"]
+    proportions = [group["lr"] / base for group in optimizer.param_groups]
+    params = dict(scheduler.get("params", {}))
+    for key in _ABSOLUTE_RATES & params.keys():
+        if isinstance(params[key], int | float):
+            params[key] = [params[key] * proportion for proportion in proportions]
+    return {**scheduler, "params": params}

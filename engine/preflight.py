@@ -1,0 +1,104 @@
+"""Agreement between process ranks before there is a process group.
+
+Each rank posts its configuration, or the error it met, on the rendezvous store and reads everybody's. So a rank that
+cannot start takes the others with it, with its own message, instead of leaving them in a collective.
+"""
+
+import json
+import os
+import socket
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any
+
+import torch.distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from .errors import UserError
+
+_REPORT_TIMEOUT = timedelta(minutes=30)
+_VERSIONED = ("narrowgauge", "torch", "deepspeed", "transformers")
+_meetings = 0
+
+
+def ensure_environment() -> None:
+    """Make a run without a launcher look like one process rank under ``torchrun``."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for key, value in single.items():
+        os.environ.setdefault(key, value)
+
+
+def process_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def agree(settings: dict[str, Any], error: str | None = None) -> None:
+    """Meet all ranks and compare what they are about to do.
+
+    Args:
+        settings: nested, JSON-like; must be equal on all ranks. Package versions are compared besides.
+        error: this rank's reason not to start.
+
+    Raises:
+        UserError: some rank reported an error, did not report in time, or differs; the same on every rank.
+    """
+    if world_size() == 1 or torch.distributed.is_initialized():
+        if error is not None:
+            raise UserError(error)
+        return
+    global _meetings
+    _meetings += 1
+    store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))
+    store = PrefixStore(f"narrowgauge/{_meetings}", store)
+    versions = {f"version of {name}": version(name) for name in _VERSIONED}
+    store.set(str(rank), json.dumps({"error": error, "settings": {**_flatten(settings), **versions}}))
+    reports = []
+    for other in range(size):
+        try:
+            store.wait([str(other)], _REPORT_TIMEOUT)
+        except torch.distributed.DistStoreError as late:
+            raise UserError(f"process rank {other} did not report within {_REPORT_TIMEOUT}") from late
+        reports.append(json.loads(store.get(str(other))))
+    _leave_together(store, rank, size)
+    failures = {other: report["error"] for other, report in enumerate(reports) if report["error"]}
+    if failures:
+        raise UserError("\n".join(f"process rank {other}: {message}" for other, message in failures.items()))
+    _compare([report["settings"] for report in reports])
+
+
+def _leave_together(store: Any, rank: int, size: int) -> None:
+    """Whoever hosts the store must not exit while others still read from it."""
+    store.set(f"read/{rank}", "")
+    if rank == 0:
+        store.wait([f"read/{other}" for other in range(size)], timedelta(minutes=1))
+
+
+def _compare(settings: list[dict[str, str]]) -> None:
+    first = settings[0]
+    for other, found in enumerate(settings):
+        for key in sorted(first.keys() | found.keys()):
+            if first.get(key) != found.get(key):
+                raise UserError(
+                    f"{key}: process rank 0 has {first.get(key, 'nothing')}, rank {other} has"
+                    f" {found.get(key, 'nothing')}; all ranks need the same"
+                )
+
+
+def _flatten(value: Any, path: str = "") -> dict[str, str]:
+    if isinstance(value, dict) and value:
+        return {
+            key: text
+            for name, child in value.items()
+            for key, text in _flatten(child, f"{path}.{name}" if path else name).items()
+        }
+    return {path: json.dumps(value)}

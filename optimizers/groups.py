@@ -1,0 +1,63 @@
+"""Parameter groups: compact and dense parameters apart, with the user's own groups by name within each."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from .conversion import CompactLayer
+
+GROUP_OPTIONS = ("lr", "betas", "eps", "weight_decay")
+
+
+def build_groups(
+    model: nn.Module,
+    layers: Sequence[CompactLayer],
+    full_rank: Sequence[str],
+    specs: Sequence[dict[str, Any]],
+    *,
+    lr: float,
+    compact_lr_scale: float,
+) -> list[dict[str, Any]]:
+    """Groups for ``torch.optim``, each with a ``kind``: ``compact``, ``matrix`` or ``dense``.
+
+    ``matrix`` holds the targeted weights whose rank is their whole dimension: trained whole, at the compact
+    parameters' rate.
+
+    Args:
+        specs: ``{"params": [globs over parameter names], **options}``; the first match wins. A compact parameter goes
+            by the name of its weight.
+
+    Raises:
+        ValueError: an unknown option, or globs that match no trainable parameter.
+    """
+    for position, spec in enumerate(specs):
+        unknown = set(spec) - {"params", *GROUP_OPTIONS}
+        if unknown or "params" not in spec:
+            raise ValueError(
+                f"param_groups[{position}]: found {sorted(spec)}; 'params' is required and {list(GROUP_OPTIONS)} are"
+                " allowed"
+            )
+    compact_names = {f"{layer.name}.compact": f"{layer.name}.weight" for layer in layers}
+    matrices = {f"{name}.weight" for name in full_rank}
+    members: dict[tuple[str, int], list[nn.Parameter]] = {}
+    for own_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        name = compact_names.get(own_name, own_name)
+        kind = "compact" if own_name in compact_names else "matrix" if name in matrices else "dense"
+        matching = (i for i, spec in enumerate(specs) if any(fnmatchcase(name, glob) for glob in spec["params"]))
+        members.setdefault((kind, next(matching, -1)), []).append(parameter)
+    for position, spec in enumerate(specs):
+        if not any(found == position for _, found in members):
+            raise ValueError(f"param_groups[{position}]: {spec['params']} matches no trainable parameter of its own")
+    groups = []
+    for kind, position in sorted(members):
+        options = {key: value for key, value in specs[position].items() if key != "params"} if position >= 0 else {}
+        group_lr = options.get("lr", lr) * (1.0 if kind == "dense" else compact_lr_scale)
+        group = {**options, "params": members[kind, position], "kind": kind, "lr": group_lr}
+        if kind == "compact":
+            group["pending_decay"] = 1.0
+        groups.append(group)
+    return groups

@@ -1,0 +1,36 @@
+"""Stochastic rounding from fp32 to bf16 that every process rank and every sharding agrees on.
+
+The random bits of an element are a hash of ``(seed, its position in the whole tensor)``. A shard therefore rounds its
+part exactly as a single process would round the whole, on any device and without a generator to keep in step.
+"""
+
+import torch
+
+_INT32_MASK = 0x7FFFFFFF
+
+
+def _hash(position: torch.Tensor, seed: int) -> torch.Tensor:
+    """32 well-mixed bits per int32 position (the finalizer of MurmurHash3, multiplications wrap)."""
+    h = position ^ ((seed ^ (seed >> 31)) & _INT32_MASK)
+    for multiplier, shift in ((-2048144789, 16), (-1028477387, 13)):
+        h = h ^ ((h >> shift) & (_INT32_MASK >> (shift - 1)))
+        h = h * multiplier
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def stochastic_round_(target: torch.Tensor, source: torch.Tensor, *, seed: int, offset: int = 0) -> None:
+    """Write fp32 ``source`` into bf16 ``target``, rounding up or down with probability equal to the distance.
+
+    Args:
+        target: bf16, contiguous, any shape.
+        source: fp32, same number of elements, same device.
+        seed: any int; the same on all ranks.
+        offset: position of the first element within the whole tensor.
+    """
+    position = torch.arange(offset, offset + source.numel(), device=source.device) & _INT32_MASK
+    noise = _hash(position.to(torch.int32), seed) & 0xFFFF
+    bits = (source.reshape(-1).contiguous().view(torch.int32) + noise) & -0x10000
+    rounded = bits.view(torch.float32).view_as(source)
+    # Adding noise below the mantissa would carry a NaN or an infinity into another value.
+    rounded = torch.where(torch.isfinite(source), rounded, source)
+    target.copy_(rounded.view_as(target))

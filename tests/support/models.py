@@ -1,0 +1,60 @@
+"""Small models whose arithmetic stays in one dtype throughout, so that fp64 parity is meaningful."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        x = x + self.out(weights @ v)
+        return x + self.down(F.silu(self.up(self.norm2(x))))
+
+
+class TinyTransformer(nn.Module):
+    """Next-token loss of a two-block transformer. Sizes are chosen so that nothing divides evenly by 2 or 4 ranks."""
+
+    def __init__(
+        self, *, vocab: int = 37, width: int = 20, hidden: int = 33, blocks: int = 2, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, width)
+        self.blocks = nn.ModuleList(Block(width, hidden, bias) for _ in range(blocks))
+        self.norm = RMSNorm(width)
+        self.head = nn.Linear(width, vocab, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def tiny(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int | bool) -> TinyTransformer:
+    torch.manual_seed(seed)
+    return TinyTransformer(**sizes).to(dtype)  # type: ignore[arg-type]
+
+
+def token_batch(step: int, size: int, length: int = 11, vocab: int = 37) -> Tensor:
+    """The global batch of a step, ``(size, length)``; ranks and micro-batches take their rows of it."""
+    return torch.randint(vocab, (size, length), generator=torch.Generator().manual_seed(1000 + step))

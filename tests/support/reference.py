@@ -1,0 +1,109 @@
+"""Grass written down a second time, from the paper and the documented choices, sharing no code with the package.
+
+It forms the full gradient, takes the selected entries of it, and runs Adam's equations on them in the model's own
+dtype.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def reference_index(dim: int, rank: int, seed: int, refresh: int, name: str) -> Tensor:
+    digest = hashlib.sha256(f"{seed}/{refresh}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randperm(dim, generator=generator)[:rank].sort().values
+
+
+class ReferenceGrass:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        is_matrix: Callable[[str], bool],
+        density: float,
+        side: str,
+        lr: float,
+        compact_lr_scale: float = 1.0,
+        refresh_interval: int,
+        weight_decay: float = 0.0,
+        decay: str = "active",
+        options_of: Callable[[str], dict[str, float]] = lambda name: {},
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        seed: int = 0,
+    ) -> None:
+        self.params = dict(model.named_parameters())
+        self.matrices = {n for n in self.params if is_matrix(n)}
+        self.density, self.side, self.lr, self.scale = density, side, lr, compact_lr_scale
+        self.interval, self.weight_decay, self.decay = refresh_interval, weight_decay, decay
+        self.options_of, self.betas, self.eps, self.seed = options_of, betas, eps, seed
+        self.steps = self.refreshes = 0
+        self.pending = dict.fromkeys(self.matrices, 1.0)
+        self.count = dict.fromkeys(self.params, 0)
+        self.select()
+
+    def select(self) -> None:
+        self.index: dict[str, Tensor] = {}
+        for name in self.matrices:
+            dim = self.params[name].shape[1 if self.side == "columns" else 0]
+            rank = max(1, round(self.density * dim))
+            layer = name.removesuffix(".weight")
+            self.index[name] = reference_index(dim, rank, self.seed, self.refreshes, layer)
+        self.m = {
+            n: torch.zeros_like(self.take(n, p))
+            for n, p in self.params.items()
+            if n in self.matrices or self.steps == 0
+        } | {n: m for n, m in getattr(self, "m", {}).items() if n not in self.matrices}
+        self.v = {
+            n: torch.zeros_like(m) if n in self.matrices or self.steps == 0 else self.v[n] for n, m in self.m.items()
+        }
+        for name in self.matrices:
+            self.count[name] = 0
+
+    def take(self, name: str, full: Tensor) -> Tensor:
+        if name not in self.matrices:
+            return full.clone()
+        return full[:, self.index[name]] if self.side == "columns" else full[self.index[name], :]
+
+    def put(self, name: str, full: Tensor, values: Tensor) -> None:
+        if name not in self.matrices:
+            full.copy_(values)
+        elif self.side == "columns":
+            full[:, self.index[name]] = values
+        else:
+            full[self.index[name], :] = values
+
+    @torch.no_grad()
+    def step(self, clip: float | None = None) -> float:
+        grads = {n: self.take(n, p.grad) for n, p in self.params.items() if p.grad is not None}
+        norm = torch.sqrt(sum(g.pow(2).sum() for g in grads.values()))  # type: ignore[arg-type]
+        if clip is not None:
+            factor = min(1.0, float(clip / (norm + 1e-6)))
+            grads = {n: g * factor for n, g in grads.items()}
+        beta1, beta2 = self.betas
+        for name, g in grads.items():
+            option = self.options_of(name)
+            lr = option.get("lr", self.lr) * (self.scale if name in self.matrices else 1.0)
+            decay = option.get("weight_decay", self.weight_decay)
+            self.count[name] += 1
+            self.m[name] = beta1 * self.m[name] + (1 - beta1) * g
+            self.v[name] = beta2 * self.v[name] + (1 - beta2) * g * g
+            m_hat = self.m[name] / (1 - beta1 ** self.count[name])
+            v_hat = self.v[name] / (1 - beta2 ** self.count[name])
+            values = self.take(name, self.params[name]) * (1 - lr * decay) - lr * m_hat / (v_hat.sqrt() + self.eps)
+            self.put(name, self.params[name], values)
+            if name in self.matrices and self.decay == "all":
+                self.pending[name] *= 1 - lr * decay
+        self.steps += 1
+        if self.steps % self.interval == 0:
+            for name in self.matrices:
+                active = self.take(name, self.params[name])
+                self.params[name].mul_(self.pending[name])
+                self.put(name, self.params[name], active)
+                self.pending[name] = 1.0
+            self.refreshes += 1
+            self.select()
+        return float(norm)
