@@ -358,7 +358,7 @@ def together(what: str, action: Any, failure: str | None = None) -> Any:
     dist.all_gather_object(failures, failure)
     met = [f"process rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
     if met:
-        raise CheckpointError(f"checkpoint {what} failed; " + "; ".join(met))
+        raise CheckpointError(f"checkpoint {what} failed; " + "; ".join(met)).shared()
     return result
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import hjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .deepspeed_schema import Block, Count, DeepSpeedKeys, Flag, Number, optimizer_parameters, scheduler_parameters
 from .errors import ConfigError, did_you_mean
+from .json_file import apply_overrides, read_json
 
 OWN_BLOCKS = ("model", "data", "training", "logging")
 
@@ -113,8 +113,8 @@ class TrainingBlock(StrictBlock):
     lr_schedule: ScheduleBlock | None = None
     eval_interval: Count | None = None
     """Steps between evaluations; there is always one at the end."""
-    eval_batches: Count = 20
-    """Global micro-batches per evaluation."""
+    eval_sequences: Count = 128
+    """Validation samples per evaluation, the same ones each time."""
     checkpoint_interval: Count | None = None
     """Steps between checkpoints; there is always one at the end."""
     keep_checkpoints: Count = 2
@@ -139,6 +139,15 @@ class RunConfig(DeepSpeedKeys):
     data: DataBlock | None = None
     training: TrainingBlock | None = None
     logging: LoggingBlock | None = None
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Sequences per optimizer step, per forward of one rank, and micro-batches per step."""
+
+    total: int
+    micro: int
+    accumulation_steps: int
 
 
 @dataclass(frozen=True)
@@ -179,6 +188,33 @@ class Config:
         """The keys that are DeepSpeed's, as given."""
         return {key: value for key, value in self.raw.items() if key not in OWN_BLOCKS}
 
+    def batches(self, world_size: int) -> "Batches":
+        """The batch sizes, with what is missing derived as DeepSpeed does.
+
+        Raises:
+            ConfigError: they do not fit together on this number of ranks.
+        """
+        parsed = self.parsed
+        total, micro, steps = (
+            parsed.train_batch_size,
+            parsed.train_micro_batch_size_per_gpu,
+            parsed.gradient_accumulation_steps,
+        )
+        if total is None and micro is None:
+            raise self.error("train_batch_size or train_micro_batch_size_per_gpu: one of them is needed")
+        if micro is None:
+            micro = (total or 0) // (world_size * (steps or 1))
+        if steps is None:
+            steps = 1 if total is None else total // (micro * world_size) if micro else 0
+        if total is None:
+            total = micro * steps * world_size
+        if micro * steps * world_size != total or not total:
+            raise self.error(
+                f"train_batch_size: {total} found, which is not train_micro_batch_size_per_gpu ({micro}) x"
+                f" gradient_accumulation_steps ({steps}) x process ranks ({world_size})"
+            )
+        return Batches(total, micro, steps)
+
     def error(self, *problems: str) -> ConfigError:
         return ConfigError(self.source, list(problems))
 
@@ -194,9 +230,8 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
         ConfigError: the file cannot be read, or any key or value in it is wrong; lists everything found.
     """
     source = "config" if isinstance(config, Mapping) else str(config)
-    raw = json.loads(json.dumps(config)) if isinstance(config, Mapping) else _read_json(Path(config))
-    for override in overrides:
-        _apply_override(raw, override)
+    raw = json.loads(json.dumps(config)) if isinstance(config, Mapping) else read_json(Path(config))
+    apply_overrides(raw, overrides)
     problems = list(_autos(raw))
     parsed = None
     try:
@@ -207,49 +242,6 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if problems or parsed is None:
         raise ConfigError(source, problems)
     return Config(source, raw, parsed)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
-    try:
-        # hjson, as DeepSpeed: comments and trailing commas are allowed.
-        raw = hjson.loads(text, object_pairs_hook=_without_duplicates)
-    except hjson.HjsonDecodeError as error:
-        raise ConfigError(str(path), [f"line {error.lineno}, column {error.colno}: {error.msg}"]) from error
-    except ValueError as error:
-        raise ConfigError(str(path), [str(error)]) from error
-    if not isinstance(raw, dict):
-        raise ConfigError(str(path), [f"a JSON object is needed, found {type(raw).__name__}"])
-    return raw
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} stands twice in one object")
-        found[key] = value
-    return found
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError("--set", [f"{override!r} found, key.path=value is needed"])
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    *parents, last = path.split(".")
-    node = raw
-    for key in parents:
-        node = node.setdefault(key, {})
-        if not isinstance(node, dict):
-            raise ConfigError("--set", [f"{path}: {key!r} holds {node!r}, which has no keys"])
-    node[last] = value
 
 
 def _autos(value: Any, path: str = "") -> Iterable[str]:

@@ -11,7 +11,18 @@ def did_you_mean(found: str, allowed: Iterable[str]) -> str:
 
 
 class UserError(ValueError):
-    """Bad input: the message names the file, key or rank, what was found and what is allowed."""
+    """Bad input: the message names the file, key or rank, what was found and what is allowed.
+
+    Attributes:
+        on_all_ranks: every process rank raises the same, so one of them is enough to say it.
+    """
+
+    on_all_ranks = False
+
+    def shared(self) -> "UserError":
+        """Mark the error as the same on all ranks."""
+        self.on_all_ranks = True
+        return self
 
 
 class ConfigError(UserError):

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
+from .json_file import flatten
 
 _REPORT_TIMEOUT = timedelta(minutes=30)
 _VERSIONED = ("narrowgauge", "torch", "deepspeed", "transformers")
@@ -35,19 +36,25 @@ def ensure_environment() -> None:
 
 
 def process_rank() -> int:
+    """This process's rank, as the launcher set it."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """The number of process ranks, as the launcher set it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def agree(settings: dict[str, Any], error: str | None = None) -> None:
+def agree(settings: dict[str, Any], *, error: str | None = None, choice: str | None = None) -> str | None:
     """Meet all ranks and compare what they are about to do.
 
     Args:
         settings: nested, JSON-like; must be equal on all ranks. Package versions are compared besides.
         error: this rank's reason not to start.
+        choice: what rank 0 would have all ranks take.
+
+    Returns:
+        Rank 0's choice.
 
     Raises:
         UserError: some rank reported an error, did not report in time, or differs; the same on every rank.
@@ -55,13 +62,14 @@ def agree(settings: dict[str, Any], error: str | None = None) -> None:
     if world_size() == 1 or torch.distributed.is_initialized():
         if error is not None:
             raise UserError(error)
-        return
+        return choice
     global _meetings
     _meetings += 1
     store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))
     store = PrefixStore(f"narrowgauge/{_meetings}", store)
     versions = {f"version of {name}": version(name) for name in _VERSIONED}
-    store.set(str(rank), json.dumps({"error": error, "settings": {**_flatten(settings), **versions}}))
+    report = {"error": error, "choice": choice, "settings": {**flatten(settings), **versions}}
+    store.set(str(rank), json.dumps(report))
     reports = []
     for other in range(size):
         try:
@@ -70,10 +78,13 @@ def agree(settings: dict[str, Any], error: str | None = None) -> None:
             raise UserError(f"process rank {other} did not report within {_REPORT_TIMEOUT}") from late
         reports.append(json.loads(store.get(str(other))))
     _leave_together(store, rank, size)
-    failures = {other: report["error"] for other, report in enumerate(reports) if report["error"]}
-    if failures:
-        raise UserError("\n".join(f"process rank {other}: {message}" for other, message in failures.items()))
+    errors = [report["error"] for report in reports]
+    if any(errors):
+        same = len(set(errors)) == 1
+        lines = errors[:1] if same else [f"process rank {n}: {text}" for n, text in enumerate(errors) if text]
+        raise UserError("\n".join(lines)).shared()
     _compare([report["settings"] for report in reports])
+    return reports[0]["choice"]
 
 
 def _leave_together(store: Any, rank: int, size: int) -> None:
@@ -91,14 +102,4 @@ def _compare(settings: list[dict[str, str]]) -> None:
                 raise UserError(
                     f"{key}: process rank 0 has {first.get(key, 'nothing')}, rank {other} has"
                     f" {found.get(key, 'nothing')}; all ranks need the same"
-                )
-
-
-def _flatten(value: Any, path: str = "") -> dict[str, str]:
-    if isinstance(value, dict) and value:
-        return {
-            key: text
-            for name, child in value.items()
-            for key, text in _flatten(child, f"{path}.{name}" if path else name).items()
-        }
-    return {path: json.dumps(value)}
+                ).shared()

@@ -124,6 +124,30 @@ def _linears_of(model: nn.Module, linears: dict[str, nn.Linear]) -> str:
     return f"The model's linears: {', '.join(shown)}{f', ... ({len(linears)} in all)' if len(linears) > 8 else ''}"
 
 
+def check_ranks(
+    targets: dict[str, nn.Linear], *, rank: int | None, density: float | None, side: Side
+) -> dict[str, int]:
+    """The rank of each target.
+
+    Raises:
+        ValueError: a rank is above its layer's selected dimension.
+    """
+    dims = {name: _selected_dim(linear, side) for name, linear in targets.items()}
+    ranks = {name: rank_of(dim, rank=rank, density=density) for name, dim in dims.items()}
+    too_small = {name: dim for name, dim in dims.items() if ranks[name] > dim}
+    if too_small:
+        name, dim = min(too_small.items(), key=lambda item: item[1])
+        what = "columns (in_features)" if side == "columns" else "rows (out_features)"
+        others = f" and the dimension of {len(too_small) - 1} other layers" if len(too_small) > 1 else ""
+        raise ValueError(f"rank: {rank} is above the {dim} {what} of {name!r}{others}; at most {dim} fits every layer")
+    return ranks
+
+
+def _selected_dim(linear: nn.Linear, side: Side) -> int:
+    m, n = getattr(linear.weight, "ds_shape", linear.weight.shape)
+    return n if side == "columns" else m
+
+
 def convert(
     targets: dict[str, nn.Linear],
     *,
@@ -137,29 +161,19 @@ def convert(
 
     Returns:
         The compact layers, with ``compact`` still to be filled, and the names of the layers left as they are because
-        the rank
-        equals the dimension: their subspace is everything.
+        the rank equals the dimension: their subspace is everything.
 
     Raises:
         ValueError: the rank is above a layer's selected dimension; nothing has been converted then.
     """
-    dims = {}
-    for name, linear in targets.items():
-        m, n = getattr(linear.weight, "ds_shape", linear.weight.shape)
-        dims[name] = n if side == "columns" else m
-    too_small = {name: dim for name, dim in dims.items() if rank_of(dim, rank=rank, density=density) > dim}
-    if too_small:
-        name, dim = min(too_small.items(), key=lambda item: item[1])
-        what = "columns (in_features)" if side == "columns" else "rows (out_features)"
-        others = f" and the dimension of {len(too_small) - 1} other layers" if len(too_small) > 1 else ""
-        raise ValueError(f"rank: {rank} is above the {dim} {what} of {name!r}{others}; at most {dim} fits every layer")
+    ranks = check_ranks(targets, rank=rank, density=density, side=side)
     layers, full = [], []
     for name, linear in targets.items():
-        layer_rank = rank_of(dims[name], rank=rank, density=density)
-        if layer_rank == dims[name]:
+        dim = _selected_dim(linear, side)
+        if ranks[name] == dim:
             full.append(name)
             continue
-        index = select_index(rule, dims[name], layer_rank, seed=seed, refresh=0, name=name)
+        index = select_index(rule, dim, ranks[name], seed=seed, refresh=0, name=name)
         module = CompactLinear.convert(linear, side=side, index=index, contiguous=rule.contiguous)
         layers.append(CompactLayer(name, module))
     return layers, full

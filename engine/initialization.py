@@ -1,6 +1,8 @@
 """``initialize``: as ``deepspeed.initialize``, with compact optimizers beside DeepSpeed's own."""
 
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,13 @@ def initialize(
         restore_init_context()
 
 
+def init_distributed(dist_init_required: bool | None = None) -> None:
+    """Make DeepSpeed's process group, if there is none, without its notice of an extension that was built ahead."""
+    backend = get_accelerator().communication_backend_name()  # pyright: ignore[reportOptionalMemberAccess]
+    with redirect_stdout(StringIO()):
+        deepspeed.init_distributed(dist_backend=backend, dist_init_required=dist_init_required, verbose=False)
+
+
 def _make_optimizer(model: nn.Module, config: Config) -> Grass:
     params = config.compact_params()
     assert params is not None
@@ -125,8 +134,7 @@ def _make_engine(
     settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     if "scheduler" in settings:
         settings["scheduler"] = _per_group_rates(settings["scheduler"], optimizer)
-    backend = get_accelerator().communication_backend_name()  # pyright: ignore[reportOptionalMemberAccess]
-    deepspeed.init_distributed(dist_backend=backend, dist_init_required=dist_init_required)
+    init_distributed(dist_init_required)
     engine = Engine(
         args=None,
         optimizer=optimizer,

@@ -1,0 +1,1 @@
+"""Ready configurations: DeepSpeed JSON files, and model sizes under ``models``."""

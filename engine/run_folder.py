@@ -1,0 +1,85 @@
+"""The folder of a run: what is in it, whether the run can go on, and where its traces are written. Light to import."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .json_file import digest, flatten
+
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+CHECKPOINTS, TOKENIZER, TENSORBOARD = "checkpoints", "tokenizer", "tensorboard"
+
+# What may change between the parts of one run: how far it goes, how it is watched, and how it is spread over ranks.
+_MAY_CHANGE = re.compile(
+    r"training\.(steps|eval_interval|eval_sequences|checkpoint_interval|keep_checkpoints|sample_prompt|sample_tokens)"
+    r"|logging\..*|data\.(cache_dir|num_workers)|zero_optimization(\..*)?|train_micro_batch_size_per_gpu"
+    r"|gradient_accumulation_steps|model\.gradient_checkpointing|steps_per_print|wall_clock_breakdown|comms_logger\..*"
+)
+
+
+def finished_summary(run_dir: Path, raw: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of a run that has been trained to the end with just this configuration, or None."""
+    try:
+        summary = json.loads((run_dir / SUMMARY).read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("config_sha256") == digest(raw) else None
+
+
+def check_writable(run_dir: Path) -> None:
+    """Make the folder, and try it.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"logging.run_dir: {run_dir} cannot be written: {error}") from error
+
+
+def folder_beside(run_dir: Path) -> Path:
+    """The first of ``run_dir``, ``run_dir-2``, ``run_dir-3``, ... that does not exist."""
+    number, candidate = 1, run_dir
+    while candidate.exists():
+        number += 1
+        candidate = run_dir.with_name(f"{run_dir.name}-{number}")
+    return candidate
+
+
+def check_same_run(run_dir: Path, raw: dict[str, Any]) -> None:
+    """Refuse to continue a run under a configuration that would not be followed.
+
+    Raises:
+        UserError: naming the keys that differ from the folder's ``config.json``.
+    """
+    path = run_dir / CONFIG
+    if not path.is_file():
+        return
+    try:
+        saved = flatten(json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; use --fresh or another logging.run_dir") from error
+    now = flatten(raw)
+    changed = [
+        f"{key} (was {saved.get(key, 'not given')}, now {now.get(key, 'not given')})"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key) and not _MAY_CHANGE.fullmatch(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{run_dir} holds a run of another configuration: {', '.join(changed)}."
+            " Restore the values, or use --fresh or another logging.run_dir"
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one go."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=2) + "\n")
+    aside.replace(path)

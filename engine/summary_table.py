@@ -1,0 +1,36 @@
+"""The table at the end of a run. Light to import."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_summary(summary: dict[str, Any], run_dir: str, console: Console) -> None:
+    """The table at the end of a run."""
+    sizes, seconds = summary["bytes"], summary["seconds"]
+    losses = f"{summary['loss_first']:.3f} -> {summary['loss_last']:.3f}"
+    table = Table(title=f"{summary['steps']} steps, {summary['tokens']:,} tokens", title_justify="left")
+    for heading in ("", "this run", "dense AdamW", "ratio"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    table.add_row("training loss", losses)
+    table.add_row("validation loss", f"{summary['eval_loss_first']:.3f} -> {summary['eval_loss']:.3f}")
+    table.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
+    for name, key in (
+        ("reduced per step", "reduced_per_step"),
+        ("gathered per step", "gathered_per_step"),
+        ("optimizer state", "optimizer_state"),
+    ):
+        found, dense = sizes[key], sizes[f"{key}_dense"]
+        table.add_row(f"{name}, per rank", _mib(found), _mib(dense), f"{found / dense:.2f}" if dense else "-")
+    table.add_row("peak memory, per rank", _mib(sizes["peak_memory"]))
+    table.add_row("step, median", f"{seconds['step_median']:.3f} s")
+    console.print(table)
+    if summary.get("sample"):
+        console.print("[bold]sample:[/bold]")
+        console.print(summary["sample"], markup=False, highlight=False)
+    console.print(f"run folder: {run_dir}", highlight=False)
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:,.2f} MiB"

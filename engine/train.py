@@ -1,0 +1,401 @@
+"""``narrowgauge train``: one run from a configuration to a summary."""
+
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from narrowgauge.optimizers.conversion import check_ranks, find_targets
+from narrowgauge.optimizers.selection import derive_seed
+from rich.console import Console
+from transformers import PretrainedConfig
+
+from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from .config import Batches, Config, DataBlock, LoggingBlock, ModelBlock, TrainingBlock, load_config
+from .data.packed import PackedTokens, RankSampler, training_loader
+from .data.prepare import PreparedData, prepare_data
+from .errors import CheckpointError, UserError
+from .evaluate import evaluate
+from .extensions import ensure_extensions
+from .initialization import init_distributed, initialize
+from .json_file import digest
+from .metrics import MetricsLog
+from .model import abstract_model, build_model, model_config
+from .preflight import agree, ensure_environment, process_rank, world_size
+from .progress import ProgressView
+from .run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    SUMMARY,
+    TOKENIZER,
+    check_same_run,
+    check_writable,
+    folder_beside,
+    write_json,
+)
+from .sample import sample_text
+from .schedule import make_schedule
+from .summary import (
+    SCHEMA_VERSION,
+    count_parameters,
+    max_over_ranks,
+    optimizer_state_bytes,
+    peak_memory,
+    traffic_bytes,
+)
+from .summary_table import print_summary
+from .support import check_supported
+from .timing import PhaseTimer
+from .traffic import TrafficCounter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no process group."""
+
+    config: Config
+    model: ModelBlock
+    data: DataBlock
+    training: TrainingBlock
+    logging: LoggingBlock
+    batches: Batches
+    prepared: PreparedData
+    model_config: PretrainedConfig
+    run_dir: Path
+
+
+def train(
+    config: str | Path | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Train as the configuration says, resuming where its run folder has a checkpoint.
+
+    Args:
+        config: a JSON file, or its contents.
+        overrides: ``a.b=value`` each.
+        fresh: start over, in a new folder beside one that exists.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: the configuration, data, run folder or a checkpoint does not hold; the same on every process rank.
+    """
+    ensure_environment()
+    plan = _plan_together(config, overrides, fresh)
+    ensure_extensions()
+    init_distributed()
+    try:
+        _Run(plan, console or Console()).execute()
+    finally:
+        dist.destroy_process_group()
+    return plan.run_dir
+
+
+def _plan_together(config: str | Path | Mapping[str, Any], overrides: Sequence[str], fresh: bool) -> Plan:
+    """Check everything on every rank, and start only if all agree."""
+    settings: dict[str, Any] = {}
+    plan, error = None, None
+    try:
+        checked = load_config(config, overrides)
+        plan = _make_plan(checked, fresh)
+        settings = {"config": checked.raw, "data": plan.prepared.fingerprint}
+    except UserError as found:
+        error = str(found)
+    chosen = agree(settings, error=error, choice=str(plan.run_dir) if plan is not None else None)
+    assert plan is not None
+    assert chosen is not None
+    return replace(plan, run_dir=Path(chosen))
+
+
+def _make_plan(config: Config, fresh: bool) -> Plan:
+    parsed = config.parsed
+    missing = [key for key in ("model", "data", "training", "logging", "optimizer") if getattr(parsed, key) is None]
+    if missing:
+        raise config.error(*(f"{key}: this block is needed" for key in missing))
+    assert parsed.model is not None
+    assert parsed.data is not None
+    assert parsed.training is not None
+    assert parsed.logging is not None
+    if config.zero_stage == 0 and (config.bf16 or config.fp16):
+        raise config.error("zero_optimization.stage: 0 found; with bf16 or fp16 stage 1, 2 or 3 is needed")
+    zero: Any = parsed.zero_optimization
+    if zero is not None and zero.offload_optimizer is not None and zero.offload_optimizer.device == "nvme":
+        raise config.error("zero_optimization.offload_optimizer.device: nvme is not supported yet, use cpu")
+    batches = config.batches(world_size())
+    run_dir = Path(parsed.logging.run_dir).expanduser()
+    if fresh:
+        run_dir = folder_beside(run_dir)
+        check_writable(run_dir.parent)
+    else:
+        check_writable(run_dir)
+        check_same_run(run_dir, config.raw)
+    prepared = prepare_data(parsed.data)
+    described = model_config(parsed.model, vocab_size=prepared.vocab_size, sequence_length=parsed.data.sequence_length)
+    params = config.compact_params()
+    if params is not None:
+        check_supported(config)
+        try:
+            targets = find_targets(abstract_model(described), params.target_modules)
+            check_ranks(targets, rank=params.rank, density=params.density, side=params.side)
+        except ValueError as error:
+            raise config.error(f"optimizer.params.{error}") from error
+    if parsed.training.sample_prompt is not None and prepared.tokenizer is None:
+        raise config.error("training.sample_prompt: token files carry no tokenizer; name one as data.tokenizer")
+    return Plan(
+        config, parsed.model, parsed.data, parsed.training, parsed.logging, batches, prepared, described, run_dir
+    )
+
+
+@dataclass
+class _Totals:
+    """What is added up over the steps of this process's part of the run."""
+
+    steps: int = 0
+    reduced: float = 0.0
+    gathered: float = 0.0
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def median(self, phase: str) -> float:
+        # The first steps build what later ones reuse.
+        values = self.seconds.get(phase, [])
+        return statistics.median(values[2:] or values or [0.0])
+
+
+class _Run:
+    """One process rank's side of a run."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self.plan, self.console = plan, console
+        self.is_first_rank = process_rank() == 0
+        self.timer, self.traffic, self.totals = PhaseTimer(), TrafficCounter(), _Totals()
+        vocab_size = plan.model_config.vocab_size
+        length = plan.data.sequence_length
+        self.train_data = PackedTokens(plan.prepared.train, length, vocab_size)
+        self.eval_data = PackedTokens(plan.prepared.validation, length, vocab_size)
+        self.tokens_per_step = plan.batches.total * length
+        self.engine: Any = None
+        self.history: dict[str, Any] = {"loss_first": None, "loss_last": None, "eval_loss_first": None}
+
+    def execute(self) -> None:
+        plan = self.plan
+        if self.is_first_rank:
+            self._write_head()
+        self.engine = self._make_engine()
+        self.traffic.attach()
+        first_step = self._resume()
+        metrics = (
+            MetricsLog(plan.run_dir, first_step=first_step, tensorboard=plan.logging.tensorboard)
+            if self.is_first_rank
+            else None
+        )
+        try:
+            with ProgressView(self.console, first_step=first_step, num_steps=plan.training.steps) as view:
+                self._loop(first_step, view if self.is_first_rank else None, metrics)
+        finally:
+            if metrics is not None:
+                metrics.close()
+        self._finish()
+
+    def _write_head(self) -> None:
+        plan = self.plan
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
+        resolved = {
+            "config": plan.config.raw,
+            "world_size": world_size(),
+            "train_batch_size": plan.batches.total,
+            "train_micro_batch_size_per_gpu": plan.batches.micro,
+            "gradient_accumulation_steps": plan.batches.accumulation_steps,
+            "resolved": plan.config.parsed.model_dump(mode="json", exclude_unset=False, exclude_none=True),
+            "model": json.loads(plan.model_config.to_json_string()),
+            "data_fingerprint": plan.prepared.fingerprint,
+        }
+        write_json(plan.run_dir / CONFIG, resolved)
+        if plan.prepared.tokenizer is not None:
+            shutil.copytree(plan.prepared.tokenizer, plan.run_dir / TOKENIZER, dirs_exist_ok=True)
+
+    def _make_engine(self) -> Any:
+        plan = self.plan
+        settings = plan.config.deepspeed_dict() | {
+            "train_batch_size": plan.batches.total,
+            "train_micro_batch_size_per_gpu": plan.batches.micro,
+            "gradient_accumulation_steps": plan.batches.accumulation_steps,
+        }
+        settings.setdefault("steps_per_print", 1 << 62)
+        model = build_model(plan.model, plan.model_config, settings, seed=plan.training.seed)
+        schedule = plan.training.lr_schedule
+        engine, *_ = initialize(
+            model=model,
+            config=settings,
+            lr_scheduler=make_schedule(schedule, plan.training.steps) if schedule is not None else None,
+        )
+        return engine
+
+    def _resume(self) -> int:
+        """Continue from the newest checkpoint that is whole; returns the step it was written after."""
+        checkpoints = find_checkpoints(self.plan.run_dir / CHECKPOINTS)
+        for number, (step, folder) in enumerate(reversed(checkpoints)):
+            try:
+                state = load_checkpoint(self.engine, folder)
+            except CheckpointError as error:
+                if number == len(checkpoints) - 1:
+                    raise
+                if self.is_first_rank:
+                    self.console.print(f"[yellow]warning:[/yellow] {error}; trying the checkpoint before it")
+                continue
+            if state["data_fingerprint"] != self.plan.prepared.fingerprint:
+                raise UserError(f"{folder}: the run was trained on other data than data.train names now")
+            self.history.update(state["history"])
+            if self.is_first_rank:
+                self.console.print(f"resumed after step {step} from {folder}", highlight=False)
+            return step
+        return 0
+
+    def _loop(self, first_step: int, view: ProgressView | None, metrics: MetricsLog | None) -> None:
+        plan, training = self.plan, self.plan.training
+        sampler = RankSampler(
+            num_samples=len(self.train_data),
+            seed=training.seed,
+            first_step=first_step,
+            last_step=training.steps,
+            micro_batch_size=plan.batches.micro,
+            accumulation_steps=plan.batches.accumulation_steps,
+            rank=process_rank(),
+            world_size=world_size(),
+        )
+        batches = iter(training_loader(self.train_data, sampler, plan.data.num_workers))
+        if first_step == 0:
+            self.history["eval_loss_first"] = self._evaluate(0, view, metrics)
+        for step in range(first_step + 1, training.steps + 1):
+            record = self._step(step, batches)
+            if metrics is not None and (step % plan.logging.interval == 0 or step == training.steps):
+                metrics.write(step, record)
+            if view is not None:
+                view.update(step, loss=record["loss"], lr=record["lr"], tokens_per_second=record["tokens_per_second"])
+            last = step == training.steps
+            if last or (training.eval_interval and step % training.eval_interval == 0):
+                self.history["eval_loss"] = self._evaluate(step, view, metrics)
+            if last or (training.checkpoint_interval and step % training.checkpoint_interval == 0):
+                self._save(step)
+
+    def _step(self, step: int, batches: Iterator[torch.Tensor]) -> dict[str, Any]:
+        engine, plan = self.engine, self.plan
+        # A pure function of the step, so that a resumed run draws the same dropout.
+        torch.manual_seed(derive_seed(plan.training.seed, "step", step, process_rank()))
+        before = self.traffic.reduced, self.traffic.gathered
+        started = time.perf_counter()
+        learning_rates = _learning_rates(engine)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+        waited = 0.0
+        for _ in range(plan.batches.accumulation_steps):
+            asked = time.perf_counter()
+            tokens = next(batches).to(engine.device, non_blocking=True)
+            waited += time.perf_counter() - asked
+            with self.timer.phase("forward"):
+                loss = engine(input_ids=tokens, labels=tokens).loss
+            with self.timer.phase("backward"):
+                engine.backward(loss)
+            with self.timer.phase("optimizer"):
+                engine.step()
+            loss_sum += loss.detach()
+        self.totals.steps += 1
+        self.totals.reduced += self.traffic.reduced - before[0]
+        self.totals.gathered += self.traffic.gathered - before[1]
+        dist.all_reduce(loss_sum)
+        mean = float(loss_sum) / (plan.batches.accumulation_steps * world_size())
+        seconds = {**self.timer.collect(), "data_wait": waited}
+        seconds["step"] = time.perf_counter() - started
+        for phase, value in seconds.items():
+            self.totals.seconds.setdefault(phase, []).append(value)
+        if not math.isfinite(mean):
+            raise UserError(f"step {step}: the loss is {mean}; the last checkpoint is in {plan.run_dir / CHECKPOINTS}")
+        if self.history["loss_first"] is None:
+            self.history["loss_first"] = mean
+        self.history["loss_last"] = mean
+        norm = engine.get_global_grad_norm()
+        return {
+            "loss": mean,
+            **learning_rates,
+            "grad_norm": float(norm) if norm is not None else None,
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": self.tokens_per_step / seconds["step"],
+            "seconds": seconds,
+        }
+
+    def _evaluate(self, step: int, view: ProgressView | None, metrics: MetricsLog | None) -> float:
+        loss = evaluate(
+            self.engine,
+            self.eval_data,
+            num_sequences=self.plan.training.eval_sequences,
+            micro_batch_size=self.plan.batches.micro,
+        )
+        if metrics is not None:
+            metrics.write(step, {"eval_loss": loss})
+        if view is not None:
+            view.say(f"step {step}: validation loss {loss:.4f}")
+        return loss
+
+    def _save(self, step: int) -> None:
+        folder = self.plan.run_dir / CHECKPOINTS
+        state = {"step": step, "data_fingerprint": self.plan.prepared.fingerprint, "history": self.history}
+        save_checkpoint(self.engine, folder / f"step-{step}", state)
+        if self.is_first_rank:
+            for _, old in find_checkpoints(folder)[: -self.plan.training.keep_checkpoints]:
+                shutil.rmtree(old)
+
+    def _finish(self) -> None:
+        plan, engine, totals = self.plan, self.engine, self.totals
+        training = plan.training
+        sample = None
+        if training.sample_prompt is not None:
+            sample = sample_text(
+                engine, plan.prepared.tokenizer, training.sample_prompt, training.sample_tokens, training.seed
+            )
+        state, state_dense = optimizer_state_bytes(engine)
+        steps = max(1, totals.steps)
+        memory = max_over_ranks(peak_memory(), engine.device)
+        median = totals.median("step")
+        summary = {
+            "schema_version": SCHEMA_VERSION,
+            "config_sha256": digest(plan.config.raw),
+            "world_size": world_size(),
+            "zero_stage": plan.config.zero_stage,
+            "steps": training.steps,
+            "tokens": training.steps * self.tokens_per_step,
+            "tokens_per_second": self.tokens_per_step / median if median else None,
+            **self.history,
+            "parameters": count_parameters(engine.module),
+            "bytes": {
+                **traffic_bytes(engine, totals.reduced / steps, totals.gathered / steps),
+                "optimizer_state": state,
+                "optimizer_state_dense": state_dense,
+                "peak_memory": int(memory),
+            },
+            "seconds": {
+                "step_median": median,
+                **{phase: totals.median(phase) for phase in ("forward", "backward", "optimizer", "data_wait")},
+            },
+            "sample": sample,
+        }
+        if self.is_first_rank:
+            write_json(plan.run_dir / SUMMARY, summary)
+            print_summary(summary, str(plan.run_dir), self.console)
+        dist.barrier()
+
+
+def _learning_rates(engine: Any) -> dict[str, float]:
+    """The rate of dense parameters as ``lr``, and of compact ones as ``lr_compact``."""
+    groups = engine.basic_optimizer.param_groups
+    rates = {group.get("kind", "dense"): float(group["lr"]) for group in reversed(groups)}
+    found = {"lr": rates.get("dense", next(iter(rates.values())))}
+    return {**found, "lr_compact": rates["compact"]} if "compact" in rates else found

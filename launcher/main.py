@@ -1,0 +1,122 @@
+"""The ``narrowgauge`` command. Imports of torch and DeepSpeed wait until a command needs them."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from narrowgauge.engine.errors import UserError
+from rich.console import Console
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train larger language models on fewer GPUs and slower networks: DeepSpeed ZeRO with compact gradients.",
+)
+
+_CONFIG = Annotated[Path, typer.Argument(help="A JSON file: DeepSpeed's keys, and model, data, training, logging.")]
+_SET = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value; may be given several times."),
+]
+
+
+@app.callback()
+def _global_options(
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by DeepSpeed's launcher.")] = -1,
+) -> None:
+    if local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+
+@app.command()
+def train(
+    config: _CONFIG,
+    set_: _SET = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new folder beside an existing run.")] = False,
+) -> None:
+    """Train a model. Runs alone, under torchrun, and under deepspeed; resumes where its run folder has a checkpoint."""
+    from narrowgauge.engine.json_file import apply_overrides, read_json
+    from narrowgauge.engine.run_folder import finished_summary
+
+    raw = read_json(config)
+    apply_overrides(raw, set_ or [])
+    run_dir = raw.get("logging", {}).get("run_dir") if isinstance(raw.get("logging"), dict) else None
+    if isinstance(run_dir, str) and not fresh:
+        summary = finished_summary(Path(run_dir).expanduser(), raw)
+        if summary is not None:
+            _show_finished(summary, run_dir)
+            return
+    _quieten()
+    from narrowgauge.engine.train import train as run
+
+    run(config, overrides=set_ or [], fresh=fresh, console=_console())
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    folder: Annotated[Path, typer.Argument(help="Where the Hugging Face model goes; made if it does not exist.")],
+    step: Annotated[int | None, typer.Option(help="The checkpoint to take; default the newest.")] = None,
+) -> None:
+    """Write a trained model as a Hugging Face folder that AutoModelForCausalLM.from_pretrained loads."""
+    _quieten()
+    from narrowgauge.engine.export import export_run
+
+    source = export_run(run, folder, step=step)
+    _console().print(f"{source} -> {folder}", highlight=False)
+
+
+@app.command(name="build")
+def build() -> None:
+    """Build the extensions that DeepSpeed would otherwise compile in the middle of the first run."""
+    _quieten()
+    from narrowgauge.engine.extensions import ensure_extensions
+
+    built = ensure_extensions()
+    _console().print(f"ready: {', '.join(built) if built else 'nothing to build on this machine'}", highlight=False)
+
+
+def _console() -> Console:
+    # A file or a pipe has no width of its own; 80 columns would break the table.
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _show_finished(summary: dict[str, object], run_dir: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        from narrowgauge.engine.summary_table import print_summary
+
+        console = _console()
+        console.print(
+            f"{run_dir} holds this run, finished; --fresh trains it again in a folder beside it", highlight=False
+        )
+        print_summary(summary, run_dir, console)
+
+
+def _quieten() -> None:
+    """Keep the libraries' chatter out of the run's own output; warnings about the user's model or data remain."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # torch announces renamed collectives at every call of DeepSpeed's.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: not record.getMessage().startswith(_KNOWN_TO_US))
+
+
+_KNOWN_TO_US = (
+    "Setting accelerator to CPU",
+    "**** You are using ZeRO with an untested optimizer",
+)
+
+
+def main() -> None:
+    """Run the command; bad input ends with its message on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        if not error.on_all_ranks or int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
