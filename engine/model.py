@@ -100,7 +100,9 @@ def build_model(
     model.config.use_cache = False
     if block.gradient_checkpointing != "none":
         reentrant = block.gradient_checkpointing == "reentrant"
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        # Renamed in transformers 5; the old name warns there.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": reentrant})
     model.train()
     return model
 

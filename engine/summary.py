@@ -39,7 +39,7 @@ def _trained_when_dense(model: torch.nn.Module) -> list[Any]:
 
 
 def optimizer_state_bytes(engine: Any) -> tuple[int, int]:
-    """This rank's bytes of moments and fp32 masters, and those of dense AdamW on the same model, stage and precision."""
+    """This rank's bytes of moments and fp32 masters, and those of dense AdamW on the same model and stage."""
     fragments = local_fragments(engine)
     flats = {id(f.flat): f.flat for f in fragments}
     states = engine.basic_optimizer.state

@@ -1,6 +1,5 @@
 """``narrowgauge train``: one run from a configuration to a summary."""
 
-import json
 import math
 import shutil
 import statistics
@@ -189,9 +188,9 @@ class _Run:
 
     def execute(self) -> None:
         plan = self.plan
+        self.engine = self._make_engine()
         if self.is_first_rank:
             self._write_head()
-        self.engine = self._make_engine()
         self.traffic.attach()
         first_step = self._resume()
         metrics = (
@@ -217,7 +216,7 @@ class _Run:
             "train_micro_batch_size_per_gpu": plan.batches.micro,
             "gradient_accumulation_steps": plan.batches.accumulation_steps,
             "resolved": plan.config.parsed.model_dump(mode="json", exclude_unset=False, exclude_none=True),
-            "model": json.loads(plan.model_config.to_json_string()),
+            "model": {**self.engine.module.config.to_dict(), "use_cache": True},
             "data_fingerprint": plan.prepared.fingerprint,
         }
         write_json(plan.run_dir / CONFIG, resolved)

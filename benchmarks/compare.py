@@ -1,0 +1,102 @@
+"""Interleaved timing of alternatives, as medians, spread and ratios to the first."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+class Phases:
+    """Collects the seconds of named phases, one list each."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        _synchronize()
+        begin = time.perf_counter()
+        yield
+        _synchronize()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - begin)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def interleave(alternatives: dict[str, Callable[[Phases], None]], *, rounds: int, warmup: int = 2) -> dict[str, Phases]:
+    """Run every alternative once per round, in turn, so that a slow moment of the machine meets all of them."""
+    phases = {name: Phases() for name in alternatives}
+    for number in range(rounds + warmup):
+        for name, run in alternatives.items():
+            run(phases[name] if number >= warmup else Phases())
+    return phases
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return low, middle, high
+
+
+def ratios(phases: dict[str, Phases], baseline: str) -> dict[str, dict[str, Any]]:
+    """For each alternative and phase: median seconds, and the ratio to the baseline of the same round."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, own in phases.items():
+        for phase, seconds in own.seconds.items():
+            base = phases[baseline].seconds[phase]
+            low, middle, high = quartiles([a / b for a, b in zip(seconds, base, strict=True)])
+            found.setdefault(name, {})[phase] = {
+                "seconds_median": statistics.median(seconds),
+                "ratio": middle,
+                "ratio_quartiles": [low, high],
+            }
+    return found
+
+
+def show(title: str, found: dict[str, dict[str, Any]], output: Path | None, settings: dict[str, Any]) -> None:
+    """Print a table and, if asked, write the figures with the machine's description as JSON."""
+    table = Table(title=title, title_justify="left")
+    names = list(found)
+    table.add_column("phase")
+    for name in names:
+        table.add_column(name, justify="right")
+    for phase in next(iter(found.values())):
+        cells = []
+        for name in names:
+            figures = found[name][phase]
+            low, high = figures["ratio_quartiles"]
+            cells.append(f"{figures['seconds_median']:.4f} s  {figures['ratio']:.3f}x ({low:.3f}-{high:.3f})")
+        table.add_row(phase, *cells)
+    Console(width=60 + 40 * len(names)).print(table)
+    if output is not None:
+        output.write_text(json.dumps({"machine": machine(), "settings": settings, "results": found}, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []

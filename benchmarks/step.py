@@ -1,0 +1,94 @@
+"""A training step of a LLaMA with Grass against dense AdamW: forward, backward, optimizer with fold, and the whole.
+
+python -m benchmarks.step --dtype float32 --rounds 15
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from narrowgauge.optimizers import Grass
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.compare import Phases, interleave, ratios, show
+
+
+def build(arguments: argparse.Namespace) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=arguments.vocab,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.intermediate,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden // 64,
+        max_position_embeddings=arguments.length,
+        use_cache=False,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LlamaForCausalLM(config)
+    torch.nn.Module.to(model, device, dtype=getattr(torch, arguments.dtype))
+    return model
+
+
+def stepper(arguments: argparse.Namespace, **options: object) -> Callable[[Phases], None]:
+    """A closure that takes one step of a fresh model; without options the optimizer is dense AdamW."""
+    model = build(arguments)
+    optimizer = (
+        Grass(model, lr=1e-3, density=arguments.density, refresh_interval=None, **options)  # type: ignore[arg-type]
+        if options
+        else torch.optim.AdamW(model.parameters(), lr=1e-3)
+    )
+    tokens = torch.randint(arguments.vocab, (arguments.batch, arguments.length)).to(model.device)
+
+    def step(phases: Phases) -> None:
+        with phases.phase("step"):
+            with phases.phase("forward"):
+                loss = model(input_ids=tokens, labels=tokens).loss
+            with phases.phase("backward"):
+                loss.backward()
+            with phases.phase("optimizer + fold"):
+                optimizer.step()
+            optimizer.zero_grad()
+        if isinstance(optimizer, Grass):
+            with phases.phase("refresh"):
+                optimizer.refresh()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--density", type=float, default=0.125)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=1376)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--interval", type=int, default=50, help="steps over which the cost of a refresh is spread")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    alternatives = {
+        "dense AdamW": stepper(arguments),
+        "columns, uniform": stepper(arguments, side="columns"),
+        "columns, block": stepper(arguments, side="columns", selection="block"),
+        "rows, uniform": stepper(arguments, side="rows"),
+    }
+    phases = interleave(alternatives, rounds=arguments.rounds)
+    refresh = {name: own.seconds.pop("refresh", []) for name, own in phases.items()}
+    for name, own in phases.items():
+        steps = own.seconds["step"]
+        shares = [r / arguments.interval / s for r, s in zip(refresh[name], steps, strict=False)] or [0.0]
+        share = 100 * sorted(shares)[len(shares) // 2]
+        print(f"{name}: a refresh every {arguments.interval} steps costs {share:.2f} % of a step")
+    count = sum(p.numel() for p in build(arguments).parameters())
+    title = f"{count / 1e6:.1f} M parameters, {arguments.batch * arguments.length} tokens, {arguments.dtype}"
+    settings = {key: str(value) for key, value in vars(arguments).items()}
+    show(title, ratios(phases, "dense AdamW"), arguments.json, settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""What Grass refuses, and with what words."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from narrowgauge.optimizers import CompactLinear, Grass
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.support.models import tiny
+from tests.support.ranks import RankPool
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of rank and density"),
+        ({"rank": 4, "density": 0.5}, "exactly one of rank and density"),
+        ({"rank": 0}, "rank: 0 found"),
+        ({"density": 0.0}, r"density: 0.0 found, a number in \(0, 1\]"),
+        ({"density": 1.5}, r"density: 1.5 found"),
+        ({"density": float("nan")}, "density: nan"),
+        ({"rank": 21}, "rank: 21 is above the 20 columns .* of 'blocks.0.q' and .* other layers; at most 20"),
+        ({"rank": 34, "side": "rows"}, "rank: 34 is above the 20 rows"),
+        ({"rank": 4, "side": "diagonal"}, "side: 'diagonal' found"),
+        ({"rank": 4, "selection": "top"}, "selection: 'top' found, one of"),
+        ({"rank": 4, "refresh_interval": 0}, "refresh_interval: 0 found"),
+        ({"rank": 4, "decay": "none"}, "decay: 'none' found"),
+        (
+            {"rank": 4, "target_modules": ["*.query"]},
+            r"'\*.query' matches no nn.Linear. The .* linears: blocks.0.q",
+        ),
+        ({"rank": 4, "target_modules": ["*.q", "x"]}, "'x' matches no nn.Linear"),
+        ({"rank": 4, "param_groups": [{"params": ["nothing"]}]}, r"param_groups\[0\]: \['nothing'\] matches no"),
+        ({"rank": 4, "param_groups": [{"params": ["*"], "momentum": 1}]}, r"param_groups\[0\]: found"),
+        ({"rank": 4, "lr": -1.0}, "Invalid learning rate"),
+    ],
+)
+def test_bad_options_leave_the_model_as_it_was(options: dict[str, Any], message: str) -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match=message):
+        Grass(model, **options)
+    if "param_groups" not in options and "lr" not in options:
+        assert not any(isinstance(m, CompactLinear) for m in model.modules())
+
+
+def test_a_model_without_linears_says_what_it_has() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+    with pytest.raises(ValueError, match=r"no trainable nn\.Linear .* lm_head"):
+        Grass(model, rank=4)
+    with pytest.raises(ValueError, match=r"no nn\.Linear; its layers with parameters are .*Conv1d"):
+        Grass(nn.ModuleList([nn.Conv1d(3, 3, 1)]), rank=2)
+
+
+def test_a_second_optimizer_on_the_same_model_is_refused() -> None:
+    model = tiny()
+    Grass(model, rank=4)
+    with pytest.raises(ValueError, match="already has compact layers"):
+        Grass(model, rank=4)
+
+
+def test_a_compiled_model_is_refused_either_way() -> None:
+    with pytest.raises(ValueError, match="already wrapped by OptimizedModule"):
+        Grass(torch.compile(tiny()), rank=4)  # type: ignore[arg-type]
+    inner = tiny()
+    wrapper = torch.compile(inner)
+    with pytest.raises(ValueError, match="already wrapped by OptimizedModule"):
+        Grass(inner, rank=4)
+    assert wrapper is not None
+    in_place = tiny()
+    in_place.compile()
+    with pytest.raises(ValueError, match=r"already wrapped by torch\.compile"):
+        Grass(in_place, rank=4)
+
+
+def convert_after_wrapping() -> list[str]:
+    messages = []
+    for hand_over in ("wrapper", "module"):
+        model = tiny()
+        wrapper = DistributedDataParallel(model)
+        try:
+            Grass(wrapper if hand_over == "wrapper" else model, rank=4)
+        except ValueError as error:
+            messages.append(str(error))
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = tiny()
+    fully_shard(sharded)
+    try:
+        Grass(sharded, rank=4)
+    except ValueError as error:
+        messages.append(str(error))
+    return messages
+
+
+def test_converting_after_ddp_or_fsdp_is_refused(two_ranks: RankPool) -> None:
+    """After DDP it would train on, each rank with a gradient of its own; so it is found out even from ``ddp.module``."""
+    for messages in two_ranks.run(convert_after_wrapping):
+        assert len(messages) == 3
+        assert all("create the optimizer first, then wrap" in message for message in messages)
+        assert "DistributedDataParallel" in messages[0]
+        assert "DistributedDataParallel" in messages[1]
+        assert "fully_shard" in messages[2]
+
+
+def hand_to_deepspeed(rank_of_gloo: int) -> str:
+    import deepspeed
+
+    model = tiny()
+    optimizer = Grass(model, density=0.3)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config={
+            "train_batch_size": 2,
+            "zero_optimization": {"stage": 1},
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+    engine.backward(engine(torch.zeros(1, 5, dtype=torch.int64)))
+    try:
+        engine.step()
+    except RuntimeError as error:
+        return str(error)
+    return f"no error on rank {dist.get_rank()}"
+
+
+def test_handing_it_to_deepspeed_directly_is_refused_at_the_first_step(two_ranks: RankPool) -> None:
+    for message in two_ranks.run(hand_to_deepspeed, 0):
+        assert "use narrowgauge.engine.initialize" in message

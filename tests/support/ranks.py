@@ -1,0 +1,94 @@
+"""Real process ranks for tests: a few spawned processes in one gloo group, kept for many calls.
+
+Starting a rank costs seconds of imports; a test's work is often less. A call that raises or hangs on any rank ends
+all of them, and the next call starts new ones.
+"""
+
+import importlib
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+_TIMEOUT = 240.0
+
+
+class RankPool:
+    """``world_size`` processes that run the same function, each as its rank of one gloo group."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call a module-level function on all ranks; returns what each returned, in rank order."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function.__module__, function.__qualname__, args, kwargs))
+        results: list[Any] = [None] * self._world_size
+        waiting, deadline = set(range(self._world_size)), time.monotonic() + _TIMEOUT
+        while waiting:
+            for rank in sorted(waiting):
+                if self._pipes[rank].poll(0.01):
+                    failed, value = self._receive(rank)
+                    if failed:
+                        self.close()
+                        raise AssertionError(f"rank {rank} failed:\n{value}")
+                    results[rank] = value
+                    waiting.discard(rank)
+            if time.monotonic() > deadline:
+                self.close()
+                raise AssertionError(f"ranks {sorted(waiting)} did not return within {_TIMEOUT} s")
+        return results
+
+    def _receive(self, rank: int) -> tuple[bool, Any]:
+        try:
+            return self._pipes[rank].recv()
+        except EOFError:
+            return True, f"the process died with exit code {self._processes[rank].exitcode}"
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        rendezvous = tempfile.mktemp(prefix="narrowgauge-ranks-")  # noqa: S306 (the store makes the file)
+        for rank in range(self._world_size):
+            own, other = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self._world_size, rendezvous, other), daemon=True)
+            process.start()
+            other.close()
+            self._processes.append(process)
+            self._pipes.append(own)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "1")  # DeepSpeed wants it set; the group is made from a file
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    deepspeed.init_distributed("gloo", verbose=False)
+    while True:
+        try:
+            module, name, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            function = getattr(importlib.import_module(module), name)
+            pipe.send((False, function(*args, **kwargs)))
+        except BaseException:
+            pipe.send((True, traceback.format_exc()))
