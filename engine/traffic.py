@@ -1,9 +1,9 @@
 """Bytes a process rank sends for reductions and gathers: counted on DeepSpeed's collectives, and computed for dense
 AdamW.
 
-A collective over N ranks on S bytes makes each rank send, by the ring algorithms that gloo and NCCL use: all-reduce
-``2 (N-1)/N S``, reduce-scatter (S in) and all-gather (S out) ``(N-1)/N S``; a reduce to one rank costs ``(N-1)/N S``
-on average.
+A collective over N ranks on S bytes makes each rank send, by the ring algorithms of NCCL and gloo: all-reduce ``2
+(N-1)/N S``, reduce-scatter (S in) and all-gather (S out) ``(N-1)/N S``; a reduce to one rank ``(N-1)/N S`` on
+average. gloo has no reduce-scatter of its own: it runs an all-reduce, at twice the bytes.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any
 
 import deepspeed.comm.comm as deepspeed_comm
+import torch.distributed
 from torch import Tensor
 
 
@@ -49,7 +50,8 @@ class TrafficCounter:
             payload = kwargs[keyword] if keyword in kwargs else args[position]
             group = kwargs.get("group") or next((a for a in args if _is_group(a)), None)
             size = backend.get_world_size(group)
-            sent = factor * (size - 1) / size * _num_bytes(payload)
+            rings = reduce_scatter_factor() if name.startswith("reduce_scatter") else factor
+            sent = rings * (size - 1) / size * _num_bytes(payload)
             if reduces:
                 self.reduced += sent
             else:
@@ -71,6 +73,11 @@ _COLLECTIVES: dict[str, tuple[int, str, float]] = {
     "all_gather": (0, "tensor_list", 1.0),
     "all_gather_coalesced": (0, "output_tensors", 1.0),
 }
+
+
+def reduce_scatter_factor() -> float:
+    """What a reduce-scatter costs, in units of ``(N-1)/N S``, on the process group's backend."""
+    return 2.0 if torch.distributed.get_backend() == "gloo" else 1.0
 
 
 def _is_group(value: Any) -> bool:
@@ -122,4 +129,5 @@ def dense_traffic_zero3(
     persistent, others = split(current)
     times = (gathered / share - persistent) / others if share and others else 0.0
     dense_persistent, dense_others = split(dense)
-    return accumulation_steps * share * trainable_bytes, share * (dense_persistent + times * dense_others)
+    reduced = reduce_scatter_factor() * accumulation_steps * share * trainable_bytes
+    return reduced, share * (dense_persistent + times * dense_others)

@@ -98,7 +98,7 @@ def convert_after_wrapping() -> list[str]:
 
 
 def test_converting_after_ddp_or_fsdp_is_refused(two_ranks: RankPool) -> None:
-    """After DDP it would train on, each rank with a gradient of its own; so it is found out even from ``ddp.module``."""
+    """After DDP it would go on, each rank with its own gradient; found out even from ``ddp.module``."""
     for messages in two_ranks.run(convert_after_wrapping):
         assert len(messages) == 3
         assert all("create the optimizer first, then wrap" in message for message in messages)
