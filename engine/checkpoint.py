@@ -26,6 +26,7 @@ from torch import Tensor
 from .errors import CheckpointError
 from .fragments import Fragment, local_fragments, masters_to_model
 from .weights import load_weights, save_weights
+from .zero_backends import gather_again
 
 FORMAT_VERSION = 1
 MASTER = "master"
@@ -112,8 +113,7 @@ def load_checkpoint(
         _restore_engine_state(engine, state)
     if scheduler_state and engine.lr_scheduler is not None and state["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if hasattr(engine, "renew_live_copies"):
-        engine.renew_live_copies()
+    gather_again(list(engine.module.parameters()))
     return state["client_state"]
 
 
@@ -137,7 +137,7 @@ def verify_files(folder: Path, *, part: int = 0, parts: int = 1) -> dict[str, An
         manifest = json.loads((folder / "manifest.json").read_text())
         state = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not a whole checkpoint: {error}") from error
+        raise CheckpointError(f"{folder}: not a whole checkpoint (manifest.json, state.json): {error}") from error
     if manifest["format"] != FORMAT_VERSION:
         raise CheckpointError(f"{folder}: format {manifest['format']} found, {FORMAT_VERSION} is read")
     for name, expected in sorted(manifest["files"].items())[part::parts]:
@@ -217,7 +217,7 @@ def _engine_state(engine: Any) -> dict[str, Any]:
         "subspace": subspace,
         "lr_scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
         "counters": {key: getattr(engine, key) for key in _COUNTERS},
-        "loss_scaler": _numbers(getattr(engine.optimizer, "loss_scaler", None)),
+        "loss_scaler": _numbers(engine.optimizer.loss_scaler) if engine.fp16_enabled() else {},
     }
 
 
@@ -225,7 +225,7 @@ _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 def _numbers(holder: Any) -> dict[str, Any]:
-    return {k: v for k, v in vars(holder).items() if isinstance(v, int | float | bool)} if holder is not None else {}
+    return {k: v for k, v in vars(holder).items() if isinstance(v, int | float)}
 
 
 def _scalars(engine: Any) -> dict[str, dict[str, Any]]:
@@ -341,9 +341,8 @@ def _set_scalar(base: Any, fragment: Fragment, key: str, number: dict[str, Any])
 def _restore_engine_state(engine: Any, state: dict[str, Any]) -> None:
     for key in _COUNTERS:
         setattr(engine, key, state["counters"][key])
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    for key, value in state["loss_scaler"].items():
-        setattr(scaler, key, value)
+    if engine.fp16_enabled():
+        vars(engine.optimizer.loss_scaler).update(state["loss_scaler"])
 
 
 def together(what: str, action: Any, failure: str | None = None) -> Any:

@@ -212,7 +212,10 @@ def _fill_compact_shard(module: CompactLinear) -> None:
 
 
 def gather_again(parameters: Sequence[Tensor]) -> None:
-    """Renew the live copies of parameters below ``stage3_param_persistence_threshold``, which ZeRO-3 keeps gathered."""
+    """After shards were written behind DeepSpeed's back: renew the copies that ZeRO-3 keeps gathered.
+
+    These are parameters below ``stage3_param_persistence_threshold``. Collective; does nothing at other stages.
+    """
     live: list[Any] = [p for p in parameters if getattr(p, "ds_status", None) is ZeroParamStatus.AVAILABLE]
     if live:
         live[0].partition(param_list=live)

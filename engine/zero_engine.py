@@ -9,7 +9,7 @@ from narrowgauge.optimizers import Grass
 from narrowgauge.optimizers.backend import LocalBackend, SubspaceBackend
 
 from .checkpoint import load_checkpoint, save_checkpoint, together
-from .zero_backends import PartitionedStateBackend, PartitionedWeightBackend, gather_again
+from .zero_backends import PartitionedStateBackend, PartitionedWeightBackend
 
 
 class Engine(DeepSpeedEngine):
@@ -49,11 +49,6 @@ class Engine(DeepSpeedEngine):
         backend = self.compact_optimizer.backend
         if isinstance(backend, PartitionedWeightBackend):
             backend.write_back(self.compact_optimizer.layers)
-
-    def renew_live_copies(self) -> None:
-        """After shards were written behind DeepSpeed's back: gather again what ZeRO-3 keeps gathered."""
-        if isinstance(self.compact_optimizer.backend, PartitionedWeightBackend):
-            gather_again(list(self.module.parameters()))
 
     def save_checkpoint(
         self,
