@@ -64,23 +64,27 @@ def ratios(phases: dict[str, Phases], baseline: str) -> dict[str, dict[str, Any]
     return found
 
 
-def show(title: str, found: dict[str, dict[str, Any]], output: Path | None, settings: dict[str, Any]) -> None:
-    """Print a table and, if asked, write the figures with the machine's description as JSON."""
+def show(title: str, found: dict[str, dict[str, Any]]) -> None:
+    """Print a table of median seconds and, of the ratio to the baseline, median and quartiles."""
     table = Table(title=title, title_justify="left")
-    names = list(found)
-    table.add_column("phase")
-    for name in names:
-        table.add_column(name, justify="right")
-    for phase in next(iter(found.values())):
+    table.add_column("")
+    phases = list(next(iter(found.values())))
+    for phase in phases:
+        table.add_column(phase, justify="right")
+    for name, figures in found.items():
         cells = []
-        for name in names:
-            figures = found[name][phase]
-            low, high = figures["ratio_quartiles"]
-            cells.append(f"{figures['seconds_median']:.4f} s  {figures['ratio']:.3f}x ({low:.3f}-{high:.3f})")
-        table.add_row(phase, *cells)
-    Console(width=60 + 40 * len(names)).print(table)
-    if output is not None:
-        output.write_text(json.dumps({"machine": machine(), "settings": settings, "results": found}, indent=1) + "\n")
+        for phase in phases:
+            low, high = figures[phase]["ratio_quartiles"]
+            milliseconds, ratio = 1e3 * figures[phase]["seconds_median"], figures[phase]["ratio"]
+            cells.append(f"{milliseconds:.1f} ms  {ratio:.3f}x ({low:.3f}-{high:.3f})")
+        table.add_row(name, *cells)
+    Console(width=24 + 34 * len(phases)).print(table)
+
+
+def write(path: Path, found: dict[str, dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Write the figures as JSON, with the machine and the settings they belong to."""
+    settings = {key: str(value) for key, value in settings.items()}
+    path.write_text(json.dumps({"machine": machine(), "settings": settings, "results": found}, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:

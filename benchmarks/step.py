@@ -11,7 +11,7 @@ import torch
 from narrowgauge.optimizers import Grass
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.compare import Phases, interleave, ratios, show
+from benchmarks.compare import Phases, interleave, ratios, show, write
 
 
 def build(arguments: argparse.Namespace) -> LlamaForCausalLM:
@@ -62,11 +62,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--density", type=float, default=0.125)
     parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--intermediate", type=int, default=1376)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--intermediate", type=int, default=2736)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--interval", type=int, default=50, help="steps over which the cost of a refresh is spread")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -86,8 +86,10 @@ def main() -> None:
         print(f"{name}: a refresh every {arguments.interval} steps costs {share:.2f} % of a step")
     count = sum(p.numel() for p in build(arguments).parameters())
     title = f"{count / 1e6:.1f} M parameters, {arguments.batch * arguments.length} tokens, {arguments.dtype}"
-    settings = {key: str(value) for key, value in vars(arguments).items()}
-    show(title, ratios(phases, "dense AdamW"), arguments.json, settings)
+    found = ratios(phases, "dense AdamW")
+    show(title, found)
+    if arguments.json is not None:
+        write(arguments.json, found, vars(arguments))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ class MetricsLog:
             self._writer.close()
 
 
+def step_records(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of training steps that a run has written so far, in order."""
+    records = (json.loads(line) for line in _lines(run_dir / METRICS))
+    return [record for record in records if "loss" in record]
+
+
 def _lines(path: Path) -> list[str]:
     return [line + "\n" for line in path.read_text().splitlines()] if path.is_file() else []
 

@@ -1,7 +1,11 @@
 """The folder of a run: what is in it, whether the run can go on, and where its traces are written. Light to import."""
 
+import fcntl
 import json
+import os
 import re
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,9 @@ from .json_file import digest, flatten
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 CHECKPOINTS, TOKENIZER, TENSORBOARD = "checkpoints", "tokenizer", "tensorboard"
+
+# Seconds; a killed run's process ranks may take as long to be gone.
+_LOCK_PATIENCE = 5.0
 
 # What may change between the parts of one run: how far it goes, how it is watched, and how it is spread over ranks.
 _MAY_CHANGE = re.compile(
@@ -41,6 +48,35 @@ def check_writable(run_dir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"logging.run_dir: {run_dir} cannot be written: {error}") from error
+
+
+class RunLock:
+    """Keeps other runs out of a run folder for as long as the process lives."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Take the lock, waiting a little for a run that is just ending.
+
+        Raises:
+            UserError: another run holds it.
+        """
+        self._file = (run_dir / ".lock").open("a+")
+        deadline = time.monotonic() + _LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    self._file.seek(0)
+                    holder = self._file.read().strip()
+                    raise UserError(f"logging.run_dir: {run_dir} is in use by another run: {holder}") from error
+                time.sleep(0.2)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
 
 
 def folder_beside(run_dir: Path) -> Path:

@@ -5,7 +5,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .evaluate import evaluate
 from .extensions import ensure_extensions
 from .initialization import init_distributed, initialize
 from .json_file import digest
-from .metrics import MetricsLog
+from .metrics import MetricsLog, step_records
 from .model import abstract_model, build_model, model_config
 from .preflight import agree, ensure_environment, process_rank, world_size
 from .progress import ProgressView
@@ -34,6 +34,7 @@ from .run_folder import (
     CONFIG,
     SUMMARY,
     TOKENIZER,
+    RunLock,
     check_same_run,
     check_writable,
     folder_beside,
@@ -91,30 +92,37 @@ def train(
         UserError: the configuration, data, run folder or a checkpoint does not hold; the same on every process rank.
     """
     ensure_environment()
-    plan = _plan_together(config, overrides, fresh)
+    plan, lock = _plan_together(config, overrides, fresh)
     ensure_extensions()
     init_distributed()
     try:
         _Run(plan, console or Console()).execute()
     finally:
         dist.destroy_process_group()
+        if lock is not None:
+            lock.release()
     return plan.run_dir
 
 
-def _plan_together(config: str | Path | Mapping[str, Any], overrides: Sequence[str], fresh: bool) -> Plan:
-    """Check everything on every rank, and start only if all agree."""
+def _plan_together(
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str], fresh: bool
+) -> tuple[Plan, RunLock | None]:
+    """Check everything on every rank, and start only if all agree; rank 0 holds the run folder from then on."""
     settings: dict[str, Any] = {}
-    plan, error = None, None
+    plan, lock, error = None, None, None
     try:
         checked = load_config(config, overrides)
         plan = _make_plan(checked, fresh)
+        if process_rank() == 0:
+            plan.run_dir.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(plan.run_dir)
         settings = {"config": checked.raw, "data": plan.prepared.fingerprint}
     except UserError as found:
         error = str(found)
     chosen = agree(settings, error=error, choice=str(plan.run_dir) if plan is not None else None)
     assert plan is not None
     assert chosen is not None
-    return replace(plan, run_dir=Path(chosen))
+    return replace(plan, run_dir=Path(chosen)), lock
 
 
 def _make_plan(config: Config, fresh: bool) -> Plan:
@@ -156,28 +164,13 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     )
 
 
-@dataclass
-class _Totals:
-    """What is added up over the steps of this process's part of the run."""
-
-    steps: int = 0
-    reduced: float = 0.0
-    gathered: float = 0.0
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-
-    def median(self, phase: str) -> float:
-        # The first steps build what later ones reuse.
-        values = self.seconds.get(phase, [])
-        return statistics.median(values[2:] or values or [0.0])
-
-
 class _Run:
     """One process rank's side of a run."""
 
     def __init__(self, plan: Plan, console: Console) -> None:
         self.plan, self.console = plan, console
         self.is_first_rank = process_rank() == 0
-        self.timer, self.traffic, self.totals = PhaseTimer(), TrafficCounter(), _Totals()
+        self.timer, self.traffic = PhaseTimer(), TrafficCounter()
         vocab_size = plan.model_config.vocab_size
         length = plan.data.sequence_length
         self.train_data = PackedTokens(plan.prepared.train, length, vocab_size)
@@ -253,7 +246,12 @@ class _Run:
                     self.console.print(f"[yellow]warning:[/yellow] {error}; trying the checkpoint before it")
                 continue
             if state["data_fingerprint"] != self.plan.prepared.fingerprint:
-                raise UserError(f"{folder}: the run was trained on other data than data.train names now")
+                raise UserError(f"{folder}: the run was trained on other data than data.train names now").shared()
+            if step > self.plan.training.steps:
+                raise UserError(
+                    f"training.steps: {self.plan.training.steps} found, but {self.plan.run_dir} has been trained for"
+                    f" {step}; use --fresh or another logging.run_dir"
+                ).shared()
             self.history.update(state["history"])
             if self.is_first_rank:
                 self.console.print(f"resumed after step {step} from {folder}", highlight=False)
@@ -307,17 +305,17 @@ class _Run:
             with self.timer.phase("optimizer"):
                 engine.step()
             loss_sum += loss.detach()
-        self.totals.steps += 1
-        self.totals.reduced += self.traffic.reduced - before[0]
-        self.totals.gathered += self.traffic.gathered - before[1]
+        sent = {
+            "reduced": round(self.traffic.reduced - before[0]),
+            "gathered": round(self.traffic.gathered - before[1]),
+        }
         dist.all_reduce(loss_sum)
         mean = float(loss_sum) / (plan.batches.accumulation_steps * world_size())
         seconds = {**self.timer.collect(), "data_wait": waited}
         seconds["step"] = time.perf_counter() - started
-        for phase, value in seconds.items():
-            self.totals.seconds.setdefault(phase, []).append(value)
         if not math.isfinite(mean):
-            raise UserError(f"step {step}: the loss is {mean}; the last checkpoint is in {plan.run_dir / CHECKPOINTS}")
+            folder = plan.run_dir / CHECKPOINTS
+            raise UserError(f"step {step}: the loss is {mean}; checkpoints of before are in {folder}").shared()
         if self.history["loss_first"] is None:
             self.history["loss_first"] = mean
         self.history["loss_last"] = mean
@@ -328,6 +326,7 @@ class _Run:
             "grad_norm": float(norm) if norm is not None else None,
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / seconds["step"],
+            "bytes": sent,
             "seconds": seconds,
         }
 
@@ -350,46 +349,56 @@ class _Run:
         save_checkpoint(self.engine, folder / f"step-{step}", state)
         if self.is_first_rank:
             for _, old in find_checkpoints(folder)[: -self.plan.training.keep_checkpoints]:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
 
     def _finish(self) -> None:
-        plan, engine, totals = self.plan, self.engine, self.totals
+        plan, engine = self.plan, self.engine
         training = plan.training
         sample = None
         if training.sample_prompt is not None:
             sample = sample_text(
                 engine, plan.prepared.tokenizer, training.sample_prompt, training.sample_tokens, training.seed
             )
-        state, state_dense = optimizer_state_bytes(engine)
-        steps = max(1, totals.steps)
         memory = max_over_ranks(peak_memory(), engine.device)
-        median = totals.median("step")
-        summary = {
+        if self.is_first_rank:
+            summary = self._summarize(int(memory), sample)
+            write_json(plan.run_dir / SUMMARY, summary)
+            print_summary(summary, str(plan.run_dir), self.console)
+        dist.barrier()
+
+    def _summarize(self, memory: int, sample: str | None) -> dict[str, Any]:
+        """The figures of the whole run, also of parts that other processes trained."""
+        plan, engine = self.plan, self.engine
+        # The first steps build what later ones reuse.
+        records = step_records(plan.run_dir)
+        measured = records[2:] or records
+        median = {
+            phase: statistics.median(record["seconds"][phase] for record in measured)
+            for phase in ("step", "forward", "backward", "optimizer", "data_wait")
+        }
+        reduced, gathered = (
+            statistics.fmean(record["bytes"][kind] for record in records) for kind in ("reduced", "gathered")
+        )
+        state, state_dense = optimizer_state_bytes(engine)
+        return {
             "schema_version": SCHEMA_VERSION,
             "config_sha256": digest(plan.config.raw),
             "world_size": world_size(),
             "zero_stage": plan.config.zero_stage,
-            "steps": training.steps,
-            "tokens": training.steps * self.tokens_per_step,
-            "tokens_per_second": self.tokens_per_step / median if median else None,
+            "steps": plan.training.steps,
+            "tokens": plan.training.steps * self.tokens_per_step,
+            "tokens_per_second": self.tokens_per_step / median["step"],
             **self.history,
             "parameters": count_parameters(engine.module),
             "bytes": {
-                **traffic_bytes(engine, totals.reduced / steps, totals.gathered / steps),
+                **traffic_bytes(engine, reduced, gathered),
                 "optimizer_state": state,
                 "optimizer_state_dense": state_dense,
-                "peak_memory": int(memory),
+                "peak_memory": memory,
             },
-            "seconds": {
-                "step_median": median,
-                **{phase: totals.median(phase) for phase in ("forward", "backward", "optimizer", "data_wait")},
-            },
+            "seconds": {"step_median": median.pop("step"), **median},
             "sample": sample,
         }
-        if self.is_first_rank:
-            write_json(plan.run_dir / SUMMARY, summary)
-            print_summary(summary, str(plan.run_dir), self.console)
-        dist.barrier()
 
 
 def _learning_rates(engine: Any) -> dict[str, float]:

@@ -1,0 +1,37 @@
+# make train   set up, then train the quickstart (ARGS=--fresh trains it again in a new folder)
+# make test    set up, then lint, types and tests (TESTS="-m 'not slow'" for the quick ones)
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CONFIG ?= configs/quickstart.json
+ARGS   ?=
+TESTS  ?=
+
+.PHONY: train test lint
+.DELETE_ON_ERROR:
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .
+	$(BIN)/narrowgauge build
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: $(VENV)/.installed
+	@ranks=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)') && \
+	threads=$$(( $$(nproc) / ranks > 0 ? $$(nproc) / ranks : 1 )) && \
+	OMP_NUM_THREADS=$$threads $(BIN)/torchrun --standalone --nproc_per_node $$ranks \
+	    -m narrowgauge.launcher train $(CONFIG) $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	mkdir -p build/types/narrowgauge
+	for part in engine optimizers launcher configs; do ln -sfn ../../../$$part build/types/narrowgauge/$$part; done
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/python -m pytest $(TESTS)

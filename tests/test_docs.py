@@ -1,0 +1,62 @@
+"""The examples of the README and of ``docs/`` are run as they stand."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from narrowgauge.engine.config import load_config
+
+from tests.support.command import BIN, ROOT, environment
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def examples(heading: str) -> list[object]:
+    """The fenced blocks that begin with ``heading``, each named by page and number."""
+    found = []
+    for page in PAGES:
+        blocks = re.findall(rf"^```{heading}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        found += [pytest.param(block, id=f"{page.name}-{number}") for number, block in enumerate(blocks, 1)]
+    return found
+
+
+def check(words: list[str], folder: Path) -> None:
+    path = f"{BIN}:{environment()['PATH']}"
+    result = subprocess.run(  # noqa: S603
+        words, cwd=folder, env=environment(PATH=path), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("block", examples("python"))
+def test_python(block: str, tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(block)
+    check([sys.executable, "example.py"], tmp_path)
+
+
+@pytest.mark.parametrize("block", examples("bash run"))
+def test_command(block: str, tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    check(["/bin/bash", "-euc", block], tmp_path)
+
+
+@pytest.mark.parametrize("block", examples("json"))
+def test_configuration(block: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(block)
+    assert load_config(path).parsed.model is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_block_is_found() -> None:
+    assert len(examples("python")) >= 3
+    assert len(examples("bash run")) >= 1
+    assert len(examples("json")) >= 1
