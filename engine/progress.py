@@ -46,10 +46,13 @@ class ProgressView:
             self._bar.update(self._task, completed=step, description=text)
             return
         now = time.monotonic()
+        if step == self._first_step + 1:
+            self._started = now
         if now - self._last_line >= _SECONDS_BETWEEN_LINES or step in (self._first_step + 1, self._num_steps):
             self._last_line = now
-            left = (now - self._started) / (step - self._first_step) * (self._num_steps - step)
-            self._console.print(f"step {step}/{self._num_steps}  {text}  {left:,.0f} s left", highlight=False)
+            timed = step - self._first_step - 1
+            left = f"  {(now - self._started) / timed * (self._num_steps - step):,.0f} s left" if timed else ""
+            self._console.print(f"step {step}/{self._num_steps}  {text}{left}", highlight=False)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -92,11 +92,12 @@ def train(
         UserError: the configuration, data, run folder or a checkpoint does not hold; the same on every process rank.
     """
     ensure_environment()
-    plan, lock = _plan_together(config, overrides, fresh)
+    console = console or Console()
+    plan, lock = _plan_together(config, overrides, fresh, console)
     ensure_extensions()
     init_distributed()
     try:
-        _Run(plan, console or Console()).execute()
+        _Run(plan, console).execute()
     finally:
         dist.destroy_process_group()
         if lock is not None:
@@ -105,14 +106,14 @@ def train(
 
 
 def _plan_together(
-    config: str | Path | Mapping[str, Any], overrides: Sequence[str], fresh: bool
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str], fresh: bool, console: Console
 ) -> tuple[Plan, RunLock | None]:
     """Check everything on every rank, and start only if all agree; rank 0 holds the run folder from then on."""
     settings: dict[str, Any] = {}
     plan, lock, error = None, None, None
     try:
         checked = load_config(config, overrides)
-        plan = _make_plan(checked, fresh)
+        plan = _make_plan(checked, fresh, console)
         if process_rank() == 0:
             plan.run_dir.mkdir(parents=True, exist_ok=True)
             lock = RunLock(plan.run_dir)
@@ -125,7 +126,7 @@ def _plan_together(
     return replace(plan, run_dir=Path(chosen)), lock
 
 
-def _make_plan(config: Config, fresh: bool) -> Plan:
+def _make_plan(config: Config, fresh: bool, console: Console) -> Plan:
     parsed = config.parsed
     missing = [key for key in ("model", "data", "training", "logging", "optimizer") if getattr(parsed, key) is None]
     if missing:
@@ -147,7 +148,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     else:
         check_writable(run_dir)
         check_same_run(run_dir, config.raw)
-    prepared = prepare_data(parsed.data)
+    prepared = prepare_data(parsed.data, lambda text: console.print(text, highlight=False))
     described = model_config(parsed.model, vocab_size=prepared.vocab_size, sequence_length=parsed.data.sequence_length)
     params = config.compact_params()
     if params is not None:
@@ -213,6 +214,12 @@ class _Run:
             "data_fingerprint": plan.prepared.fingerprint,
         }
         write_json(plan.run_dir / CONFIG, resolved)
+        parameters = count_parameters(self.engine.module)["total"]
+        self.console.print(
+            f"{parameters:,} parameters, {plan.config.raw['optimizer']['type']} at ZeRO-{plan.config.zero_stage} on"
+            f" {world_size()} ranks, {self.tokens_per_step:,} tokens per step; {plan.run_dir}",
+            highlight=False,
+        )
         if plan.prepared.tokenizer is not None:
             shutil.copytree(plan.prepared.tokenizer, plan.run_dir / TOKENIZER, dirs_exist_ok=True)
 

@@ -79,9 +79,8 @@ class _CompactLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y_2d.sum(0).to(ctx.bias_dtype)
         if ctx.needs_input_grad[3]:
-            # Both products have the few selected lines on the left, which BLAS libraries do faster than on the right.
             if ctx.columns:
-                grad_compact = saved_x.t().mm(grad_y_2d).t().contiguous()
+                grad_compact = grad_y_2d.t().mm(saved_x)
             else:
                 x_2d = saved_x.reshape(-1, saved_x.shape[-1])
                 grad_compact = read_selected(grad_y_2d, index, ctx.start, dim=1).t().mm(x_2d)

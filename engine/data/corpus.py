@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..errors import DataError
 
 # Longer documents are cut at a line's end: the unit that is tokenized, and that is held out for validation.
 _PIECE_CHARS = 1 << 20
+_DIGEST_CHARS = 64
 
 
 def expand(patterns: Sequence[str], key: str) -> list[Path]:
@@ -62,11 +64,13 @@ def content_hash(files: Iterable[Path], cache_dir: Path) -> str:
         stat = path.stat()
         identity = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
         known = folder / hashlib.sha256(identity.encode()).hexdigest()
-        try:
-            digest = known.read_text()
-        except OSError:
+        digest = known.read_text() if known.is_file() else ""
+        if len(digest) != _DIGEST_CHARS:
             digest = _digest(path)
-            known.write_text(digest)
+            # Other process ranks read while this one writes.
+            aside = known.with_suffix(f".tmp-{os.getpid()}")
+            aside.write_text(digest)
+            aside.replace(known)
         total.update(f"{path.name}\n{digest}\n".encode())
     return total.hexdigest()
 

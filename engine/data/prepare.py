@@ -45,8 +45,12 @@ class PreparedData:
     fingerprint: str
 
 
-def prepare_data(block: DataBlock) -> PreparedData:
+def prepare_data(block: DataBlock, notify: Callable[[str], None] = lambda text: None) -> PreparedData:
     """Find the data, train the tokenizer and tokenize if that has not been done for this content.
+
+    Args:
+        block: the configuration's ``data``.
+        notify: told what is being built, by the process that builds it.
 
     Raises:
         DataError: files are missing, empty, damaged or of mixed kinds, or the cache cannot be written.
@@ -64,7 +68,7 @@ def prepare_data(block: DataBlock) -> PreparedData:
     return (
         _prepare_tokens(block, cache, files, validation)
         if kinds == {True}
-        else _prepare_text(block, cache, files, validation)
+        else _prepare_text(block, cache, files, validation, notify)
     )
 
 
@@ -94,7 +98,9 @@ def _last_documents(file: TokenFile, fraction: float) -> int:
     return int(ends[position - 1]) if position else int(wanted)
 
 
-def _prepare_text(block: DataBlock, cache: Path, files: list[Path], validation: list[Path]) -> PreparedData:
+def _prepare_text(
+    block: DataBlock, cache: Path, files: list[Path], validation: list[Path], notify: Callable[[str], None]
+) -> PreparedData:
     embedded = block.train == "stdlib"
     content = content_hash(files, cache) + content_hash(validation, cache)
 
@@ -106,15 +112,17 @@ def _prepare_text(block: DataBlock, cache: Path, files: list[Path], validation: 
     if block.tokenizer is not None:
         folder = _own_tokenizer(block, cache)
     else:
-        key = _key("sentencepiece-bpe", content, block.vocab_size)
-        folder = _build_once(
-            cache / "tokenizers" / key,
-            lambda target: train_tokenizer(lambda: (text for text, _ in pieces(files)), block.vocab_size, target),
-        )
+
+        def learn(target: Path) -> None:
+            notify(f"training a tokenizer of {block.vocab_size} pieces on {len(files)} text files")
+            train_tokenizer(lambda: (text for text, _ in pieces(files)), block.vocab_size, target)
+
+        folder = _build_once(cache / "tokenizers" / _key("sentencepiece-bpe", content, block.vocab_size), learn)
     held_out = None if validation else block.validation_fraction
     key = _key("tokens", content, tokenizer_hash(folder), held_out)
 
     def tokenize(target: Path) -> None:
+        notify(f"tokenizing {len(files) + len(validation)} text files")
         tokenizer = load_tokenizer(folder)
         target.mkdir()
         choose = (

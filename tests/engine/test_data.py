@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from narrowgauge.engine.config import DataBlock
-from narrowgauge.engine.data.corpus import read_pieces, stdlib_files
+from narrowgauge.engine.data.corpus import content_hash, read_pieces, stdlib_files
 from narrowgauge.engine.data.order import sample_order
 from narrowgauge.engine.data.packed import PackedTokens, RankSampler, training_loader
 from narrowgauge.engine.data.prepare import prepare_data
@@ -177,6 +177,18 @@ def test_the_cache_is_used_and_follows_the_content(corpus: Path, tmp_path: Path)
     assert Path(again.train[0][0]).stat().st_mtime_ns == stamp
     (source / "more.txt").write_text("something else entirely\n" * 50)
     assert prepare_data(block(tmp_path, train=[str(source / "*.txt")])).fingerprint != first.fingerprint
+
+
+def test_a_kept_hash_that_is_still_being_written_is_not_believed(corpus: Path, tmp_path: Path) -> None:
+    """Two ranks that started together once read each other's empty files, and disagreed about the data."""
+    files = sorted(corpus.glob("*.txt"))
+    expected = content_hash(files, tmp_path)
+    kept = list((tmp_path / "hashes").iterdir())
+    assert len(kept) == len(files)
+    kept[0].write_text("")
+    kept[1].write_text(kept[1].read_text()[:17])
+    assert content_hash(files, tmp_path) == expected
+    assert all(len(path.read_text()) == 64 for path in kept)
 
 
 def prepare_in_process(folder: str, cache: str, queue: Any) -> None:
