@@ -41,8 +41,8 @@ def refuse_wrapped(model: nn.Module) -> None:
     wrapper = next(_wrappers_of(model), None)
     if wrapper is not None:
         raise ValueError(
-            f"the model is already wrapped by {wrapper}: create the optimizer first, then wrap the model"
-            " (DistributedDataParallel, FSDP, torch.compile or deepspeed.initialize)"
+            f"the model is already wrapped by {wrapper}: create the optimizer first, then wrap the model with"
+            " DistributedDataParallel or torch.compile; under DeepSpeed use narrowgauge.engine.initialize"
         )
 
 

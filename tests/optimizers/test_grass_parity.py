@@ -9,7 +9,7 @@ import torch.distributed as dist
 from narrowgauge.optimizers import CompactLinear, Grass
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.support.models import TinyTransformer, is_matrix, tiny, token_batch
+from tests.support.models import TinyTransformer, is_matrix, tiny, token_batch, train_steps
 from tests.support.ranks import RankPool
 from tests.support.reference import ReferenceGrass
 
@@ -77,31 +77,22 @@ def test_ddp_on_two_ranks_equals_reference_in_fp64(two_ranks: RankPool, side: st
         assert weight_error < 1e-12
 
 
-def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
-    losses = []
-    for step in range(first, last):
-        loss = model(token_batch(step, 4))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
 def test_density_one_equals_torch_adamw() -> None:
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}
     model, twin = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
     optimizer = Grass(model, density=1.0, refresh_interval=5, **options)
     assert not any(isinstance(m, CompactLinear) for m in model.modules())
-    assert steps(model, optimizer, 0, 15) == steps(twin, torch.optim.AdamW(twin.parameters(), **options), 0, 15)
+    assert train_steps(model, optimizer, 0, 15) == train_steps(
+        twin, torch.optim.AdamW(twin.parameters(), **options), 0, 15
+    )
 
 
 def test_rank_of_all_but_one_column_is_almost_adamw_and_of_all_is_adamw_within_an_interval() -> None:
     """The compact path itself at full coverage: with every column but one selected, only that column may differ."""
     model, twin = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
     optimizer = Grass(model, rank=19, refresh_interval=None, lr=1e-2, target_modules=["*.q"])
-    steps(model, optimizer, 0, 1)
-    steps(twin, torch.optim.AdamW(twin.parameters(), lr=1e-2), 0, 1)
+    train_steps(model, optimizer, 0, 1)
+    train_steps(twin, torch.optim.AdamW(twin.parameters(), lr=1e-2), 0, 1)
     layer, dense = model.get_submodule("blocks.0.q"), twin.get_parameter("blocks.0.q.weight")
     assert isinstance(layer, CompactLinear)
     left_out = sorted(set(range(20)) - set(layer.index.tolist()))
@@ -116,7 +107,7 @@ def test_unselected_entries_stay_bit_identical(side: str) -> None:
     model = tiny()
     optimizer = Grass(model, lr=1e-2, density=0.25, side=side, refresh_interval=None, weight_decay=0.1)  # type: ignore[arg-type]
     before = {layer.name: layer.module.weight.clone() for layer in optimizer.layers}
-    steps(model, optimizer, 0, 5)
+    train_steps(model, optimizer, 0, 5)
     for layer in optimizer.layers:
         module = layer.module
         untouched = torch.ones(module.weight_shape[module.dim], dtype=torch.bool)
@@ -170,7 +161,7 @@ def test_indices_depend_on_the_seed_and_change_at_each_refresh() -> None:
         for step in range(6):
             if step % 2 == 0:
                 found.append(optimizer.layers[0].module.index.tolist())
-            steps(model, optimizer, step, step + 1)
+            train_steps(model, optimizer, step, step + 1)
         return found
 
     assert indices(0) == indices(0)
@@ -188,7 +179,7 @@ def test_moments_and_step_start_again_at_a_refresh_and_only_there() -> None:
         }
 
     for step, (compact, dense) in enumerate([(1, 1), (2, 2), (3, 3), (0, 4), (1, 5)]):
-        steps(model, optimizer, step, step + 1)
+        train_steps(model, optimizer, step, step + 1)
         assert counts("compact") == {compact}
         assert counts("dense") == {dense}
 
@@ -197,9 +188,9 @@ def test_first_update_after_a_refresh_is_the_learning_rate() -> None:
     """Keeping the step count while zeroing the moments made this update several times too large."""
     model = tiny(dtype=torch.float64)
     optimizer = Grass(model, density=0.3, refresh_interval=10, lr=1e-3, weight_decay=0.0, eps=1e-30)
-    steps(model, optimizer, 0, 10)
+    train_steps(model, optimizer, 0, 10)
     before = {layer.name: layer.module.compact.clone() for layer in optimizer.layers}
-    steps(model, optimizer, 10, 11)
+    train_steps(model, optimizer, 10, 11)
     for layer in optimizer.layers:
         update = (layer.module.compact - before[layer.name]).detach().abs()
         moved = update[update > 0]
@@ -212,5 +203,5 @@ def test_other_parameters_of_a_model_without_blocks() -> None:
     twin = copy.deepcopy(model)
     optimizer = Grass(model, rank=5, target_modules=["head"], lr=1e-2)
     assert [layer.name for layer in optimizer.layers] == ["head"]
-    steps(model, optimizer, 0, 1)
+    train_steps(model, optimizer, 0, 1)
     assert not torch.equal(model.get_parameter("blocks.0.up.bias"), twin.get_parameter("blocks.0.up.bias"))

@@ -7,20 +7,9 @@ import pytest
 import torch
 from narrowgauge.optimizers import Grass
 
-from tests.support.models import TinyTransformer, tiny, token_batch
+from tests.support.models import tiny, train_steps
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "density": 0.3, "refresh_interval": 7, "weight_decay": 0.1, "decay": "all"}
-
-
-def run(model: TinyTransformer, optimizer: Grass, first: int, last: int) -> list[float]:
-    losses = []
-    for step in range(first, last):
-        loss = model(token_batch(step, 4))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
 
 
 def through_disk(state: Any) -> Any:
@@ -43,20 +32,20 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(
     options = {**OPTIONS, "side": side, "selection": selection}
     model = tiny(dtype=torch.float64)
     optimizer = Grass(model, **options)
-    run(model, optimizer, 0, saved_after)
+    train_steps(model, optimizer, 0, saved_after)
     states = through_disk({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    expected = run(model, optimizer, saved_after, 18)
+    expected = train_steps(model, optimizer, saved_after, 18)
 
     resumed = tiny(seed=9, dtype=torch.float64)
     resumed_optimizer = Grass(resumed, **options)
-    run(resumed, resumed_optimizer, 0, 2)
+    train_steps(resumed, resumed_optimizer, 0, 2)
     loads = [
         lambda: resumed.load_state_dict(states["model"]),
         lambda: resumed_optimizer.load_state_dict(states["optimizer"]),
     ]
     for load in loads if model_first else reversed(loads):
         load()
-    assert run(resumed, resumed_optimizer, saved_after, 18) == expected
+    assert train_steps(resumed, resumed_optimizer, saved_after, 18) == expected
     wanted = model.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in resumed.state_dict().items())
 
@@ -64,7 +53,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(
 def test_state_holds_compact_values_indices_and_moments() -> None:
     model = tiny()
     optimizer = Grass(model, **OPTIONS)
-    run(model, optimizer, 0, 9)
+    train_steps(model, optimizer, 0, 9)
     state = optimizer.state_dict()
     assert state["subspace"]["num_steps"] == 9
     assert state["subspace"]["num_refreshes"] == 1
@@ -105,7 +94,7 @@ def test_a_learning_rate_schedule_moves_both_kinds_of_groups() -> None:
     model = tiny()
     optimizer = Grass(model, **{**OPTIONS, "compact_lr_scale": 0.2})
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    run(model, optimizer, 0, 1)
+    train_steps(model, optimizer, 0, 1)
     schedule.step()
     assert {g["kind"]: pytest.approx(g["lr"]) for g in optimizer.param_groups} == {"compact": 1e-3, "dense": 5e-3}
 
@@ -117,6 +106,6 @@ def test_step_hooks_run_once_per_step() -> None:
     optimizer = Grass(model, **OPTIONS)
     calls: list[int] = []
     optimizer.register_step_post_hook(lambda *args: calls.append(1))
-    run(model, optimizer, 0, 3)
+    train_steps(model, optimizer, 0, 3)
     assert len(calls) == 3
     assert optimizer.num_steps == 3

@@ -65,3 +65,15 @@ def is_matrix(name: str) -> bool:
 def token_batch(step: int, size: int, length: int = 11, vocab: int = 37) -> Tensor:
     """The global batch of a step, ``(size, length)``; ranks and micro-batches take their rows of it."""
     return torch.randint(vocab, (size, length), generator=torch.Generator().manual_seed(1000 + step))
+
+
+def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
+    """Train on the batches ``first`` to ``last - 1``, four sequences each; returns the losses."""
+    losses = []
+    for step in range(first, last):
+        loss = model(token_batch(step, 4))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
