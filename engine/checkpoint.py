@@ -186,10 +186,10 @@ def _write_optimizer(engine: Any, folder: Path) -> str | None:
     tensors: dict[str, Tensor] = {}
     for fragment in local_fragments(engine):
         prefix = f"{fragment.name}|{fragment.start}|"
-        tensors[prefix + MASTER] = fragment.of(fragment.flat).clone()
+        tensors[prefix + MASTER] = fragment.of(fragment.flat).cpu().clone()
         for key, value in states.get(fragment.flat, {}).items():
             if torch.is_tensor(value) and value.shape == fragment.flat.shape:
-                tensors[prefix + key] = fragment.of(value).clone()
+                tensors[prefix + key] = fragment.of(value).cpu().clone()
             elif not (torch.is_tensor(value) and value.dim() == 0) and not isinstance(value, int | float):
                 raise CheckpointError(f"optimizer state {key!r} is neither shaped like its parameter nor a number")
     name = f"optimizer-{rank:05d}-of-{size:05d}.safetensors"
@@ -221,7 +221,7 @@ def _engine_state(engine: Any) -> dict[str, Any]:
     }
 
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 def _numbers(holder: Any) -> dict[str, Any]:
@@ -341,6 +341,8 @@ def _set_scalar(base: Any, fragment: Fragment, key: str, number: dict[str, Any])
 def _restore_engine_state(engine: Any, state: dict[str, Any]) -> None:
     for key in _COUNTERS:
         setattr(engine, key, state["counters"][key])
+    # Where the next step ends is counted from here, and the number of micro-batches in a step may have changed.
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     if engine.fp16_enabled():
         vars(engine.optimizer.loss_scaler).update(state["loss_scaler"])
 

@@ -53,6 +53,9 @@ class GrassParams(StrictBlock):
 
 COMPACT_OPTIMIZERS: dict[str, type[GrassParams]] = {"Grass": GrassParams}
 
+# Left out for other optimizers, so that a comparison with dense AdamW changes one word.
+COMPACT_ONLY = set(GrassParams.model_fields) - {"lr", "betas", "eps", "weight_decay", "foreach", "fused"}
+
 
 class ModelBlock(StrictBlock):
     """What is trained: give one of ``path``, ``preset`` and ``config``; ``config`` may also adjust a preset."""
@@ -184,9 +187,22 @@ class Config:
             return None
         return COMPACT_OPTIMIZERS[block.type].model_validate(block.params)
 
+    def unused_params(self) -> list[str]:
+        """The ``optimizer.params`` of compact optimizers that another type of optimizer does not take."""
+        block = self.parsed.optimizer
+        if block is None or block.type in COMPACT_OPTIMIZERS:
+            return []
+        return [key for key in block.params if key in COMPACT_ONLY]
+
     def deepspeed_dict(self) -> dict[str, Any]:
         """The keys that are DeepSpeed's, as given."""
-        return {key: value for key, value in self.raw.items() if key not in OWN_BLOCKS}
+        settings = {key: value for key, value in self.raw.items() if key not in OWN_BLOCKS}
+        unused = self.unused_params()
+        if unused:
+            block = settings["optimizer"]
+            params = {key: value for key, value in block["params"].items() if key not in unused}
+            settings["optimizer"] = {**block, "params": params}
+        return settings
 
     def batches(self, world_size: int) -> "Batches":
         """The batch sizes, with what is missing derived as DeepSpeed does.
@@ -266,7 +282,8 @@ def _check_optimizer_and_scheduler(raw: dict[str, Any]) -> list[str]:
             except ValidationError as error:
                 problems += [f"optimizer.params{_describe(item, schema)}" for item in error.errors()]
         else:
-            problems += _check_names("optimizer", name, params, optimizer_parameters)
+            own = {key: value for key, value in params.items() if key not in COMPACT_ONLY} if params else {}
+            problems += _check_names("optimizer", name, own, optimizer_parameters)
     if isinstance(scheduler, dict) and isinstance(scheduler.get("type"), str):
         problems += _check_names("scheduler", scheduler["type"], scheduler.get("params", {}), scheduler_parameters)
     if isinstance(raw.get("training"), dict) and raw["training"].get("lr_schedule") and scheduler:

@@ -1,5 +1,6 @@
 """``initialize``: as ``deepspeed.initialize``, with compact optimizers beside DeepSpeed's own."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
@@ -15,7 +16,7 @@ from narrowgauge.optimizers import Grass
 from torch import nn
 
 from .config import Config, load_config
-from .preflight import agree, ensure_environment
+from .preflight import agree, ensure_environment, process_rank
 from .support import check_supported
 from .zero_backends import GatherOnceBackend
 from .zero_engine import Engine
@@ -74,6 +75,12 @@ def initialize(
         raise checked.error("optimizer: an optimizer was passed to initialize, and the configuration names another")
     if params is None and client is None:
         agree(checked.raw)
+        if checked.unused_params() and process_rank() == 0:
+            warnings.warn(
+                f"optimizer.params: {', '.join(checked.unused_params())} are not used by"
+                f" {checked.raw['optimizer']['type']}, which trains every parameter at lr",
+                stacklevel=2,
+            )
         return deepspeed.initialize(
             model=model,
             config=checked.deepspeed_dict(),
@@ -133,7 +140,7 @@ def _make_engine(
     # What DeepSpeed asks of an optimizer it does not know.
     settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     if "scheduler" in settings:
-        settings["scheduler"] = _per_group_rates(settings["scheduler"], optimizer)
+        settings["scheduler"] = _per_group_rates(config, settings["scheduler"], optimizer)
     init_distributed(dist_init_required)
     engine = Engine(
         args=None,
@@ -147,11 +154,17 @@ def _make_engine(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _per_group_rates(scheduler: dict[str, Any], optimizer: Grass) -> dict[str, Any]:
+def _per_group_rates(config: Config, scheduler: dict[str, Any], optimizer: Grass) -> dict[str, Any]:
     """Give a schedule that sets one rate for all groups a rate for each, so that the groups keep their proportions."""
     base = optimizer.defaults["lr"]
+    if base == 0.0:
+        raise config.error(
+            "optimizer.params.lr: 0 found; with a scheduler it is what the groups' rates are relative to"
+        )
     proportions = [group["lr"] / base for group in optimizer.param_groups]
     params = dict(scheduler.get("params", {}))
+    if scheduler.get("type") == "LRRangeTest":
+        params.setdefault("lr_range_test_min_lr", 1e-3)
     for key in _ABSOLUTE_RATES & params.keys():
         if isinstance(params[key], int | float):
             params[key] = [params[key] * proportion for proportion in proportions]

@@ -13,7 +13,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool) -> None:
         """Open the files; what a run that was cut short wrote beyond ``first_step`` is taken out."""
         path = run_dir / METRICS
-        kept = [line for line in _lines(path) if _step_of(line) <= first_step]
+        kept = [line for line in _lines(path) if first_step and _step_of(line) <= first_step]
         aside = path.with_name(path.name + ".tmp")
         aside.write_text("".join(kept))
         aside.replace(path)

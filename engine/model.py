@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from narrowgauge.optimizers.selection import derive_seed
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -46,9 +47,12 @@ def model_config(block: ModelBlock, *, vocab_size: int | None, sequence_length: 
 
 def _from_folder(folder: Path) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"model.path: {folder} holds no Hugging Face model: {error}") from error
+    if not any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin")):
+        raise UserError(f"model.path: {folder} holds no weights (*.safetensors or pytorch_model*.bin)")
+    return config
 
 
 def _from_scratch(block: ModelBlock, vocab_size: int | None) -> PretrainedConfig:
@@ -70,7 +74,10 @@ def _from_scratch(block: ModelBlock, vocab_size: int | None) -> PretrainedConfig
     for key in settings:
         if key not in allowed:
             raise UserError(f"model.config.{key}: unknown key for {model_type}{did_you_mean(key, allowed)}")
-    return AutoConfig.for_model(model_type, **settings)
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.config: {error}") from error
 
 
 def abstract_model(config: PretrainedConfig) -> nn.Module:

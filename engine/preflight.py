@@ -21,6 +21,9 @@ from .json_file import flatten
 _REPORT_TIMEOUT = timedelta(minutes=30)
 _VERSIONED = ("narrowgauge", "torch", "deepspeed", "transformers")
 _meetings = 0
+# Rank 0 may host the store's server: other ranks go on to make a process group on the same address and would meet a
+# server that is just closing, were it not kept.
+_store: Any = None
 
 
 def ensure_environment() -> None:
@@ -63,10 +66,10 @@ def agree(settings: dict[str, Any], *, error: str | None = None, choice: str | N
         if error is not None:
             raise UserError(error)
         return choice
-    global _meetings
+    global _meetings, _store
     _meetings += 1
-    store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))
-    store = PrefixStore(f"narrowgauge/{_meetings}", store)
+    _store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))
+    store = PrefixStore(f"narrowgauge/{_meetings}", _store)
     versions = {f"version of {name}": version(name) for name in _VERSIONED}
     report = {"error": error, "choice": choice, "settings": {**flatten(settings), **versions}}
     store.set(str(rank), json.dumps(report))

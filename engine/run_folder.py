@@ -14,15 +14,18 @@ from .json_file import digest, flatten
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 CHECKPOINTS, TOKENIZER, TENSORBOARD = "checkpoints", "tokenizer", "tensorboard"
+_LOCK = ".lock"
 
 # Seconds; a killed run's process ranks may take as long to be gone.
 _LOCK_PATIENCE = 5.0
+# Seconds; a network file system shows other nodes' files late.
+_SHARED_PATIENCE = 30.0
 
 # What may change between the parts of one run: how far it goes, how it is watched, and how it is spread over ranks.
 _MAY_CHANGE = re.compile(
     r"training\.(steps|eval_interval|eval_sequences|checkpoint_interval|keep_checkpoints|sample_prompt|sample_tokens)"
     r"|logging\..*|data\.(cache_dir|num_workers)|zero_optimization(\..*)?|train_micro_batch_size_per_gpu"
-    r"|gradient_accumulation_steps|model\.gradient_checkpointing|steps_per_print|wall_clock_breakdown|comms_logger\..*"
+    r"|train_batch_size|gradient_accumulation_steps|model\.gradient_checkpointing|steps_per_print|wall_clock_breakdown|comms_logger\..*"
 )
 
 
@@ -43,7 +46,8 @@ def check_writable(run_dir: Path) -> None:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".write-test"
+        # Other process ranks try at the same time.
+        probe = run_dir / f".write-test-{socket.gethostname()}-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -59,7 +63,7 @@ class RunLock:
         Raises:
             UserError: another run holds it.
         """
-        self._file = (run_dir / ".lock").open("a+")
+        self._file = (run_dir / _LOCK).open("a+")
         deadline = time.monotonic() + _LOCK_PATIENCE
         while True:
             try:
@@ -88,8 +92,28 @@ def folder_beside(run_dir: Path) -> Path:
     return candidate
 
 
-def check_same_run(run_dir: Path, raw: dict[str, Any]) -> None:
+def check_shared(run_dir: Path) -> None:
+    """Check that this process sees the folder that process rank 0 has locked.
+
+    Raises:
+        UserError: it does not, as on a node with a disk of its own.
+    """
+    deadline = time.monotonic() + _SHARED_PATIENCE
+    while not (run_dir / _LOCK).exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"logging.run_dir: what process rank 0 writes to {run_dir} is not seen on {socket.gethostname()};"
+                " all nodes need the same folder"
+            )
+        time.sleep(0.2)
+
+
+def check_same_run(run_dir: Path, raw: dict[str, Any], train_batch_size: int) -> None:
     """Refuse to continue a run under a configuration that would not be followed.
+
+    Args:
+        train_batch_size: as it follows from the configuration and the number of ranks; the place in the data is
+            counted in it.
 
     Raises:
         UserError: naming the keys that differ from the folder's ``config.json``.
@@ -98,8 +122,9 @@ def check_same_run(run_dir: Path, raw: dict[str, Any]) -> None:
     if not path.is_file():
         return
     try:
-        saved = flatten(json.loads(path.read_text())["config"])
-    except (OSError, ValueError, KeyError) as error:
+        resolved = json.loads(path.read_text())
+        saved, saved_batch_size = flatten(resolved["config"]), resolved["train_batch_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read: {error}; use --fresh or another logging.run_dir") from error
     now = flatten(raw)
     changed = [
@@ -107,6 +132,8 @@ def check_same_run(run_dir: Path, raw: dict[str, Any]) -> None:
         for key in sorted(saved.keys() | now.keys())
         if saved.get(key) != now.get(key) and not _MAY_CHANGE.fullmatch(key)
     ]
+    if saved_batch_size != train_batch_size:
+        changed.append(f"train_batch_size (was {saved_batch_size}, now {train_batch_size})")
     if changed:
         raise UserError(
             f"{run_dir} holds a run of another configuration: {', '.join(changed)}."

@@ -1,11 +1,25 @@
 """A continuation of a prompt by the trained model."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .data.tokenizer import load_tokenizer
+from .errors import UserError
+
+
+def check_prompt(prompt: str, tokenizer_folder: Path | None) -> None:
+    """Check before the training what would fail after it.
+
+    Raises:
+        UserError: there is no tokenizer, or the prompt has no tokens.
+    """
+    if tokenizer_folder is None:
+        raise UserError("training.sample_prompt: token files carry no tokenizer; name one as data.tokenizer")
+    if not load_tokenizer(tokenizer_folder)(prompt, add_special_tokens=False)["input_ids"]:
+        raise UserError(f"training.sample_prompt: {prompt!r} found, which has no tokens")
 
 
 @torch.no_grad()
@@ -18,6 +32,10 @@ def sample_text(engine: Any, tokenizer_folder: Any, prompt: str, num_tokens: int
         return None
     tokenizer = load_tokenizer(tokenizer_folder)
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(engine.device)
+    # The prompt's end, and as many tokens as the model's positions leave room for.
+    context = getattr(engine.module.config, "max_position_embeddings", None) or tokens.shape[1] + num_tokens
+    tokens = tokens[:, 1 - context :]
+    num_tokens = min(num_tokens, context - tokens.shape[1])
     torch.manual_seed(seed)
     engine.eval()
     generated = engine.module.generate(

@@ -73,6 +73,7 @@ def traffic_bytes(engine: Any, reduced: float, gathered: float) -> dict[str, flo
     dense_parameters = _trained_when_dense(engine.module)
     element = torch.finfo(dense_parameters[0].dtype).bits // 8
     trainable = element * sum(map(_numel, dense_parameters))
+    reduced_as = torch.finfo(engine.communication_data_type).bits // 8 / element
     if stage < 3:
         dense = dense_traffic(stage=stage, parameter_bytes=trainable, world_size=size, accumulation_steps=steps)
     else:
@@ -89,7 +90,7 @@ def traffic_bytes(engine: Any, reduced: float, gathered: float) -> dict[str, flo
     return {
         "reduced_per_step": round(reduced),
         "gathered_per_step": round(gathered),
-        "reduced_per_step_dense": round(dense[0]),
+        "reduced_per_step_dense": round(dense[0] * reduced_as),
         "gathered_per_step_dense": round(dense[1]),
     }
 

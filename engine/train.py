@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from narrowgauge.optimizers.conversion import check_ranks, find_targets
+from narrowgauge.optimizers import Grass
 from narrowgauge.optimizers.selection import derive_seed
 from rich.console import Console
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PretrainedConfig
 
 from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
@@ -36,11 +37,12 @@ from .run_folder import (
     TOKENIZER,
     RunLock,
     check_same_run,
+    check_shared,
     check_writable,
     folder_beside,
     write_json,
 )
-from .sample import sample_text
+from .sample import check_prompt, sample_text
 from .schedule import make_schedule
 from .summary import (
     SCHEMA_VERSION,
@@ -67,6 +69,8 @@ class Plan:
     logging: LoggingBlock
     batches: Batches
     prepared: PreparedData
+    train_data: PackedTokens
+    eval_data: PackedTokens
     model_config: PretrainedConfig
     run_dir: Path
 
@@ -120,10 +124,21 @@ def _plan_together(
         settings = {"config": checked.raw, "data": plan.prepared.fingerprint}
     except UserError as found:
         error = str(found)
+    except Exception as found:
+        # The other ranks would wait for this one.
+        error = f"{type(found).__name__}: {found}"
+        agree(settings, error=error)
+        raise
     chosen = agree(settings, error=error, choice=str(plan.run_dir) if plan is not None else None)
     assert plan is not None
     assert chosen is not None
-    return replace(plan, run_dir=Path(chosen)), lock
+    plan, error = replace(plan, run_dir=Path(chosen)), None
+    try:
+        check_shared(plan.run_dir)
+    except UserError as found:
+        error = str(found)
+    agree({}, error=error)
+    return plan, lock
 
 
 def _make_plan(config: Config, fresh: bool, console: Console) -> Plan:
@@ -140,6 +155,8 @@ def _make_plan(config: Config, fresh: bool, console: Console) -> Plan:
     zero: Any = parsed.zero_optimization
     if zero is not None and zero.offload_optimizer is not None and zero.offload_optimizer.device == "nvme":
         raise config.error("zero_optimization.offload_optimizer.device: nvme is not supported yet, use cpu")
+    if parsed.managed_gradient_accumulation is False:
+        raise config.error("managed_gradient_accumulation: false found; narrowgauge train steps once per step")
     batches = config.batches(world_size())
     run_dir = Path(parsed.logging.run_dir).expanduser()
     if fresh:
@@ -147,21 +164,34 @@ def _make_plan(config: Config, fresh: bool, console: Console) -> Plan:
         check_writable(run_dir.parent)
     else:
         check_writable(run_dir)
-        check_same_run(run_dir, config.raw)
+        check_same_run(run_dir, config.raw, batches.total)
     prepared = prepare_data(parsed.data, lambda text: console.print(text, highlight=False))
     described = model_config(parsed.model, vocab_size=prepared.vocab_size, sequence_length=parsed.data.sequence_length)
     params = config.compact_params()
     if params is not None:
         check_supported(config)
         try:
-            targets = find_targets(abstract_model(described), params.target_modules)
-            check_ranks(targets, rank=params.rank, density=params.density, side=params.side)
+            Grass(abstract_model(described), **params.model_dump(exclude={"fused"}))
         except ValueError as error:
-            raise config.error(f"optimizer.params.{error}") from error
-    if parsed.training.sample_prompt is not None and prepared.tokenizer is None:
-        raise config.error("training.sample_prompt: token files carry no tokenizer; name one as data.tokenizer")
+            raise config.error(f"optimizer.params: {error}") from error
+    if parsed.training.sample_prompt is not None:
+        check_prompt(parsed.training.sample_prompt, prepared.tokenizer)
+    train_data, eval_data = (
+        PackedTokens(streams, parsed.data.sequence_length, described.vocab_size)
+        for streams in (prepared.train, prepared.validation)
+    )
     return Plan(
-        config, parsed.model, parsed.data, parsed.training, parsed.logging, batches, prepared, described, run_dir
+        config,
+        parsed.model,
+        parsed.data,
+        parsed.training,
+        parsed.logging,
+        batches,
+        prepared,
+        train_data,
+        eval_data,
+        described,
+        run_dir,
     )
 
 
@@ -172,11 +202,7 @@ class _Run:
         self.plan, self.console = plan, console
         self.is_first_rank = process_rank() == 0
         self.timer, self.traffic = PhaseTimer(), TrafficCounter()
-        vocab_size = plan.model_config.vocab_size
-        length = plan.data.sequence_length
-        self.train_data = PackedTokens(plan.prepared.train, length, vocab_size)
-        self.eval_data = PackedTokens(plan.prepared.validation, length, vocab_size)
-        self.tokens_per_step = plan.batches.total * length
+        self.tokens_per_step = plan.batches.total * plan.data.sequence_length
         self.engine: Any = None
         self.history: dict[str, Any] = {"loss_first": None, "loss_last": None, "eval_loss_first": None}
 
@@ -214,10 +240,10 @@ class _Run:
             "data_fingerprint": plan.prepared.fingerprint,
         }
         write_json(plan.run_dir / CONFIG, resolved)
-        parameters = count_parameters(self.engine.module)["total"]
+        parameters, ranks = count_parameters(self.engine.module)["total"], world_size()
         self.console.print(
             f"{parameters:,} parameters, {plan.config.raw['optimizer']['type']} at ZeRO-{plan.config.zero_stage} on"
-            f" {world_size()} ranks, {self.tokens_per_step:,} tokens per step; {plan.run_dir}",
+            f" {ranks} rank{'s' if ranks > 1 else ''}, {self.tokens_per_step:,} tokens per step; {plan.run_dir}",
             highlight=False,
         )
         if plan.prepared.tokenizer is not None:
@@ -260,6 +286,7 @@ class _Run:
                     f" {step}; use --fresh or another logging.run_dir"
                 ).shared()
             self.history.update(state["history"])
+            _follow_schedule(self.engine.lr_scheduler)
             if self.is_first_rank:
                 self.console.print(f"resumed after step {step} from {folder}", highlight=False)
             return step
@@ -268,7 +295,7 @@ class _Run:
     def _loop(self, first_step: int, view: ProgressView | None, metrics: MetricsLog | None) -> None:
         plan, training = self.plan, self.plan.training
         sampler = RankSampler(
-            num_samples=len(self.train_data),
+            num_samples=len(plan.train_data),
             seed=training.seed,
             first_step=first_step,
             last_step=training.steps,
@@ -277,7 +304,7 @@ class _Run:
             rank=process_rank(),
             world_size=world_size(),
         )
-        batches = iter(training_loader(self.train_data, sampler, plan.data.num_workers))
+        batches = iter(training_loader(plan.train_data, sampler, plan.data.num_workers))
         if first_step == 0:
             self.history["eval_loss_first"] = self._evaluate(0, view, metrics)
         for step in range(first_step + 1, training.steps + 1):
@@ -340,7 +367,7 @@ class _Run:
     def _evaluate(self, step: int, view: ProgressView | None, metrics: MetricsLog | None) -> float:
         loss = evaluate(
             self.engine,
-            self.eval_data,
+            self.plan.eval_data,
             num_sequences=self.plan.training.eval_sequences,
             micro_batch_size=self.plan.batches.micro,
         )
@@ -406,6 +433,15 @@ class _Run:
             "seconds": {"step_median": median.pop("step"), **median},
             "sample": sample,
         }
+
+
+def _follow_schedule(scheduler: Any) -> None:
+    """Set the rates of the step the schedule is at: the run may have been given another length since."""
+    if isinstance(scheduler, LambdaLR):
+        for group, base, factor in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(scheduler.last_epoch)
 
 
 def _learning_rates(engine: Any) -> dict[str, float]:

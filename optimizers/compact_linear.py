@@ -124,6 +124,12 @@ class CompactLinear(nn.Linear):
         linear.compact = nn.Parameter(torch.empty(shape, dtype=linear.weight.dtype, device=linear.weight.device))
         return linear
 
+    def revert(self) -> None:
+        """Undo :meth:`convert`: a plain, trainable ``nn.Linear`` again."""
+        del self.compact, self.index, self.side, self.start, self.overlay
+        self.weight.requires_grad_(True)
+        self.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+
     @property
     def weight_shape(self) -> tuple[int, int]:
         """``(m, n)``, also where ZeRO-3 holds only a shard of the weight."""

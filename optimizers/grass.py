@@ -42,7 +42,7 @@ class Grass(torch.optim.AdamW):
         betas, eps, weight_decay, foreach, fused: as in ``torch.optim.AdamW``.
         decay: ``active`` decays the selected entries. ``all`` also decays the others: their factor is accumulated and
             applied when the subspace changes, with stochastic rounding in bf16 (step by step it would round to
-            nothing).
+            nothing). Until then evaluation and checkpoints see them without it.
         compact_lr_scale: learning rate of the compact parameters relative to ``lr``. Matrices usually want a 5 to 10
             times lower rate than embeddings and head.
         target_modules: globs over module names; default every linear inside the transformer blocks. Tied and frozen
@@ -94,9 +94,16 @@ class Grass(torch.optim.AdamW):
         self.seed = seed
         self.num_steps = 0
         self.num_refreshes = 0
-        self._fill_compact()
-        groups = build_groups(model, self.layers, full_rank, param_groups, lr=lr, compact_lr_scale=compact_lr_scale)
-        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
+        try:
+            self._fill_compact()
+            groups = build_groups(model, self.layers, full_rank, param_groups, lr=lr, compact_lr_scale=compact_lr_scale)
+            super().__init__(
+                groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused
+            )
+        except Exception:
+            for layer in self.layers:
+                layer.module.revert()
+            raise
         owner = {id(layer.module.compact): layer.name for layer in self.layers}
         # By position: engines replace the parameters of the groups, and loading a state replaces the groups.
         self._group_of = {owner[id(p)]: i for i, g in enumerate(groups) for p in g["params"] if id(p) in owner}
@@ -176,8 +183,14 @@ class Grass(torch.optim.AdamW):
         """Restore :meth:`subspace_state`; the compact values are the caller's to restore.
 
         Raises:
-            ValueError: it was saved by another version, side, set of layers or ranks.
+            ValueError: it was saved by another version, side, set of layers or ranks; nothing has changed then.
         """
+        self._check_subspace_state(state)
+        for layer in self.layers:
+            layer.module.set_index(state["index"][layer.name])
+        self.num_steps, self.num_refreshes = state["num_steps"], state["num_refreshes"]
+
+    def _check_subspace_state(self, state: dict[str, Any]) -> None:
         if state["version"] != STATE_VERSION:
             raise ValueError(f"Grass state: version {state['version']} found, {STATE_VERSION} expected")
         saved, own = state["index"], {layer.name: layer.module for layer in self.layers}
@@ -190,9 +203,6 @@ class Grass(torch.optim.AdamW):
                     f"Grass state: {name} was saved with {saved[name].numel()} {state['side']},"
                     f" this optimizer has {module.index.numel()} {module.side}"
                 )
-        for name, module in own.items():
-            module.set_index(saved[name])
-        self.num_steps, self.num_refreshes = state["num_steps"], state["num_refreshes"]
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state and, under ``subspace``, the indices, counters and compact values."""
@@ -204,13 +214,14 @@ class Grass(torch.optim.AdamW):
         """Restore a :meth:`state_dict`, in either order with the model's; the weights are folded afterwards.
 
         Raises:
-            ValueError: it is not a Grass state, or belongs to another configuration.
+            ValueError: it is not a Grass state, or belongs to another configuration; nothing has changed then.
         """
         if "subspace" not in state_dict:
             raise ValueError("not a state of Grass: it has no 'subspace'")
         subspace = state_dict["subspace"]
-        self.load_subspace_state(subspace)
+        self._check_subspace_state(subspace)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "subspace"})
+        self.load_subspace_state(subspace)
         for layer in self.layers:
             layer.module.compact.copy_(subspace["compact"][layer.name])
         self.backend.fold(self.layers)
@@ -251,6 +262,8 @@ def check_options(
         raise ValueError(f"refresh_interval: {refresh_interval} found, an integer of at least 1 or null is needed")
     if decay not in ("active", "all"):
         raise ValueError(f"decay: {decay!r} found, 'active' or 'all' is needed")
+    if decay == "all" and refresh_interval is None:
+        raise ValueError("decay: 'all' found, but it takes effect at a refresh, and refresh_interval is None")
 
 
 __all__ = ["CompactLayer", "CompactLinear", "Grass"]

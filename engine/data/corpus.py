@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import os
+import socket
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ def content_hash(files: Iterable[Path], cache_dir: Path) -> str:
         if len(digest) != _DIGEST_CHARS:
             digest = _digest(path)
             # Other process ranks read while this one writes.
-            aside = known.with_suffix(f".tmp-{os.getpid()}")
+            aside = known.with_suffix(f".tmp-{socket.gethostname()}-{os.getpid()}")
             aside.write_text(digest)
             aside.replace(known)
         total.update(f"{path.name}\n{digest}\n".encode())

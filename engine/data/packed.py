@@ -88,6 +88,8 @@ def training_loader(dataset: PackedTokens, sampler: RankSampler, num_workers: in
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
+        # Forked workers share the mapped files; others would be sent their contents.
+        multiprocessing_context="fork" if num_workers else None,
         prefetch_factor=8 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
     )

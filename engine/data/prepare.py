@@ -82,12 +82,11 @@ def _prepare_tokens(block: DataBlock, cache: Path, files: list[Path], validation
         train.append((file.bin_path, file.tokens[:end]))
         if not held_out:
             valid.append((file.bin_path, file.tokens[end:]))
-    digest = hashlib.sha256(json.dumps([block.validation_fraction, len(held_out)]).encode())
-    for prefix in prefixes + held_out:
-        digest.update(Path(f"{prefix}.idx").read_bytes())
+    content = content_hash([Path(f"{p}{end}") for p in prefixes + held_out for end in (".idx", ".bin")], cache)
     folder = _own_tokenizer(block, cache) if block.tokenizer is not None else None
     vocab_size = len(load_tokenizer(folder)) if folder is not None else None
-    return PreparedData(train, valid, folder, vocab_size, digest.hexdigest())
+    fingerprint = _key("token files", content, block.validation_fraction, len(held_out))
+    return PreparedData(train, valid, folder, vocab_size, fingerprint)
 
 
 def _last_documents(file: TokenFile, fraction: float) -> int:

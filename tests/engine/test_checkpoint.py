@@ -88,6 +88,29 @@ def test_other_numbers_of_ranks_and_other_stages_continue_alike(
             assert found == pytest.approx(expected, abs=2e-6)
 
 
+def train_with_accumulation(steps: int, first: int, last: int, folder: str, load: bool) -> list[float]:
+    engine = make_engine(config_of(1, "fp32", gradient_accumulation_steps=steps))
+    if load:
+        engine.load_checkpoint(folder)
+    losses = [train_step(engine, step) for step in range(first, last)]
+    assert engine.compact_optimizer.num_steps == last
+    if not load:
+        engine.save_checkpoint(folder, tag="tag")
+    finish(engine)
+    return losses
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_run_continues_with_other_accumulation(two_ranks: RankPool, tmp_path: Path, steps: int) -> None:
+    """After an odd number of steps the count of micro-batches, once restored as it was, put every later step's end in
+    the middle of the next.
+    """
+    two_ranks.run(train_with_accumulation, 1, 0, 3, str(tmp_path / "a"), load=False)
+    found = two_ranks.run(train_with_accumulation, steps, 3, 9, str(tmp_path / "a"), load=True)[0]
+    expected = two_ranks.run(train_with_accumulation, 1, 0, 9, str(tmp_path / "b"), load=False)[0][3:]
+    assert found == pytest.approx(expected, abs=2e-6)
+
+
 def load_weights_only(stage: int, folder: str) -> tuple[bool, bool, int]:
     engine = make_engine(config_of(stage, "fp32"), seed=7)
     engine.load_checkpoint(folder, load_module_only=True)

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from narrowgauge.engine.config import load_config
+import torch
+from narrowgauge.engine.config import ModelBlock, ScheduleBlock, load_config
 from narrowgauge.engine.errors import ConfigError
+from narrowgauge.engine.model import abstract_model, model_config, preset_names
+from narrowgauge.engine.schedule import make_schedule
 from narrowgauge.engine.support import check_supported
 
 BASE: dict[str, Any] = {
@@ -100,6 +103,17 @@ def test_a_misspelt_key_is_named_with_the_nearest_right_one(misspelt: str, right
 def test_a_wrong_value_is_named_with_what_is_allowed(override: str, expected: str) -> None:
     found = problems_with(override)
     assert any(problem.startswith(expected) for problem in found), found
+
+
+def test_dense_adamw_is_one_word_away() -> None:
+    """What only Grass takes stays in the file, is left out, and is told; a misspelt name is still an error."""
+    given = {"lr": 0.1, "betas": [0.9, 0.95], "density": 0.125, "compact_lr_scale": 0.2, "param_groups": []}
+    config = load_config(BASE, [f"optimizer.params={json.dumps(given)}", "optimizer.type=AdamW"])
+    assert config.deepspeed_dict()["optimizer"] == {"type": "AdamW", "params": {"lr": 0.1, "betas": [0.9, 0.95]}}
+    assert config.unused_params() == ["density", "compact_lr_scale", "param_groups"]
+    assert config.raw["optimizer"]["params"] == given
+    (problem,) = problems_with("optimizer.type=AdamW", "optimizer.params.densty=1")
+    assert problem.startswith("optimizer.params.densty: unknown key for AdamW")
 
 
 def test_two_schedules_are_one_too_many() -> None:
@@ -200,6 +214,41 @@ def test_what_grass_does_not_work_with_is_refused_with_advice(changes: dict[str,
     (problem,) = caught.value.problems
     assert problem.startswith(f"{key}: does not work with Grass: ")
     assert advice in problem
+
+
+def test_mixture_of_experts_is_refused() -> None:
+    """DeepSpeed marks an expert's parameters; the compact one would be averaged with other experts'."""
+    model = torch.nn.Linear(4, 4)
+    check_supported(load_config(BASE), model)
+    model.weight.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ConfigError, match="mixture of experts"):
+        check_supported(load_config(BASE), model)
+
+
+def test_presets_have_the_sizes_of_galores_table() -> None:
+    found = {}
+    for name in preset_names():
+        config = model_config(ModelBlock(preset=name), vocab_size=None, sequence_length=256)
+        found[name] = round(sum(p.numel() for p in abstract_model(config).parameters()) / 1e6)
+    sizes = {"60m": 58, "130m": 134, "350m": 368, "1b": 1339, "7b": 6738, "13b": 13016}
+    assert found == {f"llama-{name}": size for name, size in sizes.items()}
+
+
+def test_schedules_fall_as_they_say() -> None:
+    for kind, expected in (
+        ("cosine", {2: 1.0, 11: 0.55, 20: 0.1}),
+        ("wsd", {1: 0.55, 2: 1.0, 15: 1.0, 16: 1.0, 20: 0.1}),
+        ("constant", {1: 0.5, 2: 1.0, 20: 1.0}),
+    ):
+        block = ScheduleBlock.model_validate({"type": kind, "warmup_steps": 2, "min_lr_ratio": 0.1})
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = make_schedule(block, 20)(optimizer)
+        rates = {}
+        for step in range(21):
+            rates[step] = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            schedule.step()
+        assert {step: rates[step] for step in expected} == pytest.approx(expected, abs=1e-6)
 
 
 def test_ready_configurations_hold() -> None:

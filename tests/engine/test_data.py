@@ -219,6 +219,14 @@ def test_megatron_files_hold_out_their_last_documents(tmp_path: Path) -> None:
         assert prepared.tokenizer is None
 
 
+def test_the_fingerprint_of_token_files_follows_the_tokens(tmp_path: Path) -> None:
+    found = set()
+    for name, token in (("a", 1), ("b", 2)):
+        prefix = write(tmp_path / name, [[token] * 10 for _ in range(20)])
+        found.add(prepare_data(block(tmp_path, train=[str(prefix)])).fingerprint)
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize(
     ("files", "options", "message"),
     [

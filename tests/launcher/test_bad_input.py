@@ -55,6 +55,11 @@ def refuse(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         ("model.config.hiden_size=3", "model.config.hiden_size: unknown key for llama; did you mean 'hidden_size'?"),
         ('model={"preset": "llama-2t"}', "'llama-2t' found; did you mean 'llama-7b'?; one of ['llama-130m'"),
         ('model={"path": "nowhere"}', "model.path: nowhere holds no Hugging Face model"),
+        ('model.config.hidden_size="x"', "model.config: "),
+        ("model.config.num_attention_heads=5", "model.config: "),
+        ("training.sample_prompt=", "training.sample_prompt: '' found, which has no tokens"),
+        ('optimizer.params.param_groups=[{"params": ["no"]}]', "param_groups[0]: ['no'] matches no trainable"),
+        ("managed_gradient_accumulation=false", "managed_gradient_accumulation: false found"),
         ("training.steps=0", "training.steps: 0 found; input should be greater than 0"),
     ],
 )  # fmt: skip
@@ -78,6 +83,14 @@ def test_token_files_that_disagree(refuse: Any, tmp_path: Path) -> None:
     os.truncate(tmp_path / "a.bin", 900)
     message = refuse(f'data.train=["{tmp_path}/a"]')
     assert f"{tmp_path}/a.bin has 900 bytes, {tmp_path}/a.idx describes 1000: they do not match" in message
+
+
+def test_data_shorter_than_a_sample(refuse: Any, tmp_path: Path) -> None:
+    from narrowgauge.engine.data.tokens import write_tokens
+
+    write_tokens(tmp_path / "a", [[1] * 20, [1] * 20], vocab_size=100)
+    message = refuse(f'data={{"train": ["{tmp_path}/a"], "sequence_length": 32}}', "model.config.vocab_size=100")
+    assert "a.bin: 20 tokens found, one sample of data.sequence_length needs 32" in message
 
 
 def test_an_error_of_all_ranks_is_told_once_and_stops_all(corpus: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """``narrowgauge train`` from the outside: alone, under torchrun and under deepspeed."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,9 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_longer(finished: Path, t
     assert result.returncode == 0, result.stderr
     assert "resumed after step 12" in result.stdout
     assert sorted(losses(tmp_path / "run")) == list(range(1, 17))
+    # The schedule is that of sixteen steps from the thirteenth on: cosine after two of warm-up.
+    rates = [r["lr"] for r in records(tmp_path / "run") if "loss" in r and r["step"] > 12]
+    assert rates == pytest.approx([0.0025 * (1 + math.cos(math.pi * (step - 3) / 14)) for step in range(13, 17)])
 
 
 def test_missing_summary_and_damaged_checkpoint(finished: Path, tmp_path: Path) -> None:
@@ -207,6 +211,16 @@ def test_fresh_starts_over_beside(finished: Path) -> None:
     assert len(losses(finished / "run")) == 12
 
 
+def build_from_checkpoint(checkpoint: Path, config: Path) -> Any:
+    """The model with a checkpoint's weights, without what export does."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config))
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=True)
+    return model.eval()
+
+
 def test_export_gives_identical_logits(finished: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -225,7 +239,9 @@ def test_export_gives_identical_logits(finished: Path, tmp_path: Path) -> None:
     assert block is not None
     data = PackedTokens(prepare_data(block).validation, 32, 600)
     batch = torch.stack([data[i] for i in range(5)])
+    saved = build_from_checkpoint(finished / "run" / "checkpoints" / "step-12", folder)
     with torch.no_grad():
+        assert torch.equal(model(input_ids=batch).logits, saved(input_ids=batch).logits)
         assert float(model(input_ids=batch, labels=batch).loss) == pytest.approx(validation, abs=1e-6)
     again = run("export", str(finished / "run"), str(folder))
     assert again.returncode == 2

@@ -71,16 +71,20 @@ def test_state_holds_compact_values_indices_and_moments() -> None:
         ({"density": 0.5}, "was saved with 6 columns, this optimizer has 10"),
         ({"side": "rows", "density": 0.3}, "was saved with 6 columns, this optimizer has 6 rows"),
         ({"target_modules": ["*.q"]}, "compact layers differ"),
+        ({"param_groups": [{"params": ["*norm*"], "lr": 1.0}]}, "different number of parameter groups"),
     ],
 )
 def test_a_state_of_another_configuration_is_refused(change: dict[str, Any], message: str) -> None:
     model = tiny()
-    state = Grass(model, **OPTIONS).state_dict()
+    optimizer = Grass(model, **OPTIONS)
+    train_steps(model, optimizer, 0, 8)
+    state = optimizer.state_dict()
     other = Grass(tiny(), **{**OPTIONS, **change})
     before = {layer.name: layer.module.index.clone() for layer in other.layers}
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(state)
     assert all(torch.equal(layer.module.index, before[layer.name]) for layer in other.layers)
+    assert (other.num_steps, other.num_refreshes) == (0, 0)
 
 
 def test_a_state_of_another_optimizer_is_refused() -> None:

@@ -28,6 +28,7 @@ from tests.support.ranks import RankPool
         ({"rank": 4, "selection": "top"}, "selection: 'top' found, one of"),
         ({"rank": 4, "refresh_interval": 0}, "refresh_interval: 0 found"),
         ({"rank": 4, "decay": "none"}, "decay: 'none' found"),
+        ({"rank": 4, "decay": "all", "refresh_interval": None}, "decay: 'all' found, but it takes effect at a refresh"),
         (
             {"rank": 4, "target_modules": ["*.query"]},
             r"'\*.query' matches no nn.Linear. The .* linears: blocks.0.q",
@@ -42,8 +43,9 @@ def test_bad_options_leave_the_model_as_it_was(options: dict[str, Any], message:
     model = tiny()
     with pytest.raises(ValueError, match=message):
         Grass(model, **options)
-    if "param_groups" not in options and "lr" not in options:
-        assert not any(isinstance(m, CompactLinear) for m in model.modules())
+    assert not any(isinstance(m, CompactLinear) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in tiny().named_parameters()]
 
 
 def test_a_model_without_linears_says_what_it_has() -> None:

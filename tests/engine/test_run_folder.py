@@ -1,0 +1,60 @@
+"""What a run folder may be continued with, and what is taken out of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import narrowgauge.engine.run_folder as run_folder
+import pytest
+from narrowgauge.engine.errors import UserError
+from narrowgauge.engine.metrics import MetricsLog, step_records
+
+RAW: dict[str, Any] = {"optimizer": {"params": {"lr": 0.1}}, "gradient_accumulation_steps": 2}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"config": RAW, "train_batch_size": 8}))
+    return tmp_path
+
+
+def test_how_a_batch_is_made_up_may_change_but_not_its_size(run_dir: Path) -> None:
+    """Places in the data are counted in whole batches: with another size, samples would be lost or repeated."""
+    run_folder.check_same_run(run_dir, {**RAW, "gradient_accumulation_steps": 4, "train_batch_size": 8}, 8)
+    with pytest.raises(UserError, match=r"train_batch_size \(was 8, now 16\)"):
+        run_folder.check_same_run(run_dir, {**RAW, "gradient_accumulation_steps": 4}, 16)
+
+
+def test_another_learning_rate_is_refused(run_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"optimizer\.params\.lr \(was 0\.1, now 0\.2\)"):
+        run_folder.check_same_run(run_dir, {**RAW, "optimizer": {"params": {"lr": 0.2}}}, 8)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"config": {}}'])
+def test_a_damaged_config_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
+        run_folder.check_same_run(tmp_path, RAW, 8)
+
+
+def test_a_folder_that_is_not_shared_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "_SHARED_PATIENCE", 0.0)
+    with pytest.raises(UserError, match="all nodes need the same folder"):
+        run_folder.check_shared(tmp_path)
+    run_folder.RunLock(tmp_path).release()
+    run_folder.check_shared(tmp_path)
+
+
+def test_records_beyond_the_checkpoint_are_taken_out(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
+    log.write(0, {"eval_loss": 2.0})
+    for step in range(1, 6):
+        log.write(step, {"loss": 1.0 / step})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    MetricsLog(tmp_path, first_step=3, tensorboard=False).close()
+    assert [record["step"] for record in step_records(tmp_path)] == [1, 2, 3]
+    # Without a checkpoint the run starts again, evaluation before the first step included.
+    MetricsLog(tmp_path, first_step=0, tensorboard=False).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
