@@ -138,8 +138,11 @@ def verify_files(folder: Path, *, part: int = 0, parts: int = 1) -> dict[str, An
         state = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint (manifest.json, state.json): {error}") from error
-    if manifest["format"] != FORMAT_VERSION:
-        raise CheckpointError(f"{folder}: format {manifest['format']} found, {FORMAT_VERSION} is read")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise CheckpointError(f"{folder}: format {found} found, {FORMAT_VERSION} is read")
+    if "state.json" not in manifest["files"] or not any(name.startswith("model") for name in manifest["files"]):
+        raise CheckpointError(f"{folder / 'manifest.json'}: damaged: it names no state.json or no model")
     for name, expected in sorted(manifest["files"].items())[part::parts]:
         try:
             found = _checksum(folder / name)

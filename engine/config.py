@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .deepspeed_schema import Block, Count, DeepSpeedKeys, Flag, Number, optimizer_parameters, scheduler_parameters
+from .deepspeed_schema import (
+    Block,
+    Count,
+    DeepSpeedKeys,
+    Flag,
+    Number,
+    optimizer_parameters,
+    scheduler_parameters,
+    scheduler_requirements,
+)
 from .errors import ConfigError, did_you_mean
 from .json_file import apply_overrides, read_json
 
@@ -24,22 +33,37 @@ class StrictBlock(Block):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Betas = Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)]
+
+
+class ParamGroup(StrictBlock):
+    """Parameters with options of their own."""
+
+    params: list[str] = Field(min_length=1)
+    """Globs over parameter names."""
+    lr: Rate | None = None
+    betas: Betas | None = None
+    eps: Rate | None = None
+    weight_decay: Rate | None = None
+
+
 class GrassParams(StrictBlock):
     """``optimizer.params`` for ``"type": "Grass"``: the arguments of :class:`narrowgauge.optimizers.Grass`."""
 
-    lr: float = Field(1e-3, ge=0.0)
+    lr: Rate = 1e-3
     rank: Count | None = None
     density: float | None = Field(None, gt=0.0, le=1.0)
     side: Literal["columns", "rows"] = "columns"
     selection: Literal["uniform", "block"] = "uniform"
     refresh_interval: Count | None = 100
-    betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field([0.9, 0.999], min_length=2, max_length=2)
-    eps: float = Field(1e-8, ge=0.0)
-    weight_decay: float = Field(1e-2, ge=0.0)
+    betas: Betas = [0.9, 0.999]
+    eps: Rate = 1e-8
+    weight_decay: Rate = 1e-2
     decay: Literal["active", "all"] = "active"
-    compact_lr_scale: float = Field(1.0, gt=0.0)
+    compact_lr_scale: float = Field(1.0, gt=0.0, allow_inf_nan=False)
     target_modules: list[str] | None = None
-    param_groups: list[dict[str, Any]] = []
+    param_groups: list[ParamGroup] = []
     seed: int = 0
     foreach: Flag | None = None
     fused: Flag | None = None
@@ -49,6 +73,11 @@ class GrassParams(StrictBlock):
         if (self.rank is None) == (self.density is None):
             raise ValueError("exactly one of 'rank' and 'density' is needed")
         return self
+
+    def arguments(self) -> dict[str, Any]:
+        """As keyword arguments of the optimizer."""
+        groups = [group.model_dump(exclude_none=True) for group in self.param_groups]
+        return {**self.model_dump(), "betas": tuple(self.betas), "param_groups": groups}
 
 
 COMPACT_OPTIMIZERS: dict[str, type[GrassParams]] = {"Grass": GrassParams}
@@ -129,7 +158,7 @@ class TrainingBlock(StrictBlock):
 class LoggingBlock(StrictBlock):
     """Where the run leaves its traces."""
 
-    run_dir: str
+    run_dir: str = Field(min_length=1)
     interval: Count = 1
     """Steps between lines of ``metrics.jsonl`` and TensorBoard points."""
     tensorboard: Flag = True
@@ -254,6 +283,8 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
         parsed = RunConfig.model_validate(raw)
     except ValidationError as error:
         problems += [_describe(item, RunConfig).lstrip(".") for item in error.errors()]
+    if parsed is not None:
+        problems += _strings_for_other_types(raw, parsed)
     problems += _check_optimizer_and_scheduler(raw)
     if problems or parsed is None:
         raise ConfigError(source, problems)
@@ -270,6 +301,15 @@ def _autos(value: Any, path: str = "") -> Iterable[str]:
         yield f"{path}: 'auto' found; it is filled in by Hugging Face's Trainer only, a value is needed here"
 
 
+def _strings_for_other_types(raw: Any, parsed: Any, path: str = "") -> Iterable[str]:
+    """DeepSpeed's own blocks take "False" for false and "3" for 3, other readers of the same file do not."""
+    if isinstance(raw, dict) and isinstance(parsed, BaseModel):
+        for key, value in raw.items():
+            yield from _strings_for_other_types(value, getattr(parsed, key, None), f"{path}.{key}" if path else key)
+    elif isinstance(raw, str) and isinstance(parsed, bool | int | float):
+        yield f"{path}: the string {json.dumps(raw)} found; {json.dumps(parsed)} is needed"
+
+
 def _check_optimizer_and_scheduler(raw: dict[str, Any]) -> list[str]:
     problems = []
     optimizer, scheduler = raw.get("optimizer"), raw.get("scheduler")
@@ -283,26 +323,30 @@ def _check_optimizer_and_scheduler(raw: dict[str, Any]) -> list[str]:
                 problems += [f"optimizer.params{_describe(item, schema)}" for item in error.errors()]
         else:
             own = {key: value for key, value in params.items() if key not in COMPACT_ONLY} if params else {}
-            problems += _check_names("optimizer", name, own, optimizer_parameters)
+            problems += _check_names("optimizer", name, own, optimizer_parameters, lambda _: ())
     if isinstance(scheduler, dict) and isinstance(scheduler.get("type"), str):
-        problems += _check_names("scheduler", scheduler["type"], scheduler.get("params", {}), scheduler_parameters)
+        problems += _check_names(
+            "scheduler", scheduler["type"], scheduler.get("params", {}), scheduler_parameters, scheduler_requirements
+        )
     if isinstance(raw.get("training"), dict) and raw["training"].get("lr_schedule") and scheduler:
         problems.append("training.lr_schedule and scheduler are two learning-rate schedules; one is allowed")
     return problems
 
 
-def _check_names(block: str, name: str, params: Any, allowed_of: Any) -> list[str]:
+def _check_names(block: str, name: str, params: Any, allowed_of: Any, required_of: Any) -> list[str]:
     try:
         allowed = allowed_of(name)
     except ValueError as error:
         return [f"{block}.type: {error}"]
     if allowed is None or not isinstance(params, dict):
         return []
-    return [
+    unknown = [
         f"{block}.params.{key}: unknown key for {name}{did_you_mean(key, allowed)}"
         for key in params
         if key not in allowed
     ]
+    needed = [f"{block}.params.{key}: this key is needed for {name}" for key in required_of(name) if key not in params]
+    return unknown + needed
 
 
 def _describe(item: Any, schema: type[BaseModel]) -> str:

@@ -231,12 +231,22 @@ def scheduler_parameters(name: str) -> set[str]:
     Raises:
         ValueError: there is no such schedule.
     """
+    return _parameters(_scheduler(name)) - {"optimizer"}
+
+
+def scheduler_requirements(name: str) -> list[str]:
+    """Those of them without a default."""
+    parameters = inspect.signature(_scheduler(name)).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+
+
+def _scheduler(name: str) -> type:
     scheduler = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name, None)
     if not inspect.isclass(scheduler):
         known = sorted(lr_schedules.VALID_LR_SCHEDULES)
         hint = did_you_mean(name, known)
         raise ValueError(f"{name!r} is not a known schedule{hint}; known are {known} and torch's own")
-    return _parameters(scheduler) - {"optimizer"}
+    return scheduler
 
 
 def _parameters(cls: type) -> set[str]:

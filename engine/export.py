@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from .checkpoint import find_checkpoints, verify_files
@@ -32,20 +33,24 @@ def export_run(run_dir: Path, folder: Path, *, step: int | None = None) -> Path:
     verify_files(source)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already exists and is not an empty folder")
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    folder = folder.resolve()
     try:
-        aside.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error}") from error
+    try:
+        aside.chmod(0o755)
+        if (run_dir / TOKENIZER).is_dir():
+            shutil.copytree(run_dir / TOKENIZER, aside, dirs_exist_ok=True)
         for path in [*source.glob("model*.safetensors"), *source.glob(INDEX_NAME)]:
             shutil.copyfile(path, aside / path.name)
         model = json.loads((run_dir / CONFIG).read_text())["model"]
         (aside / "config.json").write_text(json.dumps(model, indent=2) + "\n")
-        if (run_dir / TOKENIZER).is_dir():
-            shutil.copytree(run_dir / TOKENIZER, aside, dirs_exist_ok=True)
         if folder.exists():
             folder.rmdir()
         aside.rename(folder)
-    except OSError as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{folder}: cannot be written: {error}") from error
     return source

@@ -11,26 +11,50 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from rich.console import Console
 from torch.utils.cpp_extension import _get_build_directory
 
+from .config import Config
 
-def ensure_extensions() -> list[str]:
-    """Build what every run on this machine's kind of accelerator loads; returns the names of the extensions.
 
-    On the CPU that is DeepSpeed's shared-memory communication (20 to 50 s, once); on CUDA nothing is loaded unasked.
+def ensure_extensions(config: Config | None = None, console: Console | None = None) -> list[str]:
+    """Build what a run loads on this machine's kind of accelerator; returns the names of the extensions.
+
+    On the CPU every run loads DeepSpeed's shared-memory communication (20 to 50 s, once). DeepSpeed's own optimizers
+    bring their kernels; compact ones need none.
+
+    Args:
+        config: of the run; None builds what all runs load.
+        console: where a build that is about to start is announced.
     """
     accelerator: Any = get_accelerator()
-    if accelerator.device_name() != "cpu":
+    wanted = ["ShareMemCommBuilder"] if accelerator.device_name() == "cpu" else []
+    wanted += _of_optimizer(config) if config is not None else []
+    names = []
+    for builder in filter(None, map(accelerator.create_op_builder, wanted)):
+        folder = Path(_get_build_directory(builder.name, verbose=False))
+        with (folder.parent / "narrowgauge.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _remove_stale_lock(folder / "lock")
+            if console is not None and not any(folder.glob("*.so")):
+                console.print(f"compiling DeepSpeed's {builder.name}, once", highlight=False)
+            builder.load(verbose=False)
+        names.append(builder.name)
+    return names
+
+
+def _of_optimizer(config: Config) -> list[str]:
+    """The builder of the kernel that DeepSpeed takes for its own optimizer of this configuration."""
+    block, zero = config.parsed.optimizer, config.parsed.zero_optimization
+    if block is None or block.params.get("torch_adam"):
         return []
-    builder = accelerator.create_op_builder("ShareMemCommBuilder")
-    if builder is None:
+    offloaded: Any = zero.offload_optimizer if zero is not None else None
+    on_cpu = offloaded is not None and offloaded.device != "none"
+    kernels = {"adam": "Adam", "adamw": "Adam", "lion": "Lion", "lamb": "Lamb"}
+    kernel = kernels.get(block.type.lower())
+    if kernel is None:
         return []
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    with (folder.parent / "narrowgauge.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _remove_stale_lock(folder / "lock")
-        builder.load(verbose=False)
-    return [builder.name]
+    return [f"CPU{kernel}Builder" if on_cpu and kernel != "Lamb" else f"Fused{kernel}Builder"]
 
 
 def _remove_stale_lock(lock: Path) -> None:

@@ -16,6 +16,7 @@ from narrowgauge.optimizers import Grass
 from torch import nn
 
 from .config import Config, load_config
+from .extensions import ensure_extensions
 from .preflight import agree, ensure_environment, process_rank
 from .support import check_supported
 from .zero_backends import GatherOnceBackend
@@ -71,10 +72,15 @@ def initialize(
     ensure_environment()
     client = optimizer if isinstance(optimizer, Grass) else None
     params = checked.compact_params()
-    if client is not None and checked.parsed.optimizer is not None:
+    if optimizer is not None and checked.parsed.optimizer is not None:
         raise checked.error("optimizer: an optimizer was passed to initialize, and the configuration names another")
+    if client is not None:
+        modules = set(map(id, model.modules()))
+        if any(id(layer.module) not in modules for layer in client.layers):
+            raise checked.error("optimizer: the Grass that was passed to initialize was made from another model")
     if params is None and client is None:
         agree(checked.raw)
+        ensure_extensions(checked)
         if checked.unused_params() and process_rank() == 0:
             warnings.warn(
                 f"optimizer.params: {', '.join(checked.unused_params())} are not used by"
@@ -99,6 +105,7 @@ def initialize(
     try:
         compact = client or _make_optimizer(model, checked)
         agree(checked.raw)
+        ensure_extensions(checked)
         return _make_engine(
             checked,
             compact,
@@ -126,7 +133,7 @@ def _make_optimizer(model: nn.Module, config: Config) -> Grass:
     try:
         return Grass(
             model,
-            **{**params.model_dump(), "betas": tuple(params.betas)},
+            **params.arguments(),
             backend=GatherOnceBackend() if under_zero_init else None,
         )
     except ValueError as error:

@@ -39,17 +39,17 @@ class MetricsLog:
 def step_records(run_dir: Path) -> list[dict[str, Any]]:
     """The records of training steps that a run has written so far, in order."""
     records = (json.loads(line) for line in _lines(run_dir / METRICS))
-    return [record for record in records if "loss" in record]
+    return [record for record in records if record.keys() >= {"loss", "bytes", "seconds"}]
 
 
 def _lines(path: Path) -> list[str]:
-    return [line + "\n" for line in path.read_text().splitlines()] if path.is_file() else []
+    return [line + "\n" for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
 
 
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 

@@ -76,8 +76,9 @@ def _from_scratch(block: ModelBlock, vocab_size: int | None) -> PretrainedConfig
             raise UserError(f"model.config.{key}: unknown key for {model_type}{did_you_mean(key, allowed)}")
     try:
         return AutoConfig.for_model(model_type, **settings)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model.config: {error}") from error
+    except Exception as error:
+        # Model types raise what comes: a strict dataclass's error, a KeyError for an unknown activation.
+        raise UserError(f"model.config: {type(error).__name__}: {error}") from error
 
 
 def abstract_model(config: PretrainedConfig) -> nn.Module:
@@ -87,17 +88,16 @@ def abstract_model(config: PretrainedConfig) -> nn.Module:
 
 
 def build_model(
-    block: ModelBlock, config: PretrainedConfig, deepspeed_config: dict[str, Any], *, seed: int
+    block: ModelBlock, config: PretrainedConfig, *, seed: int, bf16: bool, zero3_config: dict[str, Any] | None
 ) -> nn.Module:
-    """Build the model, under ``deepspeed.zero.Init`` at ZeRO-3, so that it need not fit into one process.
+    """Build the model; with ``zero3_config``, DeepSpeed's, under ``deepspeed.zero.Init``: then it need not fit into one
+    process.
 
     From-scratch weights depend on the seed and the parameter's name only: every stage and number of ranks starts
     alike (on one kind of device).
     """
-    stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
-    bf16 = any(deepspeed_config.get(key, {}).get("enabled") for key in ("bf16", "bfloat16"))
     dtype = torch.bfloat16 if bf16 else torch.float32
-    with _zero3_construction(deepspeed_config if stage == 3 else None):
+    with _zero3_construction(zero3_config):
         if block.path is not None:
             path = str(Path(block.path).expanduser())
             model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)

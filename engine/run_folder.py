@@ -35,19 +35,19 @@ def finished_summary(run_dir: Path, raw: dict[str, Any]) -> dict[str, Any] | Non
         summary = json.loads((run_dir / SUMMARY).read_text())
     except (OSError, ValueError):
         return None
-    return summary if summary.get("config_sha256") == digest(raw) else None
+    return summary if isinstance(summary, dict) and summary.get("config_sha256") == digest(raw) else None
 
 
 def check_writable(run_dir: Path) -> None:
-    """Make the folder, and try it.
+    """Try whether the folder, or the nearest one above it that exists, can be written to; nothing is left there.
 
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: it cannot.
     """
+    nearest = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         # Other process ranks try at the same time.
-        probe = run_dir / f".write-test-{socket.gethostname()}-{os.getpid()}"
+        probe = nearest / f".write-test-{socket.gethostname()}-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:

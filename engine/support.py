@@ -19,6 +19,10 @@ def check_supported(config: Config, model: nn.Module | None = None, mpu: Any = N
         problems.append(f"mpu: does not work with {name}: model parallelism is not supported yet")
     if model is not None and type(model).__name__ == "PipelineModule":
         problems.append(f"model: does not work with {name}: pipeline parallelism is not supported yet")
+    if config.zero_stage != 3 and model is not None and any(hasattr(p, "ds_id") for p in model.parameters()):
+        problems.append(
+            f"zero_optimization.stage: {config.zero_stage} found; a model built under deepspeed.zero.Init needs 3"
+        )
     if model is not None and any(not getattr(p, "allreduce", True) for p in model.parameters()):
         problems.append(f"model: does not work with {name}: mixture of experts is not supported yet")
     if problems:

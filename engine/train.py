@@ -4,6 +4,7 @@ import math
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from .config import Batches, Config, DataBlock, LoggingBlock, ModelBlock, TrainingBlock, load_config
 from .data.packed import PackedTokens, RankSampler, training_loader
 from .data.prepare import PreparedData, prepare_data
+from .data.tokenizer import load_tokenizer
 from .errors import CheckpointError, UserError
 from .evaluate import evaluate
 from .extensions import ensure_extensions
@@ -33,6 +35,7 @@ from .progress import ProgressView
 from .run_folder import (
     CHECKPOINTS,
     CONFIG,
+    METRICS,
     SUMMARY,
     TOKENIZER,
     RunLock,
@@ -98,7 +101,7 @@ def train(
     ensure_environment()
     console = console or Console()
     plan, lock = _plan_together(config, overrides, fresh, console)
-    ensure_extensions()
+    ensure_extensions(plan.config, console)
     init_distributed()
     try:
         _Run(plan, console).execute()
@@ -157,6 +160,7 @@ def _make_plan(config: Config, fresh: bool, console: Console) -> Plan:
         raise config.error("zero_optimization.offload_optimizer.device: nvme is not supported yet, use cpu")
     if parsed.managed_gradient_accumulation is False:
         raise config.error("managed_gradient_accumulation: false found; narrowgauge train steps once per step")
+    _check_schedule(config, parsed.training)
     batches = config.batches(world_size())
     run_dir = Path(parsed.logging.run_dir).expanduser()
     if fresh:
@@ -167,11 +171,16 @@ def _make_plan(config: Config, fresh: bool, console: Console) -> Plan:
         check_same_run(run_dir, config.raw, batches.total)
     prepared = prepare_data(parsed.data, lambda text: console.print(text, highlight=False))
     described = model_config(parsed.model, vocab_size=prepared.vocab_size, sequence_length=parsed.data.sequence_length)
+    try:
+        abstract = abstract_model(described)
+    except Exception as error:
+        raise config.error(f"model.config: {type(error).__name__}: {error}") from error
     params = config.compact_params()
     if params is not None:
         check_supported(config)
         try:
-            Grass(abstract_model(described), **params.model_dump(exclude={"fused"}))
+            # Whether all of torch's devices take fused is not for tensors without storage to say.
+            Grass(abstract, **{**params.arguments(), "fused": None})
         except ValueError as error:
             raise config.error(f"optimizer.params: {error}") from error
     if parsed.training.sample_prompt is not None:
@@ -195,6 +204,23 @@ def _make_plan(config: Config, fresh: bool, console: Console) -> Plan:
     )
 
 
+def _check_schedule(config: Config, training: TrainingBlock) -> None:
+    schedule, steps = training.lr_schedule, training.steps
+    if schedule is None:
+        return
+    if schedule.type == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > steps:
+        raise config.error(
+            f"training.lr_schedule: {schedule.warmup_steps} warmup_steps and {schedule.decay_steps} decay_steps found;"
+            f" together at most training.steps, {steps}, are allowed"
+        )
+    if schedule.warmup_steps >= steps and process_rank() == 0:
+        warnings.warn(
+            f"training.lr_schedule.warmup_steps: {schedule.warmup_steps} of {steps} steps, the full learning rate is"
+            " never reached",
+            stacklevel=2,
+        )
+
+
 class _Run:
     """One process rank's side of a run."""
 
@@ -209,10 +235,10 @@ class _Run:
     def execute(self) -> None:
         plan = self.plan
         self.engine = self._make_engine()
-        if self.is_first_rank:
-            self._write_head()
         self.traffic.attach()
         first_step = self._resume()
+        if self.is_first_rank:
+            self._write_head()
         metrics = (
             MetricsLog(plan.run_dir, first_step=first_step, tensorboard=plan.logging.tensorboard)
             if self.is_first_rank
@@ -247,7 +273,8 @@ class _Run:
             highlight=False,
         )
         if plan.prepared.tokenizer is not None:
-            shutil.copytree(plan.prepared.tokenizer, plan.run_dir / TOKENIZER, dirs_exist_ok=True)
+            # Not a copy of the folder: the user's may be a whole model.
+            load_tokenizer(plan.prepared.tokenizer).save_pretrained(str(plan.run_dir / TOKENIZER))
 
     def _make_engine(self) -> Any:
         plan = self.plan
@@ -257,7 +284,13 @@ class _Run:
             "gradient_accumulation_steps": plan.batches.accumulation_steps,
         }
         settings.setdefault("steps_per_print", 1 << 62)
-        model = build_model(plan.model, plan.model_config, settings, seed=plan.training.seed)
+        model = build_model(
+            plan.model,
+            plan.model_config,
+            seed=plan.training.seed,
+            bf16=plan.config.bf16,
+            zero3_config=settings if plan.config.zero_stage == 3 else None,
+        )
         schedule = plan.training.lr_schedule
         engine, *_ = initialize(
             model=model,
@@ -405,6 +438,8 @@ class _Run:
         plan, engine = self.plan, self.engine
         # The first steps build what later ones reuse.
         records = step_records(plan.run_dir)
+        if not records:
+            raise UserError(f"{plan.run_dir}/{METRICS}: no training step found, so no summary can be made of the run")
         measured = records[2:] or records
         median = {
             phase: statistics.median(record["seconds"][phase] for record in measured)

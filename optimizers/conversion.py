@@ -73,6 +73,9 @@ def _is_wrapper(candidate: Any) -> bool:
     )
 
 
+_DEFAULT = "the default (linears inside blocks, the elements of an nn.ModuleList or nn.Sequential)"
+
+
 def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Linear]:
     """The plain, trainable, untied ``nn.Linear`` layers that ``patterns`` name.
 
@@ -99,7 +102,7 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, 
     if not targets:
         raise ValueError(
             "target_modules: no trainable nn.Linear with a weight of its own matches"
-            f" {'the default (linears inside transformer blocks)' if patterns is None else list(patterns)}."
+            f" {_DEFAULT if patterns is None else list(patterns)}."
             f" {_linears_of(model, linears)}"
         )
     return targets

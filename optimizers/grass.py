@@ -80,7 +80,13 @@ class Grass(torch.optim.AdamW):
         backend: SubspaceBackend | None = None,
     ) -> None:
         check_options(
-            rank=rank, density=density, side=side, selection=selection, refresh_interval=refresh_interval, decay=decay
+            rank=rank,
+            density=density,
+            side=side,
+            selection=selection,
+            refresh_interval=refresh_interval,
+            decay=decay,
+            compact_lr_scale=compact_lr_scale,
         )
         refuse_wrapped(model)
         if backend is None and any(hasattr(p, "ds_id") for p in model.parameters()):
@@ -114,6 +120,14 @@ class Grass(torch.optim.AdamW):
             with self.backend.gathered(layer), torch.no_grad():
                 layer.module.compact.copy_(layer.module.read(layer.module.weight))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copying and pickling are refused: the copy would keep the original model's layers, or none."""
+        raise TypeError("Grass holds its model's layers and cannot be copied or pickled: use state_dict()")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As AdamW's; the added parameters are dense ones."""
+        super().add_param_group({"kind": "dense", **param_group})
+
     def defer_to_engine(self, backend: SubspaceBackend) -> None:
         """Hand fold and refresh to an engine that will call :meth:`after_step` itself, once per optimizer step."""
         self._step_hook.remove()
@@ -121,7 +135,7 @@ class Grass(torch.optim.AdamW):
 
     def _after_own_step(self, args: Any, kwargs: Any) -> None:
         owned = {id(p) for group in self.param_groups for p in group["params"]}
-        if any(id(layer.module.compact) not in owned for layer in self.layers):
+        if any(id(m.compact) not in owned or m.compact.dim() != 2 for m in (layer.module for layer in self.layers)):
             raise RuntimeError(
                 "another library replaced Grass's parameters (DeepSpeed ZeRO and FSDP do): under DeepSpeed use"
                 " narrowgauge.engine.initialize; FSDP is not supported"
@@ -242,6 +256,7 @@ def check_options(
     selection: str,
     refresh_interval: int | None,
     decay: str,
+    compact_lr_scale: float,
 ) -> None:
     """Check the options that need no model.
 
@@ -250,20 +265,30 @@ def check_options(
     """
     if (rank is None) == (density is None):
         raise ValueError(f"give exactly one of rank and density; found rank={rank}, density={density}")
-    if rank is not None and rank < 1:
+    if rank is not None and not (_is_integer(rank) and rank >= 1):
         raise ValueError(f"rank: {rank} found, an integer of at least 1 is needed")
-    if density is not None and not (0.0 < density <= 1.0 and math.isfinite(density)):
+    if density is not None and not (_is_number(density) and 0.0 < density <= 1.0):
         raise ValueError(f"density: {density} found, a number in (0, 1] is needed")
     if side not in ("columns", "rows"):
         raise ValueError(f"side: {side!r} found, 'columns' or 'rows' is needed")
     if selection not in SELECTION_RULES:
         raise ValueError(f"selection: {selection!r} found, one of {sorted(SELECTION_RULES)} is needed")
-    if refresh_interval is not None and refresh_interval < 1:
+    if not (_is_number(compact_lr_scale) and compact_lr_scale > 0.0):
+        raise ValueError(f"compact_lr_scale: {compact_lr_scale} found, a number above 0 is needed")
+    if refresh_interval is not None and not (_is_integer(refresh_interval) and refresh_interval >= 1):
         raise ValueError(f"refresh_interval: {refresh_interval} found, an integer of at least 1 or null is needed")
     if decay not in ("active", "all"):
         raise ValueError(f"decay: {decay!r} found, 'active' or 'all' is needed")
     if decay == "all" and refresh_interval is None:
         raise ValueError("decay: 'all' found, but it takes effect at a refresh, and refresh_interval is None")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 __all__ = ["CompactLayer", "CompactLinear", "Grass"]

@@ -30,7 +30,7 @@ def build_groups(
             by the name of its weight.
 
     Raises:
-        ValueError: an unknown option, or globs that match no trainable parameter.
+        ValueError: an unknown or negative option, or globs that match no trainable parameter.
     """
     for position, spec in enumerate(specs):
         unknown = set(spec) - {"params", *GROUP_OPTIONS}
@@ -39,6 +39,11 @@ def build_groups(
                 f"param_groups[{position}]: found {sorted(spec)}; 'params' is required and {list(GROUP_OPTIONS)} are"
                 " allowed"
             )
+        if isinstance(spec["params"], str) or not all(isinstance(glob, str) for glob in spec["params"]):
+            raise ValueError(f"param_groups[{position}].params: {spec['params']!r} found, a list of globs is needed")
+        for key in ("lr", "eps", "weight_decay"):
+            if not spec.get(key, 0.0) >= 0.0:
+                raise ValueError(f"param_groups[{position}].{key}: {spec[key]} found, at least 0 is needed")
     compact_names = {f"{layer.name}.compact": f"{layer.name}.weight" for layer in layers}
     matrices = {f"{name}.weight" for name in full_rank}
     members: dict[tuple[str, int], list[nn.Parameter]] = {}

@@ -90,11 +90,12 @@ def _prepare_tokens(block: DataBlock, cache: Path, files: list[Path], validation
 
 
 def _last_documents(file: TokenFile, fraction: float) -> int:
-    """Where the last ``fraction`` of the tokens starts, at a document's bound where there is one before it."""
+    """Where the last ``fraction`` of the tokens starts, at the document's bound before it unless that is far off."""
     wanted = len(file.tokens) * (1 - fraction)
     ends = file.document_ends
     position = int(np.searchsorted(ends, wanted, side="right"))
-    return int(ends[position - 1]) if position else int(wanted)
+    bound = int(ends[position - 1]) if position else 0
+    return bound if len(file.tokens) - bound <= 2 * fraction * len(file.tokens) else int(wanted)
 
 
 def _prepare_text(

@@ -96,6 +96,22 @@ def test_a_misspelt_key_is_named_with_the_nearest_right_one(misspelt: str, right
             'training={"steps": 3, "lr_schedule": {"type": "cos"}}',
             "training.lr_schedule.type: \"cos\" found; input should be 'constant', 'cosine' or 'wsd'",
         ),
+        ("bf16.enabled=False", 'bf16.enabled: the string "False" found; false is needed'),
+        ('zero_optimization.stage="3"', 'zero_optimization.stage: the string "3" found; 3 is needed'),
+        ("optimizer.params.lr=Infinity", "optimizer.params.lr: Infinity found; input should be a finite number"),
+        (
+            'optimizer.params.param_groups=[{"params": "*norm*"}]',
+            'optimizer.params.param_groups.0.params: "*norm*" found; input should be a valid list',
+        ),
+        (
+            'optimizer.params.param_groups=[{"params": ["*"], "lr": -1}]',
+            "optimizer.params.param_groups.0.lr: -1 found; input should be greater than or equal to 0",
+        ),
+        (
+            'scheduler={"type": "WarmupDecayLR", "params": {"warmup_max_lr": 1.0}}',
+            "scheduler.params.total_num_steps: this key is needed for WarmupDecayLR",
+        ),
+        ('logging.run_dir=""', 'logging.run_dir: "" found; string should have at least 1 character'),
         ("model={}", "model: one of 'path', 'preset' and 'config' is needed"),
         ("model.path=x", "model: 'path' stands alone: 'preset' and 'config' start from random weights"),
     ],

@@ -219,6 +219,13 @@ def test_megatron_files_hold_out_their_last_documents(tmp_path: Path) -> None:
         assert prepared.tokenizer is None
 
 
+def test_a_long_last_document_is_cut_rather_than_held_out_whole(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a", [[1] * 100, [2] * 20_000])
+    prepared = prepare_data(block(tmp_path, train=[str(prefix)], validation_fraction=0.02))
+    assert len(prepared.validation[0][1]) == 402
+    assert len(prepared.train[0][1]) == 19_698
+
+
 def test_the_fingerprint_of_token_files_follows_the_tokens(tmp_path: Path) -> None:
     found = set()
     for name, token in (("a", 1), ("b", 2)):

@@ -30,6 +30,20 @@ def test_another_learning_rate_is_refused(run_dir: Path) -> None:
         run_folder.check_same_run(run_dir, {**RAW, "optimizer": {"params": {"lr": 0.2}}}, 8)
 
 
+def test_trying_a_folder_leaves_nothing(tmp_path: Path) -> None:
+    run_folder.check_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        run_folder.check_writable(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", "x"])
+def test_a_damaged_summary_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "summary.json").write_text(content)
+    assert run_folder.finished_summary(tmp_path, RAW) is None
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"config": {}}'])
 def test_a_damaged_config_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
@@ -49,7 +63,7 @@ def test_records_beyond_the_checkpoint_are_taken_out(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
     log.write(0, {"eval_loss": 2.0})
     for step in range(1, 6):
-        log.write(step, {"loss": 1.0 / step})
+        log.write(step, {"loss": 1.0 / step, "bytes": {}, "seconds": {}})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')

@@ -57,6 +57,12 @@ def refuse(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         ('model={"path": "nowhere"}', "model.path: nowhere holds no Hugging Face model"),
         ('model.config.hidden_size="x"', "model.config: "),
         ("model.config.num_attention_heads=5", "model.config: "),
+        ("model.config.num_attention_heads=0", "model.config: ZeroDivisionError"),
+        ("model.config.hidden_act=foo", "model.config: KeyError"),
+        (
+            'training.lr_schedule={"type": "wsd", "decay_steps": 13}',
+            "training.lr_schedule: 0 warmup_steps and 13 decay_steps found",
+        ),
         ("training.sample_prompt=", "training.sample_prompt: '' found, which has no tokens"),
         ('optimizer.params.param_groups=[{"params": ["no"]}]', "param_groups[0]: ['no'] matches no trainable"),
         ("managed_gradient_accumulation=false", "managed_gradient_accumulation: false found"),
@@ -90,7 +96,7 @@ def test_data_shorter_than_a_sample(refuse: Any, tmp_path: Path) -> None:
 
     write_tokens(tmp_path / "a", [[1] * 20, [1] * 20], vocab_size=100)
     message = refuse(f'data={{"train": ["{tmp_path}/a"], "sequence_length": 32}}', "model.config.vocab_size=100")
-    assert "a.bin: 20 tokens found, one sample of data.sequence_length needs 32" in message
+    assert "a.bin: 1 tokens found, one sample of data.sequence_length needs 32" in message
 
 
 def test_an_error_of_all_ranks_is_told_once_and_stops_all(corpus: Path, tmp_path: Path) -> None:

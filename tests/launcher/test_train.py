@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.command import kill_all, losses, records, run, start, tiny_config
 
@@ -213,7 +214,6 @@ def test_fresh_starts_over_beside(finished: Path) -> None:
 
 def build_from_checkpoint(checkpoint: Path, config: Path) -> Any:
     """The model with a checkpoint's weights, without what export does."""
-    from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config))
@@ -263,6 +263,15 @@ def test_a_hugging_face_folder_is_trained_on_from_its_weights(finished: Path, co
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     trained = json.loads((finished / "run" / "summary.json").read_text())
     assert summary["eval_loss_first"] == pytest.approx(trained["eval_loss"], abs=1e-5)
+    # The tokenizer's folder is the old model's: exporting once took its weights for the new ones'.
+    assert not list((tmp_path / "run" / "tokenizer").glob("*.safetensors"))
+    assert run("export", str(tmp_path / "run"), str(tmp_path / "hf2")).returncode == 0
+    exported = load_file(tmp_path / "hf2" / "model.safetensors")
+    checkpoint = load_file(tmp_path / "run" / "checkpoints" / "step-2" / "model.safetensors")
+    first = load_file(tmp_path / "hf" / "model.safetensors")
+    assert exported.keys() == checkpoint.keys()
+    assert all(torch.equal(exported[name], checkpoint[name]) for name in checkpoint)
+    assert not torch.equal(exported["lm_head.weight"], first["lm_head.weight"])
 
 
 def test_megatron_files_are_trained_on(corpus: Path, tmp_path: Path) -> None:

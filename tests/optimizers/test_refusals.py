@@ -1,5 +1,7 @@
 """What Grass refuses, and with what words."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -37,6 +39,16 @@ from tests.support.ranks import RankPool
         ({"rank": 4, "param_groups": [{"params": ["nothing"]}]}, r"param_groups\[0\]: \['nothing'\] matches no"),
         ({"rank": 4, "param_groups": [{"params": ["*"], "momentum": 1}]}, r"param_groups\[0\]: found"),
         ({"rank": 4, "lr": -1.0}, "Invalid learning rate"),
+        ({"rank": True}, "rank: True found"),
+        ({"rank": 4.5}, "rank: 4.5 found"),
+        ({"density": "x"}, "density: x found"),
+        ({"rank": 4, "refresh_interval": 2.5}, "refresh_interval: 2.5 found"),
+        ({"rank": 4, "compact_lr_scale": -1.0}, "compact_lr_scale: -1.0 found"),
+        (
+            {"rank": 4, "param_groups": [{"params": "*norm*"}]},
+            r"param_groups\[0\].params: '\*norm\*' found, a list of globs is needed",
+        ),
+        ({"rank": 4, "param_groups": [{"params": ["*"], "lr": -1.0}]}, r"param_groups\[0\].lr: -1.0 found"),
     ],
 )
 def test_bad_options_leave_the_model_as_it_was(options: dict[str, Any], message: str) -> None:
@@ -46,6 +58,26 @@ def test_bad_options_leave_the_model_as_it_was(options: dict[str, Any], message:
     assert not any(isinstance(m, CompactLinear) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in tiny().named_parameters()]
+
+
+@pytest.mark.parametrize("copy", [copy.deepcopy, pickle.dumps])
+def test_copying_the_optimizer_is_refused(copy: Any) -> None:
+    """A copy would train compact values that nothing folds into the weights."""
+    optimizer = Grass(tiny(), rank=4)
+    with pytest.raises(TypeError, match=r"use state_dict\(\)"):
+        copy(optimizer)
+
+
+def test_a_group_added_later_is_dense() -> None:
+    model, head = tiny(), nn.Linear(37, 1)
+    optimizer = Grass(model, rank=4, refresh_interval=1, decay="all")
+    optimizer.add_param_group({"params": head.parameters(), "lr": 0.1})
+    before = head.weight.clone()
+    head(torch.ones(1, 37)).sum().backward()
+    optimizer.step()
+    assert optimizer.param_groups[-1]["kind"] == "dense"
+    # The first step of AdamW: the rate in size, beside its decay.
+    assert torch.allclose(before * (1 - 0.1 * 0.01) - head.weight, torch.full_like(before, 0.1), atol=1e-5)
 
 
 def test_a_model_without_linears_says_what_it_has() -> None:
