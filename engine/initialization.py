@@ -87,17 +87,20 @@ def initialize(
                 f" {checked.raw['optimizer']['type']}, which trains every parameter at lr",
                 stacklevel=2,
             )
-        return deepspeed.initialize(
-            model=model,
-            config=checked.deepspeed_dict(),
-            optimizer=optimizer,
-            model_parameters=model_parameters,
-            training_data=training_data,
-            lr_scheduler=lr_scheduler,
-            mpu=mpu,
-            dist_init_required=dist_init_required,
-            collate_fn=collate_fn,
-        )
+        try:
+            return deepspeed.initialize(
+                model=model,
+                config=checked.deepspeed_dict(),
+                optimizer=optimizer,
+                model_parameters=model_parameters,
+                training_data=training_data,
+                lr_scheduler=lr_scheduler,
+                mpu=mpu,
+                dist_init_required=dist_init_required,
+                collate_fn=collate_fn,
+            )
+        except (AssertionError, TypeError) as error:
+            raise checked.error(f"refused by DeepSpeed: {error}").shared() from error
     check_supported(checked, model, mpu)
     if model_parameters is not None:
         raise checked.error("model_parameters: a compact optimizer takes optimizer.params.param_groups instead")

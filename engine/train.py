@@ -235,10 +235,10 @@ class _Run:
     def execute(self) -> None:
         plan = self.plan
         self.engine = self._make_engine()
-        self.traffic.attach()
         first_step = self._resume()
         if self.is_first_rank:
             self._write_head()
+        self.traffic.attach()
         metrics = (
             MetricsLog(plan.run_dir, first_step=first_step, tensorboard=plan.logging.tensorboard)
             if self.is_first_rank
@@ -248,6 +248,7 @@ class _Run:
             with ProgressView(self.console, first_step=first_step, num_steps=plan.training.steps) as view:
                 self._loop(first_step, view if self.is_first_rank else None, metrics)
         finally:
+            self.traffic.detach()
             if metrics is not None:
                 metrics.close()
         self._finish()
