@@ -166,3 +166,26 @@ def hand_to_deepspeed(rank_of_gloo: int) -> str:
 def test_handing_it_to_deepspeed_directly_is_refused_at_the_first_step(two_ranks: RankPool) -> None:
     for message in two_ranks.run(hand_to_deepspeed, 0):
         assert "use narrowgauge.engine.initialize" in message
+
+
+def shard_after_converting() -> str:
+    import warnings
+
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = tiny()
+    optimizer = Grass(model, density=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+            sharded(torch.zeros(1, 5, dtype=torch.int64)).backward()
+            optimizer.step()
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+    return f"no error on rank {dist.get_rank()}"
+
+
+def test_fsdp_after_converting_is_refused_at_the_first_step(two_ranks: RankPool) -> None:
+    for message in two_ranks.run(shard_after_converting):
+        assert "FSDP is not supported" in message
