@@ -72,13 +72,14 @@ def initialize(
     ensure_environment()
     client = optimizer if isinstance(optimizer, Grass) else None
     params = checked.compact_params()
-    if optimizer is not None and checked.parsed.optimizer is not None:
+    compact = client is not None or params is not None
+    if compact and optimizer is not None and checked.parsed.optimizer is not None:
         raise checked.error("optimizer: an optimizer was passed to initialize, and the configuration names another")
     if client is not None:
         modules = set(map(id, model.modules()))
         if any(id(layer.module) not in modules for layer in client.layers):
             raise checked.error("optimizer: the Grass that was passed to initialize was made from another model")
-    if params is None and client is None:
+    if not compact:
         agree(checked.raw)
         ensure_extensions(checked)
         if checked.unused_params() and process_rank() == 0:
@@ -106,12 +107,12 @@ def initialize(
         raise checked.error("model_parameters: a compact optimizer takes optimizer.params.param_groups instead")
     shutdown_init_context()
     try:
-        compact = client or _make_optimizer(model, checked)
+        grass = client or _make_optimizer(model, checked)
         agree(checked.raw)
         ensure_extensions(checked)
         return _make_engine(
             checked,
-            compact,
+            grass,
             model=model,
             training_data=training_data,
             lr_scheduler=lr_scheduler,

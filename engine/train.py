@@ -6,6 +6,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,12 @@ def _plan_together(
             plan.run_dir.mkdir(parents=True, exist_ok=True)
             lock = RunLock(plan.run_dir)
         settings = {"config": checked.raw, "data": plan.prepared.fingerprint}
-    except UserError as found:
+    except (UserError, OSError) as found:
         error = str(found)
     except Exception as found:
-        # The other ranks would wait for this one.
-        error = f"{type(found).__name__}: {found}"
-        agree(settings, error=error)
+        # A fault of ours: this rank shows where it is, the others would wait for it.
+        with suppress(UserError):
+            agree(settings, error=f"{type(found).__name__}: {found}")
         raise
     chosen = agree(settings, error=error, choice=str(plan.run_dir) if plan is not None else None)
     assert plan is not None
