@@ -4,25 +4,18 @@ import math
 import shutil
 import statistics
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from narrowgauge.optimizers import Grass
 from narrowgauge.optimizers.selection import derive_seed
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PretrainedConfig
 
 from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
-from .config import Batches, Config, DataBlock, LoggingBlock, ModelBlock, TrainingBlock, load_config
-from .data.packed import PackedTokens, RankSampler, training_loader
-from .data.prepare import PreparedData, prepare_data
+from .data.packed import RankSampler, training_loader
 from .data.tokenizer import load_tokenizer
 from .errors import CheckpointError, UserError
 from .evaluate import evaluate
@@ -30,8 +23,9 @@ from .extensions import ensure_extensions
 from .initialization import init_distributed, initialize
 from .json_file import digest
 from .metrics import MetricsLog, step_records
-from .model import abstract_model, build_model, model_config
-from .preflight import agree, ensure_environment, process_rank, world_size
+from .model import build_model
+from .plan import Plan, plan_together
+from .preflight import ensure_environment, process_rank, world_size
 from .progress import ProgressView
 from .run_folder import (
     CHECKPOINTS,
@@ -39,14 +33,9 @@ from .run_folder import (
     METRICS,
     SUMMARY,
     TOKENIZER,
-    RunLock,
-    check_same_run,
-    check_shared,
-    check_writable,
-    folder_beside,
     write_json,
 )
-from .sample import check_prompt, sample_text
+from .sample import sample_text
 from .schedule import make_schedule
 from .summary import (
     SCHEMA_VERSION,
@@ -57,26 +46,8 @@ from .summary import (
     traffic_bytes,
 )
 from .summary_table import print_summary
-from .support import check_supported
 from .timing import PhaseTimer
 from .traffic import TrafficCounter
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that has passed every check that needs no process group."""
-
-    config: Config
-    model: ModelBlock
-    data: DataBlock
-    training: TrainingBlock
-    logging: LoggingBlock
-    batches: Batches
-    prepared: PreparedData
-    train_data: PackedTokens
-    eval_data: PackedTokens
-    model_config: PretrainedConfig
-    run_dir: Path
 
 
 def train(
@@ -101,7 +72,7 @@ def train(
     """
     ensure_environment()
     console = console or Console()
-    plan, lock = _plan_together(config, overrides, fresh, console)
+    plan, lock = plan_together(config, overrides, fresh, console)
     ensure_extensions(plan.config, console)
     init_distributed()
     try:
@@ -111,115 +82,6 @@ def train(
         if lock is not None:
             lock.release()
     return plan.run_dir
-
-
-def _plan_together(
-    config: str | Path | Mapping[str, Any], overrides: Sequence[str], fresh: bool, console: Console
-) -> tuple[Plan, RunLock | None]:
-    """Check everything on every rank, and start only if all agree; rank 0 holds the run folder from then on."""
-    settings: dict[str, Any] = {}
-    plan, lock, error = None, None, None
-    try:
-        checked = load_config(config, overrides)
-        plan = _make_plan(checked, fresh, console)
-        if process_rank() == 0:
-            plan.run_dir.mkdir(parents=True, exist_ok=True)
-            lock = RunLock(plan.run_dir)
-        settings = {"config": checked.raw, "data": plan.prepared.fingerprint}
-    except (UserError, OSError) as found:
-        error = str(found)
-    except Exception as found:
-        # A fault of ours: this rank shows where it is, the others would wait for it.
-        with suppress(UserError):
-            agree(settings, error=f"{type(found).__name__}: {found}")
-        raise
-    chosen = agree(settings, error=error, choice=str(plan.run_dir) if plan is not None else None)
-    assert plan is not None
-    assert chosen is not None
-    plan, error = replace(plan, run_dir=Path(chosen)), None
-    try:
-        check_shared(plan.run_dir)
-    except UserError as found:
-        error = str(found)
-    agree({}, error=error)
-    return plan, lock
-
-
-def _make_plan(config: Config, fresh: bool, console: Console) -> Plan:
-    parsed = config.parsed
-    missing = [key for key in ("model", "data", "training", "logging", "optimizer") if getattr(parsed, key) is None]
-    if missing:
-        raise config.error(*(f"{key}: this block is needed" for key in missing))
-    assert parsed.model is not None
-    assert parsed.data is not None
-    assert parsed.training is not None
-    assert parsed.logging is not None
-    if config.zero_stage == 0 and (config.bf16 or config.fp16):
-        raise config.error("zero_optimization.stage: 0 found; with bf16 or fp16 stage 1, 2 or 3 is needed")
-    zero: Any = parsed.zero_optimization
-    if zero is not None and zero.offload_optimizer is not None and zero.offload_optimizer.device == "nvme":
-        raise config.error("zero_optimization.offload_optimizer.device: nvme is not supported yet, use cpu")
-    if parsed.managed_gradient_accumulation is False:
-        raise config.error("managed_gradient_accumulation: false found; narrowgauge train steps once per step")
-    _check_schedule(config, parsed.training)
-    batches = config.batches(world_size())
-    run_dir = Path(parsed.logging.run_dir).expanduser()
-    if fresh:
-        run_dir = folder_beside(run_dir)
-        check_writable(run_dir.parent)
-    else:
-        check_writable(run_dir)
-        check_same_run(run_dir, config.raw, batches.total)
-    prepared = prepare_data(parsed.data, lambda text: console.print(text, highlight=False))
-    described = model_config(parsed.model, vocab_size=prepared.vocab_size, sequence_length=parsed.data.sequence_length)
-    try:
-        abstract = abstract_model(described)
-    except Exception as error:
-        raise config.error(f"model.config: {type(error).__name__}: {error}") from error
-    params = config.compact_params()
-    if params is not None:
-        check_supported(config)
-        try:
-            # Whether all of torch's devices take fused is not for tensors without storage to say.
-            Grass(abstract, **{**params.arguments(), "fused": None})
-        except ValueError as error:
-            raise config.error(f"optimizer.params: {error}") from error
-    if parsed.training.sample_prompt is not None:
-        check_prompt(parsed.training.sample_prompt, prepared.tokenizer)
-    train_data, eval_data = (
-        PackedTokens(streams, parsed.data.sequence_length, described.vocab_size)
-        for streams in (prepared.train, prepared.validation)
-    )
-    return Plan(
-        config,
-        parsed.model,
-        parsed.data,
-        parsed.training,
-        parsed.logging,
-        batches,
-        prepared,
-        train_data,
-        eval_data,
-        described,
-        run_dir,
-    )
-
-
-def _check_schedule(config: Config, training: TrainingBlock) -> None:
-    schedule, steps = training.lr_schedule, training.steps
-    if schedule is None:
-        return
-    if schedule.type == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > steps:
-        raise config.error(
-            f"training.lr_schedule: {schedule.warmup_steps} warmup_steps and {schedule.decay_steps} decay_steps found;"
-            f" together at most training.steps, {steps}, are allowed"
-        )
-    if schedule.warmup_steps >= steps and process_rank() == 0:
-        warnings.warn(
-            f"training.lr_schedule.warmup_steps: {schedule.warmup_steps} of {steps} steps, the full learning rate is"
-            " never reached",
-            stacklevel=2,
-        )
 
 
 class _Run:
