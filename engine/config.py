@@ -24,7 +24,7 @@ from .deepspeed_schema import (
 from .errors import ConfigError, did_you_mean
 from .json_file import apply_overrides, read_json
 
-OWN_BLOCKS = ("model", "data", "training", "logging")
+OWN_BLOCKS = ("model", "data", "training", "logging", "activation_offload")
 
 
 class StrictBlock(Block):
@@ -164,9 +164,41 @@ class LoggingBlock(StrictBlock):
     tensorboard: Flag = True
 
 
+class ActivationOffloadBlock(StrictBlock):
+    """The arguments of :class:`narrowgauge.offload.ActivationOffload`, and a switch."""
+
+    enabled: Flag = True
+    path: (
+        Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    )
+    """A folder on the SSD, or one per SSD; nothing is left in it."""
+    granularity: Literal["saved_tensors", "layer_inputs"] = "saved_tensors"
+    min_tensor_bytes: int = Field(256 << 10, ge=0)
+    keep_resident: Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)] = "auto"
+    backend: Literal["auto", "threads", "aio", "gds"] = "auto"
+    num_lanes: Count = 2
+    buffer_bytes: Count | None = None
+    host_memory_bytes: int = Field(0, ge=0)
+    capacity_bytes: Count | None = None
+    """Per process rank."""
+    io_timeout: float = Field(300.0, gt=0.0, allow_inf_nan=False)
+    rated_tbw: float | None = Field(None, gt=0.0, allow_inf_nan=False)
+    drive_bytes: Count | None = None
+    max_drive_writes_per_day: float | None = Field(None, gt=0.0, allow_inf_nan=False)
+
+    @property
+    def folders(self) -> list[Path]:
+        return [Path(path).expanduser() for path in ([self.path] if isinstance(self.path, str) else self.path)]
+
+    def arguments(self) -> dict[str, Any]:
+        """As keyword arguments of the class."""
+        return {**self.model_dump(exclude={"enabled"}), "path": self.folders}
+
+
 class RunConfig(DeepSpeedKeys):
     """The whole file."""
 
+    activation_offload: ActivationOffloadBlock | None = None
     model: ModelBlock | None = None
     data: DataBlock | None = None
     training: TrainingBlock | None = None
@@ -215,6 +247,11 @@ class Config:
         if block is None or block.type not in COMPACT_OPTIMIZERS:
             return None
         return COMPACT_OPTIMIZERS[block.type].model_validate(block.params)
+
+    def offload(self) -> ActivationOffloadBlock | None:
+        """The block of activation offload; None where it is off."""
+        block = self.parsed.activation_offload
+        return block if block is not None and block.enabled else None
 
     def unused_params(self) -> list[str]:
         """The ``optimizer.params`` of compact optimizers that another type of optimizer does not take."""

@@ -17,7 +17,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from .config import Config
 
 
-def ensure_extensions(config: Config | None = None, console: Console | None = None) -> list[str]:
+def ensure_extensions(config: Config | None = None, console: Console | None = None, *, aio: bool = False) -> list[str]:
     """Build what a run loads on this machine's kind of accelerator; returns the names of the extensions.
 
     On the CPU every run loads DeepSpeed's shared-memory communication (20 to 50 s, once). DeepSpeed's own optimizers
@@ -26,10 +26,14 @@ def ensure_extensions(config: Config | None = None, console: Console | None = No
     Args:
         config: of the run; None builds what all runs load.
         console: where a build that is about to start is announced.
+        aio: also what activation offload can use instead of its own threads (minutes, once; needs libaio-dev).
     """
     accelerator: Any = get_accelerator()
     wanted = ["ShareMemCommBuilder"] if accelerator.device_name() == "cpu" else []
     wanted += _of_optimizer(config) if config is not None else []
+    offload = config.offload() if config is not None else None
+    if aio or (offload is not None and offload.backend == "aio"):
+        wanted.append("AsyncIOBuilder")
     names = []
     for builder in filter(None, map(accelerator.create_op_builder, wanted)):
         folder = Path(_get_build_directory(builder.name, verbose=False))

@@ -1,8 +1,8 @@
 """``initialize``: as ``deepspeed.initialize``, with compact optimizers beside DeepSpeed's own."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,17 @@ from deepspeed.runtime.zero.partition_parameters import restore_init_context, sh
 from narrowgauge.optimizers import Grass
 from torch import nn
 
+from .activation_offload import attach_offload, make_offload
 from .config import Config, load_config
+from .errors import ConfigError, UserError
 from .extensions import ensure_extensions
 from .preflight import agree, ensure_environment, process_rank
 from .support import check_supported
 from .zero_backends import GatherOnceBackend
 from .zero_engine import Engine
+
+# Engine, optimizer, data loader and schedule, as DeepSpeed returns them.
+_Made = tuple[Any, Any, Any, Any]
 
 # DeepSpeed's schedules that set learning rates outright; the others scale the rates they find.
 _ABSOLUTE_RATES = {
@@ -60,6 +65,9 @@ def initialize(
         model_parameters: for DeepSpeed's own optimizers; a compact one takes ``optimizer.params.param_groups``.
         training_data, lr_scheduler, mpu, dist_init_required, collate_fn: as in ``deepspeed.initialize``.
 
+    An ``"activation_offload"`` block keeps what the engine's forwards save for backward on NVMe (see
+    :class:`narrowgauge.offload.ActivationOffload`), with any optimizer; the object is ``engine.activation_offload``.
+
     Returns:
         ``(engine, optimizer, dataloader, lr_scheduler)``.
 
@@ -79,48 +87,73 @@ def initialize(
         modules = set(map(id, model.modules()))
         if any(id(layer.module) not in modules for layer in client.layers):
             raise checked.error("optimizer: the Grass that was passed to initialize was made from another model")
+    arguments = {
+        "model": model,
+        "training_data": training_data,
+        "lr_scheduler": lr_scheduler,
+        "dist_init_required": dist_init_required,
+        "collate_fn": collate_fn,
+    }
     if not compact:
-        agree(checked.raw)
-        ensure_extensions(checked)
-        if checked.unused_params() and process_rank() == 0:
-            warnings.warn(
-                f"optimizer.params: {', '.join(checked.unused_params())} are not used by"
-                f" {checked.raw['optimizer']['type']}, which trains every parameter at lr",
-                stacklevel=2,
-            )
-        try:
-            return deepspeed.initialize(
-                model=model,
-                config=checked.deepspeed_dict(),
-                optimizer=optimizer,
-                model_parameters=model_parameters,
-                training_data=training_data,
-                lr_scheduler=lr_scheduler,
-                mpu=mpu,
-                dist_init_required=dist_init_required,
-                collate_fn=collate_fn,
-            )
-        except (AssertionError, TypeError) as error:
-            raise checked.error(f"refused by DeepSpeed: {error}").shared() from error
+        with _offload_for(checked, model) as attach:
+            ensure_extensions(checked)
+            if checked.unused_params() and process_rank() == 0:
+                warnings.warn(
+                    f"optimizer.params: {', '.join(checked.unused_params())} are not used by"
+                    f" {checked.raw['optimizer']['type']}, which trains every parameter at lr",
+                    stacklevel=2,
+                )
+            try:
+                return attach(
+                    deepspeed.initialize(
+                        config=checked.deepspeed_dict(),
+                        optimizer=optimizer,
+                        model_parameters=model_parameters,
+                        mpu=mpu,
+                        **arguments,
+                    )
+                )
+            except (AssertionError, TypeError) as error:
+                raise checked.error(f"refused by DeepSpeed: {error}").shared() from error
     check_supported(checked, model, mpu)
     if model_parameters is not None:
         raise checked.error("model_parameters: a compact optimizer takes optimizer.params.param_groups instead")
     shutdown_init_context()
     try:
         grass = client or _make_optimizer(model, checked)
-        agree(checked.raw)
-        ensure_extensions(checked)
-        return _make_engine(
-            checked,
-            grass,
-            model=model,
-            training_data=training_data,
-            lr_scheduler=lr_scheduler,
-            dist_init_required=dist_init_required,
-            collate_fn=collate_fn,
-        )
+        with _offload_for(checked, model) as attach:
+            ensure_extensions(checked)
+            return attach(_make_engine(checked, grass, **arguments))
     finally:
         restore_init_context()
+
+
+@contextmanager
+def _offload_for(config: Config, model: nn.Module) -> Iterator[Callable[[_Made], _Made]]:
+    """Meet the other ranks, with this rank's activation offload made or its error; gives what attaches it."""
+    offload, problem = None, None
+    try:
+        offload = make_offload(config, model)
+    except ConfigError as error:
+        problem = str(error)
+    except Exception as fault:
+        # A fault of ours: this rank shows where it is, the others would wait for it.
+        with suppress(UserError):
+            agree(config.raw, error=f"{type(fault).__name__}: {fault}")
+        raise
+    try:
+        agree(config.raw, error=problem)
+
+        def attach(made: _Made) -> _Made:
+            if offload is not None:
+                attach_offload(made[0], offload)
+            return made
+
+        yield attach
+    except BaseException:
+        if offload is not None:
+            offload.close()
+        raise
 
 
 def init_distributed(dist_init_required: bool | None = None) -> None:
@@ -144,9 +177,7 @@ def _make_optimizer(model: nn.Module, config: Config) -> Grass:
         raise config.error(f"optimizer.params: {error}") from error
 
 
-def _make_engine(
-    config: Config, optimizer: Grass, *, dist_init_required: bool | None, **arguments: Any
-) -> tuple[Any, Any, Any, Any]:
+def _make_engine(config: Config, optimizer: Grass, *, dist_init_required: bool | None, **arguments: Any) -> _Made:
     settings = {key: value for key, value in config.deepspeed_dict().items() if key != "optimizer"}
     # What DeepSpeed asks of an optimizer it does not know.
     settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}

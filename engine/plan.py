@@ -11,6 +11,7 @@ from narrowgauge.optimizers import Grass
 from rich.console import Console
 from transformers import PretrainedConfig
 
+from .activation_offload import check_offload
 from .config import Batches, Config, DataBlock, LoggingBlock, ModelBlock, TrainingBlock, load_config
 from .data.packed import PackedTokens
 from .data.prepare import PreparedData, prepare_data
@@ -117,6 +118,7 @@ def _make_plan(config: Config, fresh: bool, console: Console) -> Plan:
             Grass(abstract, **{**params.arguments(), "fused": None})
         except ValueError as error:
             raise config.error(f"optimizer.params: {error}") from error
+    check_offload(config)
     if parsed.training.sample_prompt is not None:
         check_prompt(parsed.training.sample_prompt, prepared.tokenizer)
     train_data, eval_data = (

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch.distributed
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
@@ -62,13 +62,16 @@ def agree(settings: dict[str, Any], *, error: str | None = None, choice: str | N
     Raises:
         UserError: some rank reported an error, did not report in time, or differs; the same on every rank.
     """
-    if world_size() == 1 or torch.distributed.is_initialized():
+    if world_size() == 1:
         if error is not None:
             raise UserError(error)
         return choice
     global _meetings, _store
     _meetings += 1
-    _store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))
+    if torch.distributed.is_initialized():
+        _store, rank, size = _get_default_store(), torch.distributed.get_rank(), torch.distributed.get_world_size()
+    else:
+        _store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))
     store = PrefixStore(f"narrowgauge/{_meetings}", _store)
     versions = {f"version of {name}": version(name) for name in _VERSIONED}
     report = {"error": error, "choice": choice, "settings": {**flatten(settings), **versions}}

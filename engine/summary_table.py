@@ -11,7 +11,12 @@ def print_summary(summary: dict[str, Any], run_dir: str, console: Console) -> No
     sizes, seconds = summary["bytes"], summary["seconds"]
     losses = f"{summary['loss_first']:.3f} -> {summary['loss_last']:.3f}"
     table = Table(title=f"{summary['steps']} steps, {summary['tokens']:,} tokens", title_justify="left")
-    for heading in ("", "this run", "dense AdamW", "ratio"):
+    for heading in (
+        "",
+        "this run",
+        "dense AdamW, no offload" if "saved_activations_peak" in sizes else "dense AdamW",
+        "ratio",
+    ):
         table.add_column(heading, justify="left" if not heading else "right")
     table.add_row("training loss", losses)
     table.add_row("validation loss", f"{summary['eval_loss_first']:.3f} -> {summary['eval_loss']:.3f}")
@@ -23,6 +28,15 @@ def print_summary(summary: dict[str, Any], run_dir: str, console: Console) -> No
     ):
         found, dense = sizes[key], sizes[f"{key}_dense"]
         table.add_row(f"{name}, per rank", _mib(found), _mib(dense), f"{found / dense:.2f}" if dense else "-")
+    if "saved_activations_peak" in sizes:
+        saved, resident = sizes["saved_activations_peak"], sizes["saved_activations_peak_resident"]
+        table.add_row(
+            "saved activations in memory, peak",
+            _mib(resident),
+            _mib(saved),
+            f"{resident / saved:.2f}" if saved else "-",
+        )
+        table.add_row("activations written per step", _mib(sizes["offload_written"]))
     table.add_row("peak memory, per rank", _mib(sizes["peak_memory"]))
     table.add_row("step, median", f"{seconds['step_median']:.3f} s")
     console.print(table)

@@ -27,9 +27,6 @@ class TrafficCounter:
         self.reduced = self.gathered = 0.0
         self._wrapped: list[str] = []
 
-    def reset(self) -> None:
-        self.reduced = self.gathered = 0.0
-
     def attach(self) -> None:
         """Start counting; DeepSpeed's communication must have been initialised."""
         for name, (position, keyword, factor) in _COLLECTIVES.items():

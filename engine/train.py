@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from narrowgauge.offload import ActivationOffload
 from narrowgauge.optimizers.selection import derive_seed
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,6 +25,7 @@ from .initialization import init_distributed, initialize
 from .json_file import digest
 from .metrics import MetricsLog, step_records
 from .model import build_model
+from .offload_metrics import OffloadMeter, summarize_offload
 from .plan import Plan, plan_together
 from .preflight import ensure_environment, process_rank, world_size
 from .progress import ProgressView
@@ -75,9 +77,12 @@ def train(
     plan, lock = plan_together(config, overrides, fresh, console)
     ensure_extensions(plan.config, console)
     init_distributed()
+    run = _Run(plan, console)
     try:
-        _Run(plan, console).execute()
+        run.execute()
     finally:
+        if run.offload is not None:
+            run.offload.close()
         dist.destroy_process_group()
         if lock is not None:
             lock.release()
@@ -93,11 +98,15 @@ class _Run:
         self.timer, self.traffic = PhaseTimer(), TrafficCounter()
         self.tokens_per_step = plan.batches.total * plan.data.sequence_length
         self.engine: Any = None
+        self.offload: ActivationOffload | None = None
+        self.offload_meter = OffloadMeter(None)
         self.history: dict[str, Any] = {"loss_first": None, "loss_last": None, "eval_loss_first": None}
 
     def execute(self) -> None:
         plan = self.plan
         self.engine = self._make_engine()
+        self.offload = getattr(self.engine, "activation_offload", None)
+        self.offload_meter = OffloadMeter(self.offload)
         first_step = self._resume()
         if self.is_first_rank:
             self._write_head()
@@ -118,7 +127,6 @@ class _Run:
 
     def _write_head(self) -> None:
         plan = self.plan
-        plan.run_dir.mkdir(parents=True, exist_ok=True)
         resolved = {
             "config": plan.config.raw,
             "world_size": world_size(),
@@ -156,6 +164,8 @@ class _Run:
             zero3_config=settings if plan.config.zero_stage == 3 else None,
         )
         schedule = plan.training.lr_schedule
+        if plan.config.offload() is not None:
+            settings["activation_offload"] = plan.config.raw["activation_offload"]
         engine, *_ = initialize(
             model=model,
             config=settings,
@@ -242,7 +252,8 @@ class _Run:
         }
         dist.all_reduce(loss_sum)
         mean = float(loss_sum) / (plan.batches.accumulation_steps * world_size())
-        seconds = {**self.timer.collect(), "data_wait": waited}
+        moved, stalled = self.offload_meter.step()
+        seconds = {**self.timer.collect(), "data_wait": waited, **stalled}
         seconds["step"] = time.perf_counter() - started
         if not math.isfinite(mean):
             folder = plan.run_dir / CHECKPOINTS
@@ -257,7 +268,7 @@ class _Run:
             "grad_norm": float(norm) if norm is not None else None,
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / seconds["step"],
-            "bytes": sent,
+            "bytes": {**sent, **moved},
             "seconds": seconds,
         }
 
@@ -313,6 +324,7 @@ class _Run:
             statistics.fmean(record["bytes"][kind] for record in records) for kind in ("reduced", "gathered")
         )
         state, state_dense = optimizer_state_bytes(engine)
+        offloaded = summarize_offload(records, self.offload)
         return {
             "schema_version": SCHEMA_VERSION,
             "config_sha256": digest(plan.config.raw),
@@ -328,8 +340,10 @@ class _Run:
                 "optimizer_state": state,
                 "optimizer_state_dense": state_dense,
                 "peak_memory": memory,
+                **offloaded.pop("bytes"),
             },
-            "seconds": {"step_median": median.pop("step"), **median},
+            "seconds": {"step_median": median.pop("step"), **median, **offloaded.pop("seconds")},
+            **offloaded,
             "sample": sample,
         }
 

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .zero_backends import own_shard
+
 _SHARD_BYTES = 4 << 30
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -135,9 +137,10 @@ def load_weights(engine: Any, folder: Path, *, rebuild_compact: bool) -> None:
             tensor.copy_(values)
     if not rebuild_compact:
         return
+    names = {id(tensor): name for name, tensor in targets}
     for module in model.modules():
         if isinstance(module, CompactLinear):
-            name = next(n for n, p in plain_parameters(model) if p is module.weight)
+            name = names[id(module.weight)]
             with safe_open(files[name], framework="pt") as file:
                 values = module.read(file.get_tensor(name).to(module.index.device))
             if hasattr(module.compact, "ds_tensor"):
@@ -154,7 +157,5 @@ def _shape_in(path: Path, name: str) -> list[int]:
 
 
 def _fill_shard(parameter: Any, values: Tensor) -> None:
-    shard = parameter.ds_tensor
-    start = shard.numel() * parameter.ds_zero_partition_rank
-    length = max(0, min(shard.numel(), parameter.ds_numel - start))
-    shard.narrow(0, 0, length).copy_(values.reshape(-1)[start : start + length])
+    shard, start = own_shard(parameter)
+    shard.copy_(values.reshape(-1)[start : start + shard.numel()])

@@ -133,11 +133,11 @@ class PartitionedWeightBackend:
     ) -> None:
         for layer, index, decay in zip(layers, indices, decays, strict=True):
             module, compact = layer.module, _compact(layer)
-            weight_shard, start = _shard(module.weight)
+            weight_shard, start = own_shard(module.weight)
             decay_(weight_shard, decay, seed=derive_seed(seed, "decay", layer.name), offset=start)
             own = compact.ds_tensor
             if own.dtype is torch.bfloat16:
-                _, start = _shard(compact)
+                _, start = own_shard(compact)
                 master = safe_get_local_fp32_param(compact).to(own.device)
                 own = torch.empty_like(own)
                 stochastic_round_(own, master, seed=derive_seed(seed, "round", layer.name), offset=start)
@@ -157,19 +157,19 @@ def _compact(layer: CompactLayer) -> Any:
     return layer.module.compact
 
 
-def _shard(parameter: Any) -> tuple[Tensor, int]:
+def own_shard(parameter: Any) -> tuple[Tensor, int]:
     """This rank's shard of a ZeRO-3 parameter without its padding, and the position of its first element."""
     shard = parameter.ds_tensor
     start = shard.numel() * comm.get_rank(group=parameter.ds_process_group)
     return shard.narrow(0, 0, max(0, min(shard.numel(), parameter.ds_numel - start))), start
 
 
-def _gather_compact(module: CompactLinear, own_shard: Tensor) -> Tensor:
+def _gather_compact(module: CompactLinear, shard: Tensor) -> Tensor:
     """All ranks' shards of the compact values, flat, on this rank's device."""
     compact: Any = module.compact
-    own_shard = own_shard.to(module.index.device)
-    whole = own_shard.new_empty(own_shard.numel() * comm.get_world_size(group=compact.ds_process_group))
-    comm.all_gather_into_tensor(whole, own_shard.contiguous(), group=compact.ds_process_group)
+    shard = shard.to(module.index.device)
+    whole = shard.new_empty(shard.numel() * comm.get_world_size(group=compact.ds_process_group))
+    comm.all_gather_into_tensor(whole, shard.contiguous(), group=compact.ds_process_group)
     return whole.narrow(0, 0, compact.ds_numel)
 
 
@@ -192,7 +192,7 @@ def _selected_in_shard(module: CompactLinear, start: int, length: int) -> tuple[
 
 def _write_shard(module: CompactLinear, compact: Tensor) -> None:
     """Write the flat, whole compact values over the selected entries of this rank's shard of the weight."""
-    shard, start = _shard(module.weight)
+    shard, start = own_shard(module.weight)
     in_shard, in_compact = _selected_in_shard(module, start, shard.numel())
     shard[in_shard.to(shard.device)] = compact[in_compact].to(shard.device)
 
@@ -200,13 +200,13 @@ def _write_shard(module: CompactLinear, compact: Tensor) -> None:
 def _fill_compact_shard(module: CompactLinear) -> None:
     """Take this rank's shard of the compact values, and its masters, from the weight's shards of all ranks."""
     compact: Any = module.compact
-    shard, start = _shard(module.weight)
+    shard, start = own_shard(module.weight)
     in_shard, in_compact = _selected_in_shard(module, start, shard.numel())
     # Every entry comes from exactly one rank: the sum is a copy.
     whole = torch.zeros(compact.ds_numel, dtype=shard.dtype, device=module.index.device)
     whole[in_compact] = shard[in_shard.to(shard.device)].to(whole.device)
     comm.all_reduce(whole, group=compact.ds_process_group)
-    own, start = _shard(compact)
+    own, start = own_shard(compact)
     own.copy_(whole.narrow(0, min(start, compact.ds_numel), own.numel()))
     safe_set_local_fp32_param(compact, compact.ds_tensor)
 

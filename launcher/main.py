@@ -70,13 +70,32 @@ def export(
 
 
 @app.command(name="build")
-def build() -> None:
+def build(
+    aio: Annotated[bool, typer.Option("--aio", help="Also asynchronous I/O for activation offload (minutes).")] = False,
+) -> None:
     """Build the extensions that DeepSpeed would otherwise compile in the middle of the first run."""
     _quieten()
     from narrowgauge.engine.extensions import ensure_extensions
 
-    built = ensure_extensions()
+    built = ensure_extensions(aio=aio)
     _console().print(f"ready: {', '.join(built) if built else 'nothing to build on this machine'}", highlight=False)
+
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command(name="io")
+def bench_io(
+    path: Annotated[Path, typer.Argument(help="A folder on the SSD.")],
+    total: Annotated[int, typer.Option(min=1, help="MiB written and read per figure.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Times each figure is taken.")] = 3,
+) -> None:
+    """Measure the I/O backends of activation offload on a folder's SSD."""
+    _quieten()
+    from .bench import bench_io as run
+
+    run(path, total_mib=total, rounds=rounds, console=_console())
 
 
 def _console() -> Console:

@@ -1,0 +1,54 @@
+"""What activation offload did in a step, and in a run."""
+
+from collections.abc import Sequence
+from statistics import fmean, median
+from typing import Any
+
+from narrowgauge.offload import ActivationOffload
+
+BYTES = ("saved_activations_peak", "saved_activations_peak_resident", "offload_written", "offload_read")
+
+
+class OffloadMeter:
+    """Reads an offload's counters step by step; all empty where there is none."""
+
+    def __init__(self, offload: ActivationOffload | None) -> None:
+        self._offload = offload
+        self._before = offload.stats() if offload is not None else None
+
+    def step(self) -> tuple[dict[str, int], dict[str, float]]:
+        """Bytes and seconds since the last call, of this process rank."""
+        if self._offload is None or self._before is None:
+            return {}, {}
+        before, now = self._before, self._offload.stats()
+        self._before = now
+        self._offload.reset_peaks()
+        values = (now.saved_peak, now.resident_peak, now.written - before.written, now.read - before.read)
+        return dict(zip(BYTES, values, strict=True)), {"io_stall": now.io_stall - before.io_stall}
+
+
+def summarize_offload(records: Sequence[dict[str, Any]], offload: ActivationOffload | None) -> dict[str, Any]:
+    """The ``bytes``, ``seconds`` and ``offload`` entries of a summary; empty where nothing was offloaded.
+
+    Peaks are the highest of all steps; written, read and waited are per step.
+    """
+    found = [record for record in records if BYTES[0] in record["bytes"]]
+    if offload is None or not found:
+        return {"bytes": {}, "seconds": {}}
+    columns = {key: [record["bytes"][key] for record in found] for key in BYTES}
+    stats = offload.stats()
+    return {
+        "bytes": {key: max(values) if "peak" in key else round(fmean(values)) for key, values in columns.items()},
+        "seconds": {"io_stall": median(record["seconds"]["io_stall"] for record in found)},
+        "activation_offload": {
+            key: getattr(stats, key)
+            for key in (
+                "backend",
+                "write_bandwidth",
+                "read_bandwidth",
+                "written_per_day",
+                "drive_writes_per_day",
+                "drive_life_years",
+            )
+        },
+    }

@@ -1,0 +1,64 @@
+"""Which backends a machine has, and which of them is the fastest on a path."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..probe import Speed, measure
+from . import aio, gds
+from .base import IOBackend
+from .threads import ThreadsBackend
+
+NAMES = ("threads", "aio", "gds")
+# Another backend has to be this much faster than threads, which need neither a compiler nor a copy.
+_CLEARLY_FASTER = 1.1
+
+
+def available_backends(*, compile_aio: bool = False) -> tuple[list[IOBackend], dict[str, str]]:
+    """The backends that work here, and of the others the reason why not.
+
+    Args:
+        compile_aio: build DeepSpeed's extension if it is not there (minutes).
+    """
+    found: list[IOBackend] = [ThreadsBackend()]
+    missing: dict[str, str] = {}
+    for name in ("aio", "gds"):
+        try:
+            reason = _missing_aio(compile_aio) if name == "aio" else gds.unavailable_because()
+            if reason is None:
+                found.append(_make(name))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            missing[name] = reason
+    return found, missing
+
+
+def _missing_aio(compile_it: bool) -> str | None:
+    if aio.is_built():
+        return None
+    if not aio.can_build():
+        return "libaio and its header are not installed (apt-get install libaio-dev)"
+    return None if compile_it else "not compiled (narrowgauge build --aio)"
+
+
+def _make(name: str) -> IOBackend:
+    return {"threads": ThreadsBackend, "aio": aio.AioBackend, "gds": gds.GdsBackend}[name]()
+
+
+def make_backend(name: str, folder: Path, device: torch.device) -> tuple[IOBackend, Speed]:
+    """The backend of that name, or with ``auto`` the fastest for tensors of ``device``, and its measured speed.
+
+    Raises:
+        OSError, ImportError, RuntimeError: the backend does not work here.
+    """
+    candidates: Sequence[IOBackend] = available_backends()[0] if name == "auto" else [_make(name)]
+    speeds = [
+        measure(backend, folder, staged=device.type == "cpu" and not backend.writes_in_place) for backend in candidates
+    ]
+    best = 0
+    for number in range(1, len(speeds)):
+        if speeds[number].both > _CLEARLY_FASTER * speeds[best].both:
+            best = number
+    return candidates[best], speeds[best]
