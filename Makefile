@@ -18,6 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	test ! -e /usr/include/libaio.h || $(BIN)/narrowgauge build --aio
 	touch $@
 
 train: $(VENV)/.installed

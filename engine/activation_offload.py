@@ -23,7 +23,7 @@ def check_offload(config: Config) -> None:
     if config.parsed.compile is not None and config.parsed.compile.deepcompile:
         raise config.error("compile.deepcompile: does not work with activation_offload: it plans memory itself")
     try:
-        check_room(block.folders, block.capacity_bytes)
+        check_room(block.path, block.capacity_bytes)
     except OffloadError as error:
         raise config.error(f"activation_offload.path: {error}") from error
 

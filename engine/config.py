@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .deepspeed_schema import (
     Block,
@@ -164,19 +164,31 @@ class LoggingBlock(StrictBlock):
     tensorboard: Flag = True
 
 
+def _folder_or_folders(value: Any) -> Any:
+    parts = value if isinstance(value, list) else [value]
+    if not parts or not all(isinstance(part, str) and part for part in parts):
+        raise ValueError("a folder, or a list of folders, is needed")
+    return value
+
+
+def _auto_or_share(value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != "auto" and not (is_number and 0 <= value <= 1):
+        raise ValueError('"auto" or a number from 0 to 1 is allowed')
+    return value
+
+
 class ActivationOffloadBlock(StrictBlock):
     """The arguments of :class:`narrowgauge.offload.ActivationOffload`, and a switch."""
 
     enabled: Flag = True
-    path: (
-        Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-    )
+    path: Annotated[str | list[str], BeforeValidator(_folder_or_folders)]
     """A folder on the SSD, or one per SSD; nothing is left in it."""
     granularity: Literal["saved_tensors", "layer_inputs"] = "saved_tensors"
     min_tensor_bytes: int = Field(256 << 10, ge=0)
-    keep_resident: Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)] = "auto"
+    keep_resident: Annotated[Literal["auto"] | float, BeforeValidator(_auto_or_share)] = "auto"
     backend: Literal["auto", "threads", "aio", "gds"] = "auto"
-    num_lanes: Count = 2
+    num_lanes: int = Field(2, ge=1, le=64)
     buffer_bytes: Count | None = None
     host_memory_bytes: int = Field(0, ge=0)
     capacity_bytes: Count | None = None
@@ -186,13 +198,9 @@ class ActivationOffloadBlock(StrictBlock):
     drive_bytes: Count | None = None
     max_drive_writes_per_day: float | None = Field(None, gt=0.0, allow_inf_nan=False)
 
-    @property
-    def folders(self) -> list[Path]:
-        return [Path(path).expanduser() for path in ([self.path] if isinstance(self.path, str) else self.path)]
-
     def arguments(self) -> dict[str, Any]:
         """As keyword arguments of the class."""
-        return {**self.model_dump(exclude={"enabled"}), "path": self.folders}
+        return self.model_dump(exclude={"enabled"})
 
 
 class RunConfig(DeepSpeedKeys):

@@ -1,18 +1,11 @@
-"""Building DeepSpeed's extensions before they are needed.
+"""Building DeepSpeed's extensions before they are needed."""
 
-DeepSpeed compiles what it lacks the first time it is used, on every rank at once, and a build that was killed leaves
-a lock file on which the next run waits for ever. Here one process of the machine builds, the others wait for it, and
-stale locks are removed.
-"""
-
-import fcntl
-import os
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from narrowgauge.offload.backends.extension import load_extension
 from rich.console import Console
-from torch.utils.cpp_extension import _get_build_directory
 
 from .config import Config
 
@@ -36,13 +29,7 @@ def ensure_extensions(config: Config | None = None, console: Console | None = No
         wanted.append("AsyncIOBuilder")
     names = []
     for builder in filter(None, map(accelerator.create_op_builder, wanted)):
-        folder = Path(_get_build_directory(builder.name, verbose=False))
-        with (folder.parent / "narrowgauge.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            _remove_stale_lock(folder / "lock")
-            if console is not None and not any(folder.glob("*.so")):
-                console.print(f"compiling DeepSpeed's {builder.name}, once", highlight=False)
-            builder.load(verbose=False)
+        load_extension(builder, before_build=partial(_announce, console, builder.name))
         names.append(builder.name)
     return names
 
@@ -61,18 +48,6 @@ def _of_optimizer(config: Config) -> list[str]:
     return [f"CPU{kernel}Builder" if on_cpu and kernel != "Lamb" else f"Fused{kernel}Builder"]
 
 
-def _remove_stale_lock(lock: Path) -> None:
-    """Remove the lock of a build that was killed: a live one keeps the file open."""
-    if lock.exists() and not _is_open(lock):
-        lock.unlink(missing_ok=True)
-
-
-def _is_open(path: Path) -> bool:
-    target = str(path.resolve())
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(descriptor) == target:
-                return True
-        except OSError:
-            continue
-    return False
+def _announce(console: Console | None, name: str) -> None:
+    if console is not None:
+        console.print(f"compiling DeepSpeed's {name}, once", highlight=False)

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .backends import NAMES, IOBackend, make_backend
+from .arguments import check_arguments, to_folders
+from .backends import IOBackend, make_backend
 from .errors import OffloadError, OffloadSpaceError
 from .graph import ForwardGraph, mark_parameter, read_ahead
 from .layers import RecomputedLayers
@@ -87,7 +88,7 @@ class ActivationOffload:
                 ``auto`` as much as needed for backward not to wait, planned after the first forward and backward, and
                 again when the disk's speed changes by more than 20 %.
             backend: ``auto`` measures those that are there and takes the fastest.
-            num_lanes: threads, and so transfers at a time.
+            num_lanes: threads, and so transfers at a time; at most 64.
             buffer_bytes: for what is read ahead, and for what is copied before it is written. With CUDA this much
                 pinned memory, and as much of the GPU's. None: a tenth of what a forward saves, and at least three of
                 its tensors.
@@ -104,33 +105,35 @@ class ActivationOffload:
             layers: what ``layer_inputs`` recomputes; default the model's stacks of layers.
 
         Raises:
-            ValueError: an argument is out of range.
+            TypeError, ValueError: an argument is of another type, or out of range.
             OffloadSpaceError: there is no room for the slab.
             OffloadError: the path or the backend cannot be used.
         """
-        folders = [Path(part) for part in ([path] if isinstance(path, str | os.PathLike) else path)]
-        _check_arguments(
-            folders,
-            granularity=granularity,
-            backend=backend,
-            keep_resident=keep_resident,
-            positive={"num_lanes": num_lanes, "io_timeout": io_timeout},
-            not_negative={"min_tensor_bytes": min_tensor_bytes, "host_memory_bytes": host_memory_bytes},
-            maybe_positive={
+        check_arguments(
+            {
+                "min_tensor_bytes": min_tensor_bytes,
+                "num_lanes": num_lanes,
                 "buffer_bytes": buffer_bytes,
+                "host_memory_bytes": host_memory_bytes,
                 "capacity_bytes": capacity_bytes,
+                "io_timeout": io_timeout,
                 "rated_tbw": rated_tbw,
                 "drive_bytes": drive_bytes,
                 "max_drive_writes_per_day": max_drive_writes_per_day,
             },
-            has_model=model is not None,
+            granularity=granularity,
+            keep_resident=keep_resident,
+            backend=backend,
+            model=model,
+            layers=layers,
         )
+        folders = to_folders(path)
         self.granularity: Granularity = granularity
         self._buffer_bytes = buffer_bytes
         self._min_bytes, self._keep_resident = min_tensor_bytes, keep_resident
         self._may_resize = capacity_bytes is None
         # Before the slab takes what may be the last room.
-        self._backend, self._speed = _choose_backend(backend, folders)
+        self._backend, self._speed = _choose_backend(backend, folders, io_timeout)
         store = _reserve(folders, capacity_bytes)
         try:
             _warn_of_page_cache(store)
@@ -261,6 +264,7 @@ class ActivationOffload:
     def stats(self) -> OffloadStats:
         """What was saved, moved and waited for."""
         transport = self._transport
+        transport.settle()
         written = transport.writes.bytes
         budget = self._planned[1] * self._trust if self._planned is not None else None
         return OffloadStats(
@@ -286,6 +290,7 @@ class ActivationOffload:
 
     def reset_peaks(self) -> None:
         """Let ``saved_peak`` and ``resident_peak`` start again from the present values."""
+        self._transport.settle()
         self._transport.saved.reset_peak()
         self._transport.resident.reset_peak()
 
@@ -297,6 +302,9 @@ class ActivationOffload:
             if self._recomputed is not None:
                 self._recomputed.restore()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("an ActivationOffload cannot be copied or pickled: it has threads and disk space of its own")
+
 
 def _untraced(hook: Any) -> Any:
     """Keep ``torch.compile``, where it is in use, from compiling the hooks themselves."""
@@ -304,67 +312,25 @@ def _untraced(hook: Any) -> Any:
     return dynamo.disable(hook) if dynamo is not None else hook
 
 
-def _check_arguments(
-    folders: Sequence[Path],
-    *,
-    granularity: str,
-    backend: str | IOBackend,
-    keep_resident: float | str,
-    positive: dict[str, float],
-    not_negative: dict[str, float],
-    maybe_positive: dict[str, float | None],
-    has_model: bool,
-) -> None:
-    _check_folders(folders)
-    if granularity not in ("saved_tensors", "layer_inputs"):
-        raise ValueError(f"granularity: {granularity!r} found; 'saved_tensors' or 'layer_inputs' is allowed")
-    if granularity == "layer_inputs" and not has_model:
-        raise ValueError("granularity: 'layer_inputs' needs model=, whose layers it makes recompute")
-    if isinstance(backend, str) and backend not in ("auto", *NAMES):
-        allowed = ", ".join(map(repr, ("auto", *NAMES)))
-        raise ValueError(f"backend: {backend!r} found; one of {allowed} or an IOBackend is allowed")
-    if isinstance(keep_resident, str) and keep_resident != "auto":
-        raise ValueError(f"keep_resident: {keep_resident!r} found; 'auto' or a number from 0 to 1 is allowed")
-    if not isinstance(keep_resident, str) and not 0 <= keep_resident <= 1:
-        raise ValueError(f"keep_resident: {keep_resident} found; 'auto' or a number from 0 to 1 is allowed")
-    for name, value in {**positive, **maybe_positive}.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name}: {value} found; a number above 0 is needed")
-    for name, value in not_negative.items():
-        if not value >= 0:
-            raise ValueError(f"{name}: {value} found; 0 or more is needed")
-
-
-def check_room(folders: Sequence[Path], capacity_bytes: int | None) -> None:
+def check_room(path: Any, capacity_bytes: int | None) -> None:
     """Raise what :class:`ActivationOffload` would for these folders: ``OffloadError`` or ``OffloadSpaceError``."""
-    _check_folders(folders)
-    _reserve(folders, capacity_bytes).close()
+    _reserve(to_folders(path), capacity_bytes).close()
 
 
 def _reserve(folders: Sequence[Path], capacity_bytes: int | None) -> SlabStore:
     return SlabStore(folders, capacity_bytes if capacity_bytes is not None else _default_capacity(folders))
 
 
-def _check_folders(folders: Sequence[Path]) -> None:
-    if not folders:
-        raise ValueError("path: at least one folder is needed")
-    for folder in folders:
-        try:
-            is_folder, exists = folder.is_dir(), folder.exists()
-        except OSError as error:
-            raise OffloadError(f"{folder}: cannot be used: {error.strerror}") from error
-        if not is_folder:
-            raise OffloadError(f"{folder}: {'not a folder' if exists else 'no such folder'}")
-
-
-def _choose_backend(backend: BackendName | IOBackend, folders: Sequence[Path]) -> tuple[IOBackend, Speed]:
+def _choose_backend(
+    backend: BackendName | IOBackend, folders: Sequence[Path], timeout: float
+) -> tuple[IOBackend, Speed]:
     """The backend, and its speed over all folders together."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if isinstance(backend, str):
-            chosen, speed = make_backend(backend, folders[0], device)
+            chosen, speed = make_backend(backend, folders[0], device, timeout=timeout)
         else:
-            chosen, speed = backend, measure(backend, folders[0])
+            chosen, speed = backend, measure(backend, folders[0], timeout=timeout)
     except (OSError, ImportError, RuntimeError) as error:
         if isinstance(error, OffloadError):
             raise

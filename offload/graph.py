@@ -63,6 +63,7 @@ class ForwardGraph:
         return Handle(record, tensor)
 
     def _new_record(self, tensor: Tensor, base: Tensor, storage: Any) -> Record:
+        self._transport.settle()
         record = Record(self._transport, self, len(self._records), tensor, base, storage)
         self._records.append(weakref.ref(record))
         marked = not self._only_marked or hasattr(storage, "_narrowgauge_layer_input")
@@ -78,6 +79,7 @@ class ForwardGraph:
     def unpack(self, packed: Handle | Plain) -> Tensor:
         """The saved-tensor hook of backward."""
         if isinstance(packed, Handle):
+            self._transport.settle()
             record = packed.record
             if record.slot is not None and record.slot not in self._unpacked_at:
                 self._unpacked_at[record.slot] = time.perf_counter() - self.stall

@@ -6,6 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
+from typing import Any
 
 from .backends.base import IOBackend, Lane
 
@@ -76,18 +77,27 @@ class BandwidthMeter:
 class Lanes:
     """Worker threads over two queues."""
 
-    def __init__(self, backend: IOBackend, count: int) -> None:
+    def __init__(self, backend: IOBackend, count: int, tokens: SimpleQueue[Any], returns: Callable[[], int]) -> None:
+        """
+        Args:
+            count: threads.
+            tokens: has something true put into it for each thing that may let a lane go on.
+            returns: how often a buffer has become free; each has put a token besides.
+        """
         self._reads: deque[Transfer] = deque()
         self._writes: deque[Transfer] = deque()
-        # A token for each thing that may let a lane go on. SimpleQueue may be used by finalizers, a Condition not.
-        self._tokens: SimpleQueue[bool] = SimpleQueue()
-        self._pokes = 0
-        self._threads = [
-            threading.Thread(target=self._run, args=(backend.lane(),), name=f"narrowgauge-offload-{n}", daemon=True)
-            for n in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._tokens, self._returns = tokens, returns
+        self._threads: list[threading.Thread] = []
+        try:
+            for number in range(count):
+                thread = threading.Thread(
+                    target=self._run, args=(backend.lane(),), name=f"narrowgauge-offload-{number}", daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            _stop(self._reads, self._writes, self._tokens, self._threads, _EXIT_SECONDS)
+            raise
         # A thread that comes back from torch's C++ to an interpreter that is ending would abort the process.
         self._exit = weakref.finalize(
             self, _stop, self._reads, self._writes, self._tokens, self._threads, _EXIT_SECONDS
@@ -115,10 +125,11 @@ class Lanes:
         self._writes.append(transfer)
         self._tokens.put(True)
 
-    def poke(self) -> None:
-        """A buffer came free: a write may be able to start."""
-        self._pokes += 1
-        self._tokens.put(True)
+    def abandon(self) -> None:
+        """Stop without waiting for the threads; nothing is under way or queued."""
+        for _ in self._threads:
+            self._tokens.put(False)
+        self._exit.detach()
 
     def close(self, timeout: float) -> bool:
         """Stop after the transfers under way; those still queued are dropped.
@@ -144,7 +155,7 @@ class Lanes:
             return False
         if not transfer.claim():
             return True
-        pokes = self._pokes
+        returns = self._returns()
         try:
             started = transfer.work(lane)
         except BaseException as error:
@@ -155,7 +166,7 @@ class Lanes:
             return True
         transfer.unclaim()
         queue.appendleft(transfer)
-        if self._pokes != pokes:
+        if self._returns() != returns:
             # A buffer came free meanwhile; another lane may have found the queue empty and taken the token.
             self._tokens.put(True)
         return False
@@ -164,7 +175,7 @@ class Lanes:
 def _stop(
     reads: deque[Transfer],
     writes: deque[Transfer],
-    tokens: SimpleQueue[bool],
+    tokens: SimpleQueue[Any],
     threads: Sequence[threading.Thread],
     timeout: float,
 ) -> bool:

@@ -2,12 +2,14 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from .errors import OffloadIOError
 from .slab import SlabFile, available_bytes, round_up
 
 if TYPE_CHECKING:
@@ -35,75 +37,75 @@ def measure(
     lanes: int = 2,
     total_bytes: int = 64 << 20,
     staged: bool = False,
+    timeout: float = 300.0,
 ) -> Speed:
     """Write and read ``total_bytes`` in blocks on a slab of their own, each lane a thread of its own.
 
     Args:
         staged: count the copy into the backend's buffer as part of each write.
+        timeout: seconds for each pass over the slab.
 
     Raises:
         OffloadSpaceError, OffloadError: the folder cannot take the slab.
+        OffloadIOError: the disk does not answer.
         OSError: the device failed.
     """
     block_bytes = round_up(block_bytes)
     blocks = max(lanes, min(total_bytes, available_bytes(folder) // 2) // block_bytes)
     slab = SlabFile(folder, blocks * block_bytes)
     try:
+        workers = [_Worker(backend, slab, range(n, blocks, lanes), block_bytes) for n in range(lanes)]
         # The first pass gives the file its blocks; it is not counted.
-        _pass(backend, slab, blocks, block_bytes, lanes, write=True, staged=False)
-        write = _pass(backend, slab, blocks, block_bytes, lanes, write=True, staged=staged)
-        read = _pass(backend, slab, blocks, block_bytes, lanes, write=False, staged=False)
-    finally:
+        seconds = [_pass(workers, timeout, write=True, staged=False)]
+        seconds += [_pass(workers, timeout, write=True, staged=staged), _pass(workers, timeout, write=False)]
+    except OffloadIOError:
+        slab.close(in_use=True)
+        raise
+    except BaseException:
         slab.close()
-    return Speed(write, read)
+        raise
+    for worker in workers:
+        worker.close()
+    slab.close()
+    return Speed(*(blocks * block_bytes / each for each in seconds[1:]))
 
 
-def _pass(
-    backend: "IOBackend", slab: SlabFile, blocks: int, block_bytes: int, lanes: int, *, write: bool, staged: bool
-) -> float:
+def _pass(workers: "Sequence[_Worker]", timeout: float, *, write: bool, staged: bool = False) -> float:
+    """All blocks once; seconds."""
     errors: list[BaseException] = []
-    workers = [
-        _Worker(backend, slab, range(n, blocks, lanes), block_bytes, write, staged, errors) for n in range(lanes)
+    threads = [
+        threading.Thread(target=worker.move, kwargs={"write": write, "staged": staged, "errors": errors}, daemon=True)
+        for worker in workers
     ]
-    threads = [threading.Thread(target=worker.run, daemon=True) for worker in workers]
     started = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(max(0.0, started + timeout - time.perf_counter()))
     seconds = time.perf_counter() - started
-    for worker in workers:
-        worker.close()
+    if any(thread.is_alive() for thread in threads):
+        raise OffloadIOError(f"{workers[0].folder}: the disk did not answer within {timeout:g} s")
     if errors:
         raise errors[0]
-    return blocks * block_bytes / seconds
+    return seconds
 
 
 class _Worker:
-    def __init__(
-        self,
-        backend: "IOBackend",
-        slab: SlabFile,
-        places: range,
-        block_bytes: int,
-        write: bool,
-        staged: bool,
-        errors: list[BaseException],
-    ) -> None:
-        self._backend, self._slab, self._places, self._errors = backend, slab, places, errors
-        self._write, self._lane = write, backend.lane()
+    def __init__(self, backend: "IOBackend", slab: SlabFile, places: range, block_bytes: int) -> None:
+        self._backend, self._slab, self._places, self._lane = backend, slab, places, backend.lane()
         self._buffer = backend.new_buffer(block_bytes).random_()
-        self._source = torch.ones(block_bytes, dtype=torch.uint8) if staged else None
+        self._source = torch.ones(block_bytes, dtype=torch.uint8)
+        self.folder = slab.folder
 
-    def run(self) -> None:
+    def move(self, *, write: bool, staged: bool, errors: list[BaseException]) -> None:
         try:
-            move = self._lane.write if self._write else self._lane.read
+            move = self._lane.write if write else self._lane.read
             for place in self._places:
-                if self._source is not None:
+                if staged:
                     self._buffer.copy_(self._source)
                 move(self._slab.fd, place * self._buffer.nbytes, self._buffer)
         except BaseException as error:
-            self._errors.append(error)
+            errors.append(error)
 
     def close(self) -> None:
         self._lane.close()

@@ -7,12 +7,33 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from .lanes import Transfer
-from .slab import ALIGNMENT, Extent
+from .slab import Extent
+from .stats import Level
 
 if TYPE_CHECKING:
     from .buffers import Lent
     from .graph import ForwardGraph
     from .transport import Transport
+
+
+class Footprint:
+    """What a record counts for. It outlives the record, to take that back."""
+
+    __slots__ = ("_amounts",)
+
+    def __init__(self) -> None:
+        self._amounts: dict[Level, int] = {}
+
+    def add(self, level: Level, nbytes: int) -> None:
+        self._amounts[level] = nbytes
+        level.add(nbytes)
+
+    def remove(self, level: Level) -> None:
+        level.add(-self._amounts.pop(level, 0))
+
+    def remove_all(self) -> None:
+        for level in list(self._amounts):
+            self.remove(level)
 
 
 class Record:
@@ -42,13 +63,13 @@ class Record:
         "delta",
         "device",
         "extent",
+        "footprint",
         "graph",
         "handles",
         "host",
         "index",
         "load",
         "nbytes",
-        "own_resident",
         "pinned",
         "read_transfer",
         "ready",
@@ -83,16 +104,10 @@ class Record:
         self.pinned = False
         self.handles = self.unpacked = self.load = 0
         self.slot: int | None = None
-        self.own_resident = True
-        transport.saved.add(self.nbytes)
-        transport.resident.add(self.nbytes)
-
-    def __del__(self) -> None:
-        self.transport.saved.add(-self.nbytes)
-        if self.write_transfer is not None:
-            self.transport.offered.add(-self.nbytes - ALIGNMENT)
-        if self.own_resident:
-            self.transport.resident.add(-self.nbytes)
+        self.footprint = Footprint()
+        self.footprint.add(transport.saved, self.nbytes)
+        self.footprint.add(transport.resident, self.nbytes)
+        transport.deaths.watch(self, self.footprint.remove_all)
 
     @property
     def changed(self) -> bool:
@@ -110,9 +125,7 @@ class Record:
     def give_up_storage(self) -> None:
         """Let go of the forward's memory, or of what was read back."""
         self.storage = None
-        if self.own_resident:
-            self.own_resident = False
-            self.transport.resident.add(-self.nbytes)
+        self.footprint.remove(self.transport.resident)
 
     def take_storage(self, storage: UntypedStorage) -> None:
         """Hold memory that was read back."""
@@ -145,13 +158,6 @@ class Handle:
         self.seen = -1
         record.handles += 1
 
-    def __del__(self) -> None:
-        record = self.record
-        record.handles -= 1
-        if self.seen == record.load:
-            record.unpacked -= 1
-        self._release_when_all_seen()
-
     def unpack(self) -> Tensor:
         """The saved tensor.
 
@@ -177,14 +183,10 @@ class Handle:
         if self.seen != record.load:
             self.seen = record.load
             record.unpacked += 1
-            self._release_when_all_seen()
+            # Bytes that are also on disk need not stay once every holder has had them (``retain_graph``).
+            if record.extent is not None and record.load and record.unpacked >= record.handles:
+                record.storage = None
         return tensor
-
-    def _release_when_all_seen(self) -> None:
-        """Bytes that are also on disk need not stay once every holder has had them (``retain_graph``)."""
-        record = self.record
-        if record.extent is not None and record.load and record.unpacked >= record.handles:
-            record.storage = None
 
 
 class Plain:

@@ -10,11 +10,12 @@ import os
 import tempfile
 import threading
 from bisect import insort
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+from .deaths import Deaths
 from .errors import OffloadError, OffloadSpaceError
 
 ALIGNMENT = 4096
@@ -42,10 +43,6 @@ class Extent:
         """The folder the slab lies in."""
         return self._slab.folder
 
-    def __del__(self) -> None:
-        # A deque, because this may run inside the allocator, where a lock would be taken twice.
-        self._slab.returned.append((self.offset, self.nbytes))
-
 
 class SlabFile:
     """One nameless file, opened for direct I/O, and the list of its free ranges."""
@@ -58,7 +55,7 @@ class SlabFile:
             OffloadError: the folder does not exist or cannot be written to.
         """
         self.folder, self.capacity = folder, 0
-        self.returned: deque[tuple[int, int]] = deque()
+        self._deaths = Deaths()
         self._free: list[tuple[int, int]] = []
         self.fd, self.is_direct = _open_nameless(folder)
         try:
@@ -69,7 +66,7 @@ class SlabFile:
 
     def resize(self, capacity: int) -> None:
         """Reserve another number of bytes. Only while no extent is in use."""
-        self._collect()
+        self._deaths.settle()
         assert sum(length for _, length in self._free) == self.capacity
         missing = capacity - self.capacity
         # Not by its name: the folder may have been removed since.
@@ -93,18 +90,20 @@ class SlabFile:
 
     def allocate(self, nbytes: int) -> Extent | None:
         """A range of whole blocks; None if there is none that large."""
-        self._collect()
+        self._deaths.settle()
         for place, (offset, length) in enumerate(self._free):
             if length >= nbytes:
                 if length == nbytes:
                     del self._free[place]
                 else:
                     self._free[place] = (offset + nbytes, length - nbytes)
-                return Extent(self, offset, nbytes)
+                extent = Extent(self, offset, nbytes)
+                self._deaths.watch(extent, partial(self._insert, offset, nbytes))
+                return extent
         return None
 
     def used(self) -> int:
-        self._collect()
+        self._deaths.settle()
         return self.capacity - sum(length for _, length in self._free)
 
     def close(self, *, in_use: bool = False) -> None:
@@ -121,10 +120,6 @@ class SlabFile:
             else:
                 os.close(self.fd)
             self.fd = -1
-
-    def _collect(self) -> None:
-        while self.returned:
-            self._insert(*self.returned.popleft())
 
     def _insert(self, offset: int, length: int) -> None:
         insort(self._free, (offset, length))

@@ -4,7 +4,10 @@ import ctypes
 import time
 import warnings
 import weakref
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, UntypedStorage
 
 from .backends.base import IOBackend, Lane
 from .buffers import BufferPool, Lent
+from .deaths import Deaths
 from .errors import OffloadCorruptionError, OffloadError, OffloadIOError
 from .lanes import BandwidthMeter, Lanes, Transfer
 from .record import Record
@@ -41,24 +45,35 @@ class Transport:
     ) -> None:
         self.backend, self.store = backend, store
         self.saved, self.resident, self.offered = Level(), Level(), Level()
+        self.deaths = Deaths()
         self.writes, self.reads = BandwidthMeter(), BandwidthMeter()
         self.stall, self.forwarded, self.failed_writes, self.full = 0.0, 0, 0, 0
+        self._failed_in_a_row = 0
         self._timeout, self._fixed_window = io_timeout, buffer_bytes
         self._window = buffer_bytes if buffer_bytes is not None else _FIRST_WINDOW
         self._loaded_on_device = Level()
+        tokens: SimpleQueue[Any] = SimpleQueue()
         # Where there is a GPU, its memory is what is counted, not the host's.
-        on_change = (lambda _: None) if torch.cuda.is_available() else self.resident.add
-        self._pool = BufferPool(backend, self._window, on_change)
-        self._host_tier = BufferPool(backend, host_memory_bytes, on_change)
-        self._lanes = Lanes(backend, lanes)
-        self._pool.on_return = self._lanes.poke
+        on_change = (lambda _: None) if torch.cuda.is_available() else partial(_count, self.deaths, self.resident)
+        self._pool = BufferPool(backend, self._window, on_change=on_change, on_return=tokens.put)
+        self._host_tier = BufferPool(backend, host_memory_bytes, on_change=on_change, on_return=None)
+        self._lanes = Lanes(backend, lanes, tokens, self._pool.count_returns)
         self._in_place = backend.writes_in_place and all(
             _filesystem(file.folder) in _IN_PLACE_FILESYSTEMS for file in store.files
         )
         self._streams: dict[torch.device, tuple[Any, Any]] = {}
         self._closed = False
+        # Not before the last record is gone, whatever became of the object that the user had.
+        self._unclosed = weakref.finalize(self, _abandon, self._lanes, (self._pool, self._host_tier), store)
+        self._unclosed.atexit = False
 
     # Called by forward and backward.
+
+    def settle(self) -> None:
+        """Count what died since the last time."""
+        self.deaths.settle()
+        self._pool.settle()
+        self._host_tier.settle()
 
     def set_window(self, nbytes: int) -> None:
         """Read ahead by this much from now on, unless a size was given."""
@@ -69,13 +84,13 @@ class Transport:
 
     def offload(self, record: Record) -> None:
         """Begin to write a record; its memory is given up when the bytes are elsewhere."""
-        if self._closed or self.failed_writes >= _MAX_FAILED_WRITES:
+        if self._closed or self._failed_in_a_row >= _MAX_FAILED_WRITES:
             return
         if record.device.type == "cuda":
             self._streams_of(record.device)
             record.ready = torch.cuda.Event()
             record.ready.record(torch.cuda.current_stream(record.device))
-        self.offered.add(record.nbytes + ALIGNMENT)
+        record.footprint.add(self.offered, record.nbytes + ALIGNMENT)
         reference = weakref.ref(record)
         record.write_transfer = Transfer(lambda lane: self._write(reference, lane))
         self._lanes.write(record.write_transfer)
@@ -193,7 +208,7 @@ class Transport:
                 return False
         extent = self.store.allocate(length)
         if extent is None:
-            self.full += 1
+            self._note_full(record)
             return True
         try:
             if host is not None:
@@ -203,16 +218,31 @@ class Transport:
                 self._let_go(record)
                 storage = None
             self._write_bytes(record, storage, host, extent, delta, lane)
+            self._failed_in_a_row = 0
         except Exception as error:
-            self.failed_writes += 1
-            if self.failed_writes in (1, _MAX_FAILED_WRITES):
-                last = "; nothing more is offloaded" if self.failed_writes == _MAX_FAILED_WRITES else ""
-                warnings.warn(
-                    f"{_place_of(extent)}: cannot write an activation of {record.nbytes:,} bytes: {error}; it stays in"
-                    f" memory{last}",
-                    stacklevel=1,
-                )
+            self._note_failure(record, extent, error)
         return True
+
+    def _note_full(self, record: Record) -> None:
+        self.full += 1
+        if self.full == 1:
+            warnings.warn(
+                f"the slab of {self.store.capacity:,} bytes has no room for an activation of {record.nbytes:,} bytes;"
+                " it stays in memory, as others will (raise capacity_bytes; stats().full counts them)",
+                stacklevel=1,
+            )
+
+    def _note_failure(self, record: Record, extent: Extent, error: Exception) -> None:
+        self.failed_writes += 1
+        self._failed_in_a_row += 1
+        is_last = self._failed_in_a_row == _MAX_FAILED_WRITES
+        if self.failed_writes == 1 or is_last:
+            last = "; nothing more is offloaded" if is_last else ""
+            warnings.warn(
+                f"{_place_of(extent)}: cannot write an activation of {record.nbytes:,} bytes: {error}; it stays in"
+                f" memory{last}",
+                stacklevel=1,
+            )
 
     def _write_bytes(
         self, record: Record, storage: UntypedStorage | None, host: Lent | None, extent: Extent, delta: int, lane: Lane
@@ -324,7 +354,7 @@ class Transport:
     def _count_on_device(self, storage: UntypedStorage, nbytes: int) -> None:
         for level in (self._loaded_on_device, self.resident):
             level.add(nbytes)
-            weakref.finalize(storage, level.add, -nbytes).atexit = False
+            self.deaths.watch(storage, partial(level.add, -nbytes))
 
     def _on_current_stream(self, record: Record, storage: UntypedStorage) -> UntypedStorage:
         """Memory that was allocated for the copy-in stream must outlive its use by the stream that asks for it."""
@@ -346,10 +376,26 @@ class Transport:
         """Stop the lanes and give back the slab and the buffers."""
         if not self._closed:
             self._closed = True
+            self._unclosed.detach()
             ended = self._lanes.close(self._timeout)
             self._pool.close()
             self._host_tier.close()
             self.store.close(in_use=not ended)
+
+
+def _count(deaths: Deaths, level: Level, nbytes: int) -> None:
+    # What died first, or the peak would be too high.
+    deaths.settle()
+    level.add(nbytes)
+
+
+def _abandon(lanes: Lanes, pools: Sequence[BufferPool], store: SlabStore) -> None:
+    folders = ", ".join(str(file.folder) for file in store.files)
+    warnings.warn(f"{folders}: an ActivationOffload was not closed", ResourceWarning, stacklevel=2)
+    lanes.abandon()
+    for pool in pools:
+        pool.close()
+    store.close()
 
 
 def _pages_around(storage: UntypedStorage, delta: int, length: int) -> Tensor:

@@ -3,21 +3,28 @@
 As of DeepSpeed 0.19.8 it reports a failed write as a success, ends the process on a short file or on a wait with
 nothing pending, and drops the end of a length that is not a multiple of 512. So every call here is one blocking
 transfer of whole blocks within a file whose length is known, a lane has its own handle, and the caller's checksums
-decide whether the bytes arrived.
+decide whether the bytes arrived. The first write of a process logs a warning from C++ inside ``std::call_once``, with
+the interpreter's lock held by whoever waits for that: two threads' first writes can stop each other for ever, so the
+first one is done alone.
 """
 
 import errno
 import os
+import threading
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.cpp_extension import _get_build_directory
+
+from ..errors import OffloadError
+from .extension import is_compiled, load_extension
 
 _BLOCK_BYTES = 1 << 20
 _QUEUE_DEPTH = 32
+_first_write, _has_written = threading.Lock(), threading.Event()
 
 
 def is_built() -> bool:
@@ -25,10 +32,10 @@ def is_built() -> bool:
     found = find_spec("deepspeed")
     if found is None or not found.submodule_search_locations:
         return False
-    if any(Path(found.submodule_search_locations[0]).glob("ops/aio/async_io_op*.so")):
+    package = Path(found.submodule_search_locations[0])
+    if any(package.glob("ops/aio/async_io_op*.so")):
         return True
-    folders = [Path(_get_build_directory(name, verbose=False)) for name in ("async_io", "pin_memory")]
-    return all(any(folder.glob("*.so")) and not (folder / "lock").exists() for folder in folders)
+    return all(is_compiled(name, package) for name in ("async_io", "pin_memory"))
 
 
 def can_build() -> bool:
@@ -52,8 +59,15 @@ class AioBackend:
     moves_device_memory = False
 
     def __init__(self) -> None:
-        """Load the extension, compiling it where it is not built."""
-        self._module: Any = _builder().load(verbose=False)
+        """Load the extension.
+
+        Raises:
+            OffloadError: it is not compiled, which takes minutes and so is never done unasked.
+            ImportError, OSError, RuntimeError: it does not work here.
+        """
+        if not is_built():
+            raise OffloadError("backend: DeepSpeed's aio is not compiled (narrowgauge build --aio)")
+        self._module: Any = load_extension(_builder())
         self._allocator = self._new_handle()
 
     def _new_handle(self) -> Any:
@@ -86,8 +100,11 @@ class AioLane:
 
     def write(self, fd: int, offset: int, buffer: Tensor) -> None:
         _check_range(fd, offset, buffer)
-        # A slab has no name; its descriptor has.
-        self._check("write", self._handle.pwrite(buffer, f"/proc/self/fd/{fd}", False, False, offset))
+        with nullcontext() if _has_written.is_set() else _first_write:
+            # A slab has no name; its descriptor has.
+            completed = self._handle.pwrite(buffer, f"/proc/self/fd/{fd}", False, False, offset)
+        _has_written.set()
+        self._check("write", completed)
 
     def read(self, fd: int, offset: int, buffer: Tensor) -> None:
         _check_range(fd, offset, buffer)

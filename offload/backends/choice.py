@@ -15,17 +15,13 @@ NAMES = ("threads", "aio", "gds")
 _CLEARLY_FASTER = 1.1
 
 
-def available_backends(*, compile_aio: bool = False) -> tuple[list[IOBackend], dict[str, str]]:
-    """The backends that work here, and of the others the reason why not.
-
-    Args:
-        compile_aio: build DeepSpeed's extension if it is not there (minutes).
-    """
+def available_backends() -> tuple[list[IOBackend], dict[str, str]]:
+    """The backends that work here, and of the others the reason why not."""
     found: list[IOBackend] = [ThreadsBackend()]
     missing: dict[str, str] = {}
     for name in ("aio", "gds"):
         try:
-            reason = _missing_aio(compile_aio) if name == "aio" else gds.unavailable_because()
+            reason = _missing_aio() if name == "aio" else gds.unavailable_because()
             if reason is None:
                 found.append(_make(name))
         except Exception as error:
@@ -35,27 +31,29 @@ def available_backends(*, compile_aio: bool = False) -> tuple[list[IOBackend], d
     return found, missing
 
 
-def _missing_aio(compile_it: bool) -> str | None:
+def _missing_aio() -> str | None:
     if aio.is_built():
         return None
     if not aio.can_build():
         return "libaio and its header are not installed (apt-get install libaio-dev)"
-    return None if compile_it else "not compiled (narrowgauge build --aio)"
+    return "not compiled (narrowgauge build --aio)"
 
 
 def _make(name: str) -> IOBackend:
     return {"threads": ThreadsBackend, "aio": aio.AioBackend, "gds": gds.GdsBackend}[name]()
 
 
-def make_backend(name: str, folder: Path, device: torch.device) -> tuple[IOBackend, Speed]:
+def make_backend(name: str, folder: Path, device: torch.device, *, timeout: float = 300.0) -> tuple[IOBackend, Speed]:
     """The backend of that name, or with ``auto`` the fastest for tensors of ``device``, and its measured speed.
 
     Raises:
+        OffloadError: it is not there, or the disk does not answer within ``timeout`` seconds.
         OSError, ImportError, RuntimeError: the backend does not work here.
     """
     candidates: Sequence[IOBackend] = available_backends()[0] if name == "auto" else [_make(name)]
     speeds = [
-        measure(backend, folder, staged=device.type == "cpu" and not backend.writes_in_place) for backend in candidates
+        measure(backend, folder, staged=device.type == "cpu" and not backend.writes_in_place, timeout=timeout)
+        for backend in candidates
     ]
     best = 0
     for number in range(1, len(speeds)):

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import logging
 import os
 import random
 import re
@@ -585,6 +586,19 @@ def read_truncated(folder: str, backend: str, flip: bool) -> None:
     twin.step(settled=True)
     offload.close()
     say("closed")
+
+
+def write_first_with_aio(folder: str) -> None:
+    """In a process: DeepSpeed logs a warning at the first write, and the log gives other threads time to write too."""
+    from deepspeed.utils import logger
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            time.sleep(0.3)
+
+    logger.addHandler(Slow())
+    new_offload(folder, backend="aio", num_lanes=4).close()
+    say("written")
 
 
 def train_on_rank(folder: str, rank: int, port: int, failing_rank: int, wrapped: bool) -> None:

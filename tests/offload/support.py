@@ -63,6 +63,7 @@ def settle(offload: ActivationOffload) -> None:
 def level(offload: ActivationOffload) -> tuple[int, int, int]:
     """What there is of anything that must come back to 0."""
     transport = offload._transport
+    transport.settle()
     return transport.store.used(), transport.saved.now, transport.resident.now
 
 

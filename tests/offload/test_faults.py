@@ -25,6 +25,7 @@ from narrowgauge.offload import (
     OffloadSpaceError,
 )
 from narrowgauge.offload.backends.aio import is_built
+from narrowgauge.offload.backends.extension import build_folder
 from narrowgauge.offload.probe import Speed
 from torch import Tensor, nn
 
@@ -82,6 +83,7 @@ def assert_all_given_back(offload: ActivationOffload) -> None:
     transport, until = offload._transport, time.monotonic() + 10
     while True:
         gc.collect()
+        transport.settle()
         left = (transport.store.used(), transport.saved.now, transport.resident.now, transport.buffers_in_use())
         if left == (0, 0, 0, 0):
             return
@@ -155,8 +157,12 @@ def test_warnings_that_are_errors_do_not_stop_anything(tmp_path: Path, make: Off
 def test_full_slab_keeps_tensors_in_memory(tmp_path: Path, make: OffloadMaker, kind: str) -> None:
     offload = make(tmp_path, capacity_bytes=100_000)
     twin = Twin(offload, kind)
-    for _ in range(3):
-        twin.step(settled=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            twin.step(settled=True)
+    (message,) = [str(warning.message) for warning in caught if "no room" in str(warning.message)]
+    assert re.search("slab of 102,400 bytes has no room .*capacity_bytes", message)
     assert offload.stats().full > 0
     assert offload.stats().written > 0
     assert_all_given_back(offload)
@@ -381,6 +387,39 @@ def test_slab_cut_short_is_an_error(tmp_path: Path, make: OffloadMaker) -> None:
     twin.step(settled=True)
 
 
+@pytest.mark.skipif(not is_built(), reason="DeepSpeed's aio extension is not built")
+@pytest.mark.slow
+def test_first_writes_of_aio_do_not_lock_each_other_out(tmp_path: Path) -> None:
+    code, said, errors = outcome(python("write_first_with_aio", str(tmp_path)))
+    assert (code, said.split("\n")[-2:]) == (0, ["written", ""]), errors[-3000:]
+
+
+def test_aio_is_not_compiled_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    with pytest.raises(OffloadError, match=r"aio is not compiled \(narrowgauge build --aio\)"):
+        new_offload(tmp_path, backend="aio")
+    new_offload(tmp_path, backend="auto").close()
+    assert not list((tmp_path / "extensions").rglob("*.ninja"))
+
+
+@pytest.mark.skipif(not is_built(), reason="DeepSpeed's aio extension is not built")
+def test_build_of_another_environment_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("async_io", "pin_memory"):
+        source, copied = build_folder(name), tmp_path / name
+        copied.mkdir()
+        (copied / f"{name}.so").touch()
+        (copied / "build.ninja").write_text((source / "build.ninja").read_text())
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert is_built()
+    command = tmp_path / "async_io" / "build.ninja"
+    command.write_text(command.read_text().replace("site-packages", "other-packages"))
+    assert not is_built()
+    command.write_text((tmp_path / "pin_memory" / "build.ninja").read_text())
+    assert is_built()
+    os.utime(tmp_path / "pin_memory" / "pin_memory.so", (0, 0))
+    assert not is_built()
+
+
 @pytest.mark.parametrize("flip", [False, True], ids=["truncated", "flipped"])
 @pytest.mark.parametrize("backend", ["threads", "aio"])
 @pytest.mark.slow
@@ -524,7 +563,7 @@ def test_buffer_that_comes_back_just_now_is_not_missed(
     def comes_back(nbytes: int, *, force: bool = False) -> Any:
         if not next(looks, False):
             return lend(nbytes, force=force)
-        transport._pool.on_return()
+        lend(4096)
         time.sleep(0.2)
         return None
 
@@ -702,7 +741,7 @@ def test_an_error_keeps_no_memory(
     gc.disable()
     try:
         training.step(settled=True)
-        assert offload._transport.saved.now == 0
+        assert offload.stats().saved == 0
         if where == "buffer":
             monkeypatch.setattr(backend, "new_buffer", refuse)
             training.offload = offload = make(tmp_path, backend)
@@ -721,7 +760,7 @@ def test_an_error_keeps_no_memory(
             else:
                 raise AssertionError("no error")
         until = time.monotonic() + 3
-        while (left := (offload._transport.saved.now, offload._transport.store.used())) != (0, 0):
+        while (left := (offload.stats().saved, offload._transport.store.used())) != (0, 0):
             assert time.monotonic() < until, f"still saved, in the slab: {left}"
             time.sleep(0.01)
     finally:
@@ -974,6 +1013,7 @@ def test_nothing_depends_on_assert(tmp_path: Path) -> None:
     "options",
     [
         {"num_lanes": 0},
+        {"num_lanes": 65},
         {"buffer_bytes": 0},
         {"capacity_bytes": 0},
         {"io_timeout": 0.0},
@@ -989,3 +1029,45 @@ def test_arguments_out_of_range(tmp_path: Path, options: dict[str, Any]) -> None
     with pytest.raises(ValueError, match=next(iter(options))):
         new_offload(tmp_path, **options)
     assert open_descriptors() == descriptors
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "needed"),
+    [
+        ("num_lanes", "two", "an int"),
+        ("num_lanes", True, "an int"),
+        ("capacity_bytes", 1e9, "an int"),
+        ("min_tensor_bytes", None, "an int"),
+        ("io_timeout", "5", "a number"),
+        ("model", "gpt2", "torch.nn.Module"),
+    ],
+)
+def test_arguments_of_another_type(tmp_path: Path, name: str, value: Any, needed: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}: .*{needed} is needed"):
+        new_offload(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("path", "error"), [("", ValueError), ([], ValueError), (3, TypeError), (["here", None], TypeError)]
+)
+def test_path_of_another_kind(path: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"^path: .*needed"):
+        new_offload(path)
+
+
+def test_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "scratch").mkdir()
+    offload = new_offload(Path("~/scratch"))
+    assert [file.folder for file in offload._transport.store.files] == [tmp_path / "scratch"]
+    offload.close()
+
+
+def test_layers_that_cannot_recompute(tmp_path: Path) -> None:
+    model = MODELS["chain"]()
+    with pytest.raises(ValueError, match="layers: none found"):
+        new_offload(tmp_path, model=model, granularity="layer_inputs", layers=[])
+    with pytest.raises(ValueError, match=r"layers\[1\]: a Linear found that is not a module of model"):
+        new_offload(tmp_path, model=model, granularity="layer_inputs", layers=[next(model.children()), nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match="layers: only granularity 'layer_inputs'"):
+        new_offload(tmp_path, model=model, layers=[next(model.children())])
