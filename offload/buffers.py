@@ -12,6 +12,10 @@ from torch import Tensor
 
 from .backends.base import IOBackend
 from .deaths import Deaths
+from .ranges import FreeRanges
+from .slab import ALIGNMENT
+
+_LARGEST_CHUNK = 1 << 30
 
 
 class Lent(np.ndarray):
@@ -22,8 +26,16 @@ class Lent(np.ndarray):
         return torch.frombuffer(self, dtype=torch.uint8, offset=offset, count=nbytes)
 
 
+class _Chunk:
+    """Memory that buffers are cut from, or that is one buffer only."""
+
+    def __init__(self, backend: IOBackend, nbytes: int, *, is_one_buffer: bool = False) -> None:
+        self.memory, self.is_one_buffer = backend.new_buffer(nbytes), is_one_buffer
+        self.free = FreeRanges(nbytes)
+
+
 class BufferPool:
-    """Page-aligned buffers up to a budget, found again by their size."""
+    """Buffers up to a budget, cut from a few large pieces of memory that are kept."""
 
     def __init__(
         self,
@@ -42,8 +54,9 @@ class BufferPool:
         """
         self._backend, self.budget, self._on_change = backend, budget, on_change
         self._lock = threading.Lock()
-        self._idle: dict[int, list[Tensor]] = {}
-        self._idle_bytes = self._lent_bytes = 0
+        self._chunks: list[_Chunk] = []
+        self._made_for = 0
+        self._lent_bytes = 0
         self._deaths, self._on_return = Deaths(), on_return
 
     def lend(self, nbytes: int, *, force: bool = False) -> Lent | None:
@@ -53,30 +66,52 @@ class BufferPool:
         """
         with self._lock:
             self._deaths.settle()
-            is_only_one = self.budget > 0 and self._lent_bytes == 0
-            if self._lent_bytes + nbytes > self.budget and not is_only_one and not force:
+            may_exceed = force or (self.budget > 0 and self._lent_bytes == 0)
+            if self._lent_bytes + nbytes > self.budget and not may_exceed:
                 return None
-            buffers = self._idle.get(nbytes)
-            if buffers:
-                buffer = buffers.pop()
-                self._idle_bytes -= nbytes
-            else:
-                self._free_idle(self._lent_bytes + nbytes - self.budget)
-                buffer = self._backend.new_buffer(nbytes)
+            found = self._cut(nbytes)
+            if found is None and not may_exceed:
+                return None
+            chunk, offset = found or (_Chunk(self._backend, nbytes, is_one_buffer=True), 0)
             self._lent_bytes += nbytes
-            self._free_idle(self._lent_bytes - self.budget)
         self._on_change(nbytes)
-        lent = buffer.numpy().view(Lent)
+        lent = chunk.memory.numpy()[offset : offset + nbytes].view(Lent)
         # References are called back in the opposite order: the note is there before anybody wakes up to read it.
         announcement = weakref.ref(lent, self._on_return)
-        self._deaths.watch(lent, partial(self._take_back, buffer, announcement))
+        self._deaths.watch(lent, partial(self._take_back, chunk, offset, nbytes, announcement))
         return lent
 
-    def _take_back(self, buffer: Tensor, _: Any) -> None:
-        self._lent_bytes -= buffer.nbytes
-        self._idle.setdefault(buffer.nbytes, []).append(buffer)
-        self._idle_bytes += buffer.nbytes
-        self._on_change(-buffer.nbytes)
+    def _cut(self, nbytes: int) -> tuple[_Chunk, int] | None:
+        """A part of a chunk, or of a new one where there is room for it."""
+        if self._lent_bytes == 0 and not self.budget <= self._made_for <= 2 * self.budget:
+            # One piece instead of several. Not for every small change: inputs may have other lengths each time.
+            self._free_chunks()
+            self._made_for = self.budget
+        for chunk in self._chunks:
+            offset = chunk.free.take(nbytes)
+            if offset is not None:
+                return chunk, offset
+        room = self._made_for // ALIGNMENT * ALIGNMENT - sum(chunk.memory.nbytes for chunk in self._chunks)
+        if room < nbytes:
+            return None
+        chunk = _Chunk(self._backend, max(nbytes, min(room, _LARGEST_CHUNK)))
+        self._chunks.append(chunk)
+        offset = chunk.free.take(nbytes)
+        assert offset is not None
+        return chunk, offset
+
+    def _take_back(self, chunk: _Chunk, offset: int, nbytes: int, _: Any) -> None:
+        self._lent_bytes -= nbytes
+        if chunk.is_one_buffer:
+            self._backend.free_buffer(chunk.memory)
+        else:
+            chunk.free.give(offset, nbytes)
+        self._on_change(-nbytes)
+
+    def _free_chunks(self) -> None:
+        for chunk in self._chunks:
+            self._backend.free_buffer(chunk.memory)
+        self._chunks.clear()
 
     def count_returns(self) -> int:
         """How often a buffer has become free; never too small."""
@@ -84,18 +119,9 @@ class BufferPool:
 
     def settle(self) -> None:
         """Count the buffers that are free again."""
-        with self._lock:
-            self._deaths.settle()
-
-    def _free_idle(self, excess: int) -> None:
-        """Let go of idle buffers of other sizes until idle and lent ones together keep the budget."""
-        for size in list(self._idle):
-            buffers = self._idle[size]
-            while buffers and self._idle_bytes + excess > 0:
-                self._backend.free_buffer(buffers.pop())
-                self._idle_bytes -= size
-            if not buffers:
-                del self._idle[size]
+        if self._deaths:
+            with self._lock:
+                self._deaths.settle()
 
     def lent_bytes(self) -> int:
         """Bytes over which tensors are alive."""
@@ -104,12 +130,9 @@ class BufferPool:
             return self._lent_bytes
 
     def close(self) -> None:
-        """Free what is idle; what is still lent is freed by its borrowers, if Python can."""
+        """Free the memory, unless some of it is still lent: then Python does, if it can."""
         with self._lock:
             self._deaths.settle()
-            self._free_idle(self._idle_bytes)
-            for buffers in self._idle.values():
-                for buffer in buffers:
-                    self._backend.free_buffer(buffer)
-            self._idle.clear()
-            self._idle_bytes = 0
+            if self._lent_bytes == 0:
+                self._free_chunks()
+            self._chunks.clear()

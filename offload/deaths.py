@@ -35,6 +35,10 @@ class Deaths:
         """Deaths so far. Exact while one thread at a time settles; never too small."""
         return self._read + len(self._notes)
 
+    def __bool__(self) -> bool:
+        """Whether there is something to settle."""
+        return bool(self._notes)
+
     def settle(self) -> None:
         """Do what the deaths so far ask for."""
         while self._notes:

@@ -84,9 +84,6 @@ class ForwardGraph:
             if record.slot is not None and record.slot not in self._unpacked_at:
                 self._unpacked_at[record.slot] = time.perf_counter() - self.stall
             self._prefetch(record)
-            tensor = packed.unpack()
-            self._prefetch(record)
-            return tensor
         return packed.unpack()
 
     def _prefetch(self, record: Record) -> None:

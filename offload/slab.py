@@ -9,7 +9,6 @@ import errno
 import os
 import tempfile
 import threading
-from bisect import insort
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from .deaths import Deaths
 from .errors import OffloadError, OffloadSpaceError
+from .ranges import FreeRanges
 
 ALIGNMENT = 4096
 
@@ -56,7 +56,7 @@ class SlabFile:
         """
         self.folder, self.capacity = folder, 0
         self._deaths = Deaths()
-        self._free: list[tuple[int, int]] = []
+        self._free = FreeRanges(0)
         self.fd, self.is_direct = _open_nameless(folder)
         try:
             self.resize(capacity)
@@ -67,7 +67,7 @@ class SlabFile:
     def resize(self, capacity: int) -> None:
         """Reserve another number of bytes. Only while no extent is in use."""
         self._deaths.settle()
-        assert sum(length for _, length in self._free) == self.capacity
+        assert self._free.nbytes == self.capacity
         missing = capacity - self.capacity
         # Not by its name: the folder may have been removed since.
         available = available_bytes(self.fd)
@@ -86,25 +86,21 @@ class SlabFile:
                 ) from error
             raise OffloadError(f"{self.folder}: cannot reserve {capacity:,} bytes: {error.strerror}") from error
         self.capacity = capacity
-        self._free = [(0, capacity)] if capacity else []
+        self._free = FreeRanges(capacity)
 
     def allocate(self, nbytes: int) -> Extent | None:
         """A range of whole blocks; None if there is none that large."""
         self._deaths.settle()
-        for place, (offset, length) in enumerate(self._free):
-            if length >= nbytes:
-                if length == nbytes:
-                    del self._free[place]
-                else:
-                    self._free[place] = (offset + nbytes, length - nbytes)
-                extent = Extent(self, offset, nbytes)
-                self._deaths.watch(extent, partial(self._insert, offset, nbytes))
-                return extent
-        return None
+        offset = self._free.take(nbytes)
+        if offset is None:
+            return None
+        extent = Extent(self, offset, nbytes)
+        self._deaths.watch(extent, partial(self._free.give, offset, nbytes))
+        return extent
 
     def used(self) -> int:
         self._deaths.settle()
-        return self.capacity - sum(length for _, length in self._free)
+        return self.capacity - self._free.nbytes
 
     def close(self, *, in_use: bool = False) -> None:
         """Give the space back.
@@ -120,16 +116,6 @@ class SlabFile:
             else:
                 os.close(self.fd)
             self.fd = -1
-
-    def _insert(self, offset: int, length: int) -> None:
-        insort(self._free, (offset, length))
-        place = self._free.index((offset, length))
-        if place + 1 < len(self._free) and offset + length == self._free[place + 1][0]:
-            length += self._free.pop(place + 1)[1]
-            self._free[place] = (offset, length)
-        if place and sum(self._free[place - 1]) == offset:
-            before, before_length = self._free[place - 1]
-            self._free[place - 1 : place + 1] = [(before, before_length + length)]
 
 
 class SlabStore:

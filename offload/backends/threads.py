@@ -3,6 +3,7 @@
 import errno
 import mmap
 import os
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -23,7 +24,11 @@ class ThreadsBackend:
     def new_buffer(self, nbytes: int) -> Tensor:
         if torch.cuda.is_available():
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+        memory = mmap.mmap(-1, nbytes)
+        with suppress(OSError):
+            # Pinning pages for direct I/O costs much less if they are few.
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
     def free_buffer(self, buffer: Tensor) -> None:
         pass

@@ -39,7 +39,7 @@ def without_tmpfile(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def assert_consistent(slab: SlabFile, alive: list[Extent]) -> None:
     """Extents and free ranges cover the slab once, in whole blocks, and no two free ranges touch."""
     assert slab.used() == sum(extent.nbytes for extent in alive)
-    free = list(slab._free)
+    free = list(slab._free.ranges)
     ranges = sorted([(extent.offset, extent.nbytes) for extent in alive] + free)
     end = 0
     for offset, nbytes in ranges:
@@ -72,7 +72,7 @@ def test_extents_never_overlap(tmp_path: Path, seed: int) -> None:
     assert refused
     alive.clear()
     assert slab.used() == 0
-    assert slab._free == [(0, MiB)]
+    assert slab._free.ranges == [(0, MiB)]
     slab.close()
 
 
