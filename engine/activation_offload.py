@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from narrowgauge.offload import ActivationOffload, OffloadError
 from narrowgauge.offload.activation_offload import check_room
+from narrowgauge.offload.backends import aio
 from torch import nn
 
 from .config import Config
@@ -22,6 +23,8 @@ def check_offload(config: Config) -> None:
         return
     if config.parsed.compile is not None and config.parsed.compile.deepcompile:
         raise config.error("compile.deepcompile: does not work with activation_offload: it plans memory itself")
+    if block.backend == "aio" and not aio.is_built() and not aio.can_build():
+        raise config.error("activation_offload.backend: aio needs a compiler and libaio (apt-get install libaio-dev)")
     try:
         check_room(block.path, block.capacity_bytes)
     except OffloadError as error:

@@ -96,7 +96,6 @@ def initialize(
     }
     if not compact:
         with _offload_for(checked, model) as attach:
-            ensure_extensions(checked)
             if checked.unused_params() and process_rank() == 0:
                 warnings.warn(
                     f"optimizer.params: {', '.join(checked.unused_params())} are not used by"
@@ -122,7 +121,6 @@ def initialize(
     try:
         grass = client or _make_optimizer(model, checked)
         with _offload_for(checked, model) as attach:
-            ensure_extensions(checked)
             return attach(_make_engine(checked, grass, **arguments))
     finally:
         restore_init_context()
@@ -130,9 +128,10 @@ def initialize(
 
 @contextmanager
 def _offload_for(config: Config, model: nn.Module) -> Iterator[Callable[[_Made], _Made]]:
-    """Meet the other ranks, with this rank's activation offload made or its error; gives what attaches it."""
+    """Build what is loaded, make this rank's activation offload, and meet the other ranks; gives what attaches it."""
     offload, problem = None, None
     try:
+        ensure_extensions(config)
         offload = make_offload(config, model)
     except ConfigError as error:
         problem = str(error)

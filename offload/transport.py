@@ -11,6 +11,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import xxhash
 from torch import Tensor, UntypedStorage
 
@@ -28,6 +29,7 @@ from .stats import Level
 _IN_PLACE_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "f2fs", "tmpfs")
 _MAX_FAILED_WRITES = 8
 _FIRST_WINDOW = 64 << 20
+_CHECKSUM_PART = 16 << 20
 
 
 class Transport:
@@ -411,10 +413,18 @@ def _pages_around(storage: UntypedStorage, delta: int, length: int) -> Tensor:
 def _checksum(memory: Tensor, delta: int, nbytes: int) -> int:
     if memory.device.type == "cpu":
         return xxhash.xxh3_64_intdigest(memory.numpy()[delta : delta + nbytes].data)
-    words = memory[: nbytes // 8 * 8].view(torch.int64)
-    place = torch.arange(1, words.numel() + 1, device=memory.device)
-    tail = memory[nbytes // 8 * 8 : nbytes].long()
-    return int((words * (2 * place + 1)).sum() + (tail * (torch.arange(tail.numel(), device=memory.device) + 1)).sum())
+    return _checksum_on_device(memory[:nbytes])
+
+
+def _checksum_on_device(memory: Tensor, part: int = _CHECKSUM_PART) -> int:
+    """A sum of words with odd weights: any one changed word changes it. In parts, for the memory it takes meanwhile."""
+    total = 0
+    for begin in range(0, memory.numel(), part):
+        piece = memory[begin : begin + part]
+        words = F.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
+        weights = torch.arange(begin // 8, begin // 8 + words.numel(), device=memory.device) * 2 + 1
+        total = total + (words * weights).sum()
+    return int(total)
 
 
 def _place(record: Record) -> str:

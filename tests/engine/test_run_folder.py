@@ -25,6 +25,11 @@ def test_how_a_batch_is_made_up_may_change_but_not_its_size(run_dir: Path) -> No
         run_folder.check_same_run(run_dir, {**RAW, "gradient_accumulation_steps": 4}, 16)
 
 
+def test_where_activations_lie_may_change(run_dir: Path) -> None:
+    block = {"path": "/scratch", "keep_resident": 0.5, "granularity": "layer_inputs"}
+    run_folder.check_same_run(run_dir, {**RAW, "activation_offload": block}, 8)
+
+
 def test_another_learning_rate_is_refused(run_dir: Path) -> None:
     with pytest.raises(UserError, match=r"optimizer\.params\.lr \(was 0\.1, now 0\.2\)"):
         run_folder.check_same_run(run_dir, {**RAW, "optimizer": {"params": {"lr": 0.2}}}, 8)

@@ -27,6 +27,7 @@ from narrowgauge.offload import (
 from narrowgauge.offload.backends.aio import is_built
 from narrowgauge.offload.backends.extension import build_folder
 from narrowgauge.offload.probe import Speed
+from narrowgauge.offload.transport import _checksum_on_device
 from torch import Tensor, nn
 
 from tests.offload.faults import (
@@ -1071,3 +1072,15 @@ def test_layers_that_cannot_recompute(tmp_path: Path) -> None:
         new_offload(tmp_path, model=model, granularity="layer_inputs", layers=[next(model.children()), nn.Linear(2, 2)])
     with pytest.raises(ValueError, match="layers: only granularity 'layer_inputs'"):
         new_offload(tmp_path, model=model, layers=[next(model.children())])
+
+
+@pytest.mark.parametrize("nbytes", [1, 8, 100, 4096, 4099])
+def test_checksum_on_the_device(nbytes: int) -> None:
+    memory = torch.randint(256, (nbytes,), dtype=torch.uint8)
+    expected = _checksum_on_device(memory)
+    assert _checksum_on_device(memory, part=64) == expected
+    for place in {0, nbytes // 2, nbytes - 1}:
+        for bit in (0, 7):
+            flipped = memory.clone()
+            flipped[place] ^= 1 << bit
+            assert _checksum_on_device(flipped, part=64) != expected
