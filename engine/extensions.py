@@ -4,7 +4,8 @@ from functools import partial
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
-from narrowgauge.offload.backends.extension import load_extension
+from narrowgauge.offload.backends import aio as aio_backend
+from narrowgauge.offload.backends.extension import build_extension
 from rich.console import Console
 
 from .config import Config
@@ -25,12 +26,13 @@ def ensure_extensions(config: Config | None = None, console: Console | None = No
     wanted = ["ShareMemCommBuilder"] if accelerator.device_name() == "cpu" else []
     wanted += _of_optimizer(config) if config is not None else []
     offload = config.offload() if config is not None else None
-    if aio or (offload is not None and offload.backend == "aio"):
-        wanted.append("AsyncIOBuilder")
     names = []
     for builder in filter(None, map(accelerator.create_op_builder, wanted)):
-        load_extension(builder, before_build=partial(_announce, console, builder.name))
+        build_extension(builder, announce=partial(_announce, console))
         names.append(builder.name)
+    if aio or (offload is not None and offload.backend == "aio"):
+        aio_backend.build(partial(_announce, console))
+        names.append("async_io")
     return names
 
 
@@ -48,6 +50,6 @@ def _of_optimizer(config: Config) -> list[str]:
     return [f"CPU{kernel}Builder" if on_cpu and kernel != "Lamb" else f"Fused{kernel}Builder"]
 
 
-def _announce(console: Console | None, name: str) -> None:
+def _announce(console: Console | None, what: str) -> None:
     if console is not None:
-        console.print(f"compiling DeepSpeed's {name}, once", highlight=False)
+        console.print(what, highlight=False)

@@ -37,14 +37,14 @@ def bench_io(path: Path, *, total_mib: int, rounds: int, console: Console) -> No
     if total_mib << 20 > room // 2:
         raise UserError(f"--total: {total_mib} MiB found; at most half of the free space, {room >> 21} MiB, is allowed")
     backends, missing = available_backends()
-    figures = len(BLOCKS_MIB) * len(LANES) * len(backends)
+    figures = sum(size <= total_mib for size in BLOCKS_MIB) * len(LANES) * len(backends)
     console.print(f"writing {2 * rounds * figures * total_mib / 1024:.1f} GiB to {folder}", highlight=False)
     table = Table(title=f"GB/s on {folder}, {total_mib} MiB, median of {rounds}", title_justify="left")
     for heading in ("backend", "block", "lanes", "write", "read"):
         table.add_column(heading, justify="left" if heading == "backend" else "right")
     try:
         with Live(table, console=console):
-            for block in BLOCKS_MIB:
+            for block in [size for size in BLOCKS_MIB if size <= total_mib]:
                 for lanes in LANES:
                     for name, speed in _interleaved(backends, folder, block << 20, lanes, total_mib << 20, rounds):
                         row = (f"{block} MiB", str(lanes), f"{speed.write / 1e9:.2f}", f"{speed.read / 1e9:.2f}")

@@ -77,7 +77,7 @@ def build(
     _quieten()
     from narrowgauge.engine.extensions import ensure_extensions
 
-    built = ensure_extensions(aio=aio)
+    built = ensure_extensions(console=_console(), aio=aio)
     _console().print(f"ready: {', '.join(built) if built else 'nothing to build on this machine'}", highlight=False)
 
 

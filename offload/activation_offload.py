@@ -84,7 +84,8 @@ class ActivationOffload:
             granularity: ``saved_tensors``: everything that forward saves. ``layer_inputs``: the inputs of transformer
                 layers, which are recomputed in backward; needs ``model``.
             min_tensor_bytes: smaller storages stay in memory.
-            keep_resident: the share of bytes that stays in memory, the last saved ones: 0 offloads everything;
+            keep_resident: the share of bytes of the largest forward so far that stays in memory, the last saved ones,
+                besides the buffers and what is just being written: 0 offloads everything;
                 ``auto`` as much as needed for backward not to wait, planned after the first forward and backward, and
                 again when the disk's speed changes by more than 20 %.
             backend: ``auto`` measures those that are there and takes the fastest.
@@ -158,7 +159,9 @@ class ActivationOffload:
         self._local = threading.local()
         self._graphs: list[ForwardGraph] = []
         self._forwards, self._previous_began, self._period = 0, 0.0, 0.0
-        self._planned: tuple[int, int, Speed] | None = None
+        # When, which share of the bytes, and at which speed.
+        self._planned: tuple[int, float, Speed] | None = None
+        self._largest = 0
         self._trust = 1.0
         self._counted = (0, 0.0, 0, 0.0)
         self._recomputed = None
@@ -203,6 +206,8 @@ class ActivationOffload:
         self._forwards += 1
         self._measure_speed()
         self._fit_capacity()
+        # Inputs may be short now and long the next time.
+        self._largest = max(self._largest, *(graph.offered for graph in self._graphs), 0)
         budget = math.inf
         profiled = next((graph for graph in reversed(self._graphs) if graph.profile() is not None), None)
         if profiled is not None and self._keep_resident == "auto":
@@ -211,7 +216,7 @@ class ActivationOffload:
             budget = 0
         elif profiled is not None and self._keep_resident:
             assert not isinstance(self._keep_resident, str)
-            budget = (1 - self._keep_resident) * profiled.offered
+            budget = (1 - self._keep_resident) * self._largest
         allowance = self._endurance.allowance(self._transport.writes.bytes, self._period)
         return budget if allowance is None else min(budget, allowance)
 
@@ -219,22 +224,24 @@ class ActivationOffload:
         """What the disk can take and give back unnoticed, from the latest forward and backward."""
         duration = time.perf_counter() - graph.began
         self._trust = max(0.2, self._trust * 0.9) if graph.stall > 0.01 * duration else min(1.0, self._trust * 1.02)
-        made_at, planned, speed = self._planned or (-math.inf, 0, self._speed)
+        made_at, share, speed = self._planned or (-math.inf, 0.0, self._speed)
         due = self._forwards <= _FIRST_FORWARDS or self._forwards - made_at >= _PLAN_INTERVAL
         if due or _differs(speed.write, self._speed.write) or _differs(speed.read, self._speed.read):
             profile = graph.profile()
             assert profile is not None
-            planned = absorbable_bytes(
+            absorbable = absorbable_bytes(
                 profile,
                 write_bandwidth=self._speed.write,
                 read_bandwidth=self._speed.read,
                 window=self._buffer_bytes or read_ahead([item.nbytes for item in profile], graph.offered),
             )
-            self._planned = (self._forwards, planned, self._speed)
+            share = absorbable / graph.offered
+            self._planned = (self._forwards, share, self._speed)
+        share *= self._trust
         least = max(_PROBE_BYTES, graph.first_size)
-        if planned < least and self._forwards % _PROBE_INTERVAL == 0:
+        if share * self._largest < least and self._forwards % _PROBE_INTERVAL == 0:
             return least
-        return self._trust * planned
+        return share * self._largest if share < 1 else math.inf
 
     def _measure_speed(self) -> None:
         """Update the bandwidths from what the lanes moved since the last time."""
@@ -266,7 +273,7 @@ class ActivationOffload:
         transport = self._transport
         transport.settle()
         written = transport.writes.bytes
-        budget = self._planned[1] * self._trust if self._planned is not None else None
+        budget = self._planned[1] * self._trust * self._largest if self._planned is not None else None
         return OffloadStats(
             backend=self._backend.name,
             saved=transport.saved.now,
@@ -298,9 +305,9 @@ class ActivationOffload:
         """Stop the threads and give the disk space back. A backward still to come will raise ``OffloadError``."""
         if not self._closed:
             self._closed = True
-            self._transport.close()
             if self._recomputed is not None:
                 self._recomputed.restore()
+            self._transport.close()
 
     def __reduce__(self) -> Any:
         raise TypeError("an ActivationOffload cannot be copied or pickled: it has threads and disk space of its own")

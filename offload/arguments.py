@@ -65,6 +65,8 @@ def check_arguments(
     if isinstance(backend, str) and backend not in ("auto", *NAMES):
         allowed = ", ".join(map(repr, ("auto", *NAMES)))
         raise ValueError(f"backend: {backend!r} found; one of {allowed} or an IOBackend is allowed")
+    if not isinstance(backend, str) and not hasattr(backend, "lane"):
+        raise TypeError(f"backend: {backend!r} found; a name or an IOBackend is needed")
     is_share = isinstance(keep_resident, int | float) and not isinstance(keep_resident, bool)
     if keep_resident != "auto" and not (is_share and 0 <= keep_resident <= 1):
         raise ValueError(f"keep_resident: {keep_resident!r} found; 'auto' or a number from 0 to 1 is allowed")
@@ -92,10 +94,11 @@ def _check_number(name: str, value: Any) -> None:
 def _check_layers(layers: Any, granularity: str, model: nn.Module | None) -> None:
     if granularity != "layer_inputs" or model is None:
         raise ValueError("layers: only granularity 'layer_inputs' recomputes layers")
-    chosen = list(layers)
-    if not chosen:
+    if not isinstance(layers, Sequence | nn.ModuleList):
+        raise TypeError(f"layers: a {type(layers).__name__} found; a list of modules is needed")
+    if not layers:
         raise ValueError("layers: none found; at least one is needed")
     known = set(model.modules())
-    for place, layer in enumerate(chosen):
+    for place, layer in enumerate(layers):
         if layer not in known:
             raise ValueError(f"layers[{place}]: a {type(layer).__name__} found that is not a module of model")

@@ -184,6 +184,7 @@ def _stop(
     writes.clear()
     for _ in threads:
         tokens.put(False)
-    for thread in threads:
+    # The last reference may go in a thread that ends late.
+    for thread in {*threads} - {threading.current_thread()}:
         thread.join(max(0.0, deadline - time.monotonic()))
     return not any(thread.is_alive() for thread in threads)

@@ -1,8 +1,10 @@
 """Recomputing transformer layers, so that only their inputs are saved."""
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from .graph import mark_layer_input
 # What Hugging Face's layers call their key-value cache, which recomputation would fill a second time.
 _WITHOUT_CACHE = {"use_cache": False, "past_key_values": None, "past_key_value": None, "layer_past": None}
 _ABSENT = object()
+# Whose doing it is that a layer recomputes, while that object is alive.
+_owners: WeakKeyDictionary[nn.Module, "Callable[[], RecomputedLayers | None]"] = WeakKeyDictionary()
 
 
 def transformer_layers(model: nn.Module) -> list[nn.Module]:
@@ -44,6 +48,11 @@ class RecomputedLayers:
         # One layer may stand in several places.
         chosen = dict.fromkeys(layers if layers is not None else transformer_layers(model))
         for layer in chosen:
+            if layer in _owners and _owners[layer]() is not None:
+                kind = type(layer).__name__
+                raise ValueError(f"layers: a {kind} is recomputed by another ActivationOffload; close that one first")
+        for layer in chosen:
+            _owners[layer] = weakref.ref(self)
             own: Any = layer
             if not hasattr(layer, "gradient_checkpointing"):
                 self._set(layer, "forward", partial(_recomputed, layer, layer.forward))
@@ -68,6 +77,7 @@ class RecomputedLayers:
         """Undo."""
         while self._before:
             layer, name, value = self._before.pop()
+            _owners.pop(layer, None)
             delattr(layer, name)
             if value is not _ABSENT:
                 setattr(layer, name, value)

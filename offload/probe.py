@@ -53,20 +53,17 @@ def measure(
     block_bytes = round_up(block_bytes)
     blocks = max(lanes, min(total_bytes, available_bytes(folder) // 2) // block_bytes)
     slab = SlabFile(folder, blocks * block_bytes)
+    workers: list[_Worker] = []
     try:
-        workers = [_Worker(backend, slab, range(n, blocks, lanes), block_bytes) for n in range(lanes)]
+        workers += [_Worker(backend, slab, range(n, blocks, lanes), block_bytes) for n in range(lanes)]
         # The first pass gives the file its blocks; it is not counted.
         seconds = [_pass(workers, timeout, write=True, staged=False)]
         seconds += [_pass(workers, timeout, write=True, staged=staged), _pass(workers, timeout, write=False)]
-    except OffloadIOError:
-        slab.close(in_use=True)
-        raise
-    except BaseException:
-        slab.close()
-        raise
-    for worker in workers:
-        worker.close()
-    slab.close()
+    finally:
+        for worker in workers:
+            worker.close()
+        # Somebody may have lost patience with a disk that does not answer.
+        slab.close(in_use=any(worker.is_moving for worker in workers))
     return Speed(*(blocks * block_bytes / each for each in seconds[1:]))
 
 
@@ -78,7 +75,8 @@ def _pass(workers: "Sequence[_Worker]", timeout: float, *, write: bool, staged: 
         for worker in workers
     ]
     started = time.perf_counter()
-    for thread in threads:
+    for worker, thread in zip(workers, threads, strict=True):
+        worker.is_moving = True
         thread.start()
     for thread in threads:
         thread.join(max(0.0, started + timeout - time.perf_counter()))
@@ -95,7 +93,7 @@ class _Worker:
         self._backend, self._slab, self._places, self._lane = backend, slab, places, backend.lane()
         self._buffer = backend.new_buffer(block_bytes).random_()
         self._source = torch.ones(block_bytes, dtype=torch.uint8)
-        self.folder = slab.folder
+        self.folder, self.is_moving = slab.folder, False
 
     def move(self, *, write: bool, staged: bool, errors: list[BaseException]) -> None:
         try:
@@ -106,7 +104,12 @@ class _Worker:
                 move(self._slab.fd, place * self._buffer.nbytes, self._buffer)
         except BaseException as error:
             errors.append(error)
+        finally:
+            self.is_moving = False
 
     def close(self) -> None:
+        """Give everything back, unless the thread is still using it."""
+        if self.is_moving:
+            return
         self._lane.close()
         self._backend.free_buffer(self._buffer)

@@ -50,7 +50,7 @@ class Transport:
         self.deaths = Deaths()
         self.writes, self.reads = BandwidthMeter(), BandwidthMeter()
         self.stall, self.forwarded, self.failed_writes, self.full = 0.0, 0, 0, 0
-        self._failed_in_a_row = 0
+        self._failed_in_a_row, self._given_up = 0, False
         self._timeout, self._fixed_window = io_timeout, buffer_bytes
         self._window = buffer_bytes if buffer_bytes is not None else _FIRST_WINDOW
         self._loaded_on_device = Level()
@@ -59,10 +59,10 @@ class Transport:
         on_change = (lambda _: None) if torch.cuda.is_available() else partial(_count, self.deaths, self.resident)
         self._pool = BufferPool(backend, self._window, on_change=on_change, on_return=tokens.put)
         self._host_tier = BufferPool(backend, host_memory_bytes, on_change=on_change, on_return=None)
-        self._lanes = Lanes(backend, lanes, tokens, self._pool.count_returns)
         self._in_place = backend.writes_in_place and all(
             _filesystem(file.folder) in _IN_PLACE_FILESYSTEMS for file in store.files
         )
+        self._lanes = Lanes(backend, lanes, tokens, self._pool.count_returns)
         self._streams: dict[torch.device, tuple[Any, Any]] = {}
         self._closed = False
         # Not before the last record is gone, whatever became of the object that the user had.
@@ -86,7 +86,7 @@ class Transport:
 
     def offload(self, record: Record) -> None:
         """Begin to write a record; its memory is given up when the bytes are elsewhere."""
-        if self._closed or self._failed_in_a_row >= _MAX_FAILED_WRITES:
+        if self._closed or self._given_up:
             return
         if record.device.type == "cuda":
             self._streams_of(record.device)
@@ -205,7 +205,11 @@ class Transport:
         delta = address % ALIGNMENT if direct and record.device.type == "cpu" else 0
         length = round_up(delta + record.nbytes)
         if not direct:
-            host = self._pool.lend(length)
+            try:
+                host = self._pool.lend(length)
+            except (MemoryError, RuntimeError) as error:
+                self._note_failure(record, "activation offload", error)
+                return True
             if host is None:
                 return False
         extent = self.store.allocate(length)
@@ -222,7 +226,7 @@ class Transport:
             self._write_bytes(record, storage, host, extent, delta, lane)
             self._failed_in_a_row = 0
         except Exception as error:
-            self._note_failure(record, extent, error)
+            self._note_failure(record, _place_of(extent), error)
         return True
 
     def _note_full(self, record: Record) -> None:
@@ -234,15 +238,15 @@ class Transport:
                 stacklevel=1,
             )
 
-    def _note_failure(self, record: Record, extent: Extent, error: Exception) -> None:
+    def _note_failure(self, record: Record, place: str, error: Exception) -> None:
         self.failed_writes += 1
         self._failed_in_a_row += 1
-        is_last = self._failed_in_a_row == _MAX_FAILED_WRITES
+        is_last = self._failed_in_a_row == _MAX_FAILED_WRITES and not self._given_up
+        self._given_up |= is_last
         if self.failed_writes == 1 or is_last:
             last = "; nothing more is offloaded" if is_last else ""
             warnings.warn(
-                f"{_place_of(extent)}: cannot write an activation of {record.nbytes:,} bytes: {error}; it stays in"
-                f" memory{last}",
+                f"{place}: cannot write an activation of {record.nbytes:,} bytes: {error}; it stays in memory{last}",
                 stacklevel=1,
             )
 
@@ -378,11 +382,15 @@ class Transport:
         """Stop the lanes and give back the slab and the buffers."""
         if not self._closed:
             self._closed = True
-            self._unclosed.detach()
-            ended = self._lanes.close(self._timeout)
-            self._pool.close()
-            self._host_tier.close()
-            self.store.close(in_use=not ended)
+            ended = False
+            try:
+                ended = self._lanes.close(self._timeout)
+            finally:
+                # Also after Ctrl-C while a disk does not answer.
+                self._unclosed.detach()
+                self._pool.close()
+                self._host_tier.close()
+                self.store.close(in_use=not ended)
 
 
 def _count(deaths: Deaths, level: Level, nbytes: int) -> None:
@@ -393,11 +401,12 @@ def _count(deaths: Deaths, level: Level, nbytes: int) -> None:
 
 def _abandon(lanes: Lanes, pools: Sequence[BufferPool], store: SlabStore) -> None:
     folders = ", ".join(str(file.folder) for file in store.files)
-    warnings.warn(f"{folders}: an ActivationOffload was not closed", ResourceWarning, stacklevel=2)
     lanes.abandon()
     for pool in pools:
         pool.close()
     store.close()
+    # Last, as it may be made an error.
+    warnings.warn(f"{folders}: an ActivationOffload was not closed", ResourceWarning, stacklevel=2)
 
 
 def _pages_around(storage: UntypedStorage, delta: int, length: int) -> Tensor:

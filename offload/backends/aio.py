@@ -9,8 +9,13 @@ first one is done alone.
 """
 
 import errno
+import math
 import os
+import re
+import resource
+import sys
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,27 +25,42 @@ import torch
 from torch import Tensor
 
 from ..errors import OffloadError
-from .extension import is_compiled, load_extension
+from .extension import build_extension, import_compiled, is_compiled
 
 _BLOCK_BYTES = 1 << 20
 _QUEUE_DEPTH = 32
+_LEAST_LOCKABLE = 256 << 20
+_EXTENSIONS = ("pin_memory", "async_io")
+_PIN_MEMORY_LOADED = "_deepspeed_pin_memory_op_module"
 _first_write, _has_written = threading.Lock(), threading.Event()
 
 
 def is_built() -> bool:
     """Whether the extension can be loaded without compiling it. Does not import DeepSpeed, which takes seconds."""
-    found = find_spec("deepspeed")
-    if found is None or not found.submodule_search_locations:
+    package = _deepspeed()
+    if package is None:
         return False
-    package = Path(found.submodule_search_locations[0])
-    if any(package.glob("ops/aio/async_io_op*.so")):
-        return True
-    return all(is_compiled(name, package) for name in ("async_io", "pin_memory"))
+    return _comes_with(package) or all(is_compiled(name, package) for name in _EXTENSIONS)
+
+
+def _deepspeed() -> Path | None:
+    found = find_spec("deepspeed")
+    return Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else None
+
+
+def _comes_with(package: Path) -> bool:
+    """DeepSpeed can be installed with its extensions."""
+    return any(package.glob("ops/aio/async_io_op*.so"))
 
 
 def can_build() -> bool:
     """Whether a compiler would find libaio and its header."""
     return bool(_builder().is_compatible(verbose=False))
+
+
+def build(announce: Callable[[str], None]) -> None:
+    """Compile the extension if need be; see :func:`~.extension.build_extension`."""
+    build_extension(_builder(), needs=_EXTENSIONS[:1], is_current=is_built, announce=announce)
 
 
 def _builder() -> Any:
@@ -49,6 +69,28 @@ def _builder() -> Any:
 
     accelerator: Any = get_accelerator()
     return accelerator.create_op_builder("AsyncIOBuilder")
+
+
+def _lockable() -> float:
+    """Bytes of memory that this process may still lock."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit == resource.RLIM_INFINITY or os.geteuid() == 0 or torch.cuda.is_available():
+        return math.inf
+    locked = re.search(r"^VmLck:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return limit - (int(locked[1]) << 10 if locked else 0)
+
+
+def _load() -> Any:
+    builder, package = _builder(), _deepspeed()
+    if package is not None and _comes_with(package):
+        return builder.load(verbose=False)
+    # Of DeepSpeed's: what it has loaded, and will not load a second time.
+    loaded = builder._loaded_ops
+    if "async_io" not in loaded:
+        if not hasattr(sys, _PIN_MEMORY_LOADED):
+            setattr(sys, _PIN_MEMORY_LOADED, import_compiled("pin_memory", symbols_for_others=True))
+        loaded["async_io"] = import_compiled("async_io")
+    return loaded["async_io"]
 
 
 class AioBackend:
@@ -67,7 +109,12 @@ class AioBackend:
         """
         if not is_built():
             raise OffloadError("backend: DeepSpeed's aio is not compiled (narrowgauge build --aio)")
-        self._module: Any = load_extension(_builder())
+        if _lockable() < _LEAST_LOCKABLE:
+            raise OffloadError(
+                f"backend: aio locks its buffers in memory, and this user may lock {_lockable():,} bytes (ulimit -l);"
+                f" at least {_LEAST_LOCKABLE:,} are needed"
+            )
+        self._module: Any = _load()
         self._allocator = self._new_handle()
 
     def _new_handle(self) -> Any:
@@ -85,6 +132,9 @@ class AioBackend:
     def new_buffer(self, nbytes: int) -> Tensor:
         if torch.cuda.is_available():
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        if nbytes > _lockable():
+            # DeepSpeed would end the process.
+            raise MemoryError(f"{nbytes:,} bytes of memory cannot be locked, {_lockable():,} can (ulimit -l)")
         return self._allocator.new_cpu_locked_tensor(nbytes, torch.empty(0, dtype=torch.uint8))
 
     def free_buffer(self, buffer: Tensor) -> None:

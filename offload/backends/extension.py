@@ -1,18 +1,19 @@
-"""Loading DeepSpeed's compiled extensions, one process of the machine at a time.
+"""DeepSpeed's compiled extensions: built by one process of the machine at a time, or loaded as they are.
 
 DeepSpeed compiles what it lacks when it is loaded, on every rank at once, and a build that was killed leaves a lock
-file on which the next run waits for ever. Here one process loads or builds while the others wait for it, and stale
-locks are removed.
+file on which the next run waits for ever. Here one process builds while the others wait for it, and stale locks are
+removed.
 """
 
+import ctypes
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.cpp_extension import _get_build_directory
+from torch.utils.cpp_extension import _get_build_directory, _import_module_from_library
 
 
 def build_folder(name: str) -> Path:
@@ -21,44 +22,78 @@ def build_folder(name: str) -> Path:
 
 
 def is_compiled(name: str, sources: Path) -> bool:
-    """Whether the extension can be loaded without compiling it again.
+    """Whether the extension is compiled, to the end, for the installed packages of this environment.
+
+    Environments share the user's folder of builds, so what is there may be another's.
 
     Args:
-        sources: the folder of the package it is compiled from. Another environment's build, in the same folder of the
-            user's, does not count, and neither does one that is older than the installed packages.
+        sources: the folder of the package it is compiled from.
     """
-    folder, torch_folder = build_folder(name), Path(torch.__file__).parent
+    torch_folder = Path(torch.__file__).parent
     try:
-        built_at = (folder / f"{name}.so").stat().st_mtime
+        folder = build_folder(name)
         command = (folder / "build.ninja").read_text()
-        installed_at = max((package / "__init__.py").stat().st_mtime for package in (torch_folder, sources))
+        before = [folder / "build.ninja", torch_folder / "__init__.py", sources / "__init__.py"]
+        is_last = (folder / f"{name}.so").stat().st_mtime >= max(file.stat().st_mtime for file in before)
     except OSError:
         return False
-    return f"{torch_folder}/include" in command and f"{sources}/" in command and built_at >= installed_at
+    return is_last and f"{torch_folder}/include" in command and f"{sources}/" in command
 
 
-def load_extension(builder: Any, *, before_build: Callable[[], None] = lambda: None) -> Any:
-    """The module of a DeepSpeed builder, compiled if it is not there or older than its sources.
+def import_compiled(name: str, *, symbols_for_others: bool = False) -> Any:
+    """The module of an extension for which :func:`is_compiled` holds; unlike DeepSpeed's loading, never compiles.
 
     Args:
-        before_build: called if nothing is compiled yet.
+        symbols_for_others: make the library's symbols known to those that are loaded later.
+
+    Raises:
+        ImportError, OSError: it does not work here.
+    """
+    folder = build_folder(name)
+    module = _import_module_from_library(name, str(folder), True)
+    if symbols_for_others:
+        ctypes.CDLL(str(folder / f"{name}.so"), mode=ctypes.RTLD_GLOBAL)
+    return module
+
+
+def build_extension(
+    builder: Any,
+    *,
+    needs: Sequence[str] = (),
+    is_current: Callable[[], bool] | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Let a DeepSpeed builder compile what is not there or older than its sources, and load it.
+
+    Args:
+        needs: other extensions that the builder compiles besides its own.
+        is_current: says of a build that is there whether it can be used; if not, it is made from nothing: torch's
+            headers are not among the files that decide for ninja. None: ninja alone decides.
+        announce: told what is about to take long.
 
     Raises:
         ImportError, OSError, RuntimeError: it cannot be compiled or loaded here.
     """
-    folder = build_folder(builder.name)
-    with (folder.parent / "narrowgauge.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for stale in folder.parent.glob("*/lock"):
-            _remove_stale_lock(stale)
-        if not any(folder.glob("*.so")):
-            before_build()
-        return builder.load(verbose=False)
+    folders = [build_folder(name) for name in (*needs, builder.name)]
+    with (folders[0].parent / "narrowgauge.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            announce("waiting for another process that builds DeepSpeed's extensions")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for folder in folders:
+            _remove_stale_lock(folder / "lock")
+            if is_current is not None and not is_current():
+                for file in (*folder.glob("*.so"), *folder.glob("*.o")):
+                    file.unlink()
+        if not any(folders[-1].glob("*.so")):
+            announce(f"compiling DeepSpeed's {builder.name}, once")
+        builder.load(verbose=False)
 
 
 def _remove_stale_lock(lock: Path) -> None:
     """Remove the lock of a build that was killed: a live one keeps the file open."""
-    if not _is_open(lock):
+    if lock.exists() and not _is_open(lock):
         lock.unlink(missing_ok=True)
 
 

@@ -590,6 +590,7 @@ def read_truncated(folder: str, backend: str, flip: bool) -> None:
 
 def write_first_with_aio(folder: str) -> None:
     """In a process: DeepSpeed logs a warning at the first write, and the log gives other threads time to write too."""
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
 
     class Slow(logging.Handler):
@@ -598,6 +599,9 @@ def write_first_with_aio(folder: str) -> None:
 
     logger.addHandler(Slow())
     new_offload(folder, backend="aio", num_lanes=4).close()
+    # DeepSpeed's own swapping loads the extension too.
+    accelerator: Any = get_accelerator()
+    accelerator.create_op_builder("AsyncIOBuilder").load(verbose=False).aio_handle()
     say("written")
 
 

@@ -408,16 +408,17 @@ def test_build_of_another_environment_does_not_count(tmp_path: Path, monkeypatch
     for name in ("async_io", "pin_memory"):
         source, copied = build_folder(name), tmp_path / name
         copied.mkdir()
-        (copied / f"{name}.so").touch()
         (copied / "build.ninja").write_text((source / "build.ninja").read_text())
+        (copied / f"{name}.so").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert is_built()
     command = tmp_path / "async_io" / "build.ninja"
-    command.write_text(command.read_text().replace("site-packages", "other-packages"))
-    assert not is_built()
-    command.write_text((tmp_path / "pin_memory" / "build.ninja").read_text())
+    command.write_text(command.read_text())
+    assert not is_built(), "a build that was not ended"
+    (tmp_path / "async_io" / "async_io.so").touch()
     assert is_built()
-    os.utime(tmp_path / "pin_memory" / "pin_memory.so", (0, 0))
+    command.write_text(command.read_text().replace("site-packages", "other-packages"))
+    (tmp_path / "async_io" / "async_io.so").touch()
     assert not is_built()
 
 
@@ -1070,6 +1071,8 @@ def test_layers_that_cannot_recompute(tmp_path: Path) -> None:
         new_offload(tmp_path, model=model, granularity="layer_inputs", layers=[])
     with pytest.raises(ValueError, match=r"layers\[1\]: a Linear found that is not a module of model"):
         new_offload(tmp_path, model=model, granularity="layer_inputs", layers=[next(model.children()), nn.Linear(2, 2)])
+    with pytest.raises(TypeError, match="layers: a generator found; a list of modules is needed"):
+        new_offload(tmp_path, model=model, granularity="layer_inputs", layers=(layer for layer in model.children()))
     with pytest.raises(ValueError, match="layers: only granularity 'layer_inputs'"):
         new_offload(tmp_path, model=model, layers=[next(model.children())])
 

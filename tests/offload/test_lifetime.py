@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import random
+import signal
 import sys
 import threading
 import time
@@ -15,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.offload.faults import open_descriptors
-from tests.offload.support import assert_nothing_left, new_offload, settle, wait_until
+from tests.offload.support import GatedBackend, assert_nothing_left, new_offload, settle, wait_until
 
 
 def lane_count() -> int:
@@ -43,6 +44,40 @@ def test_dropped_without_close_gives_everything_back(tmp_path: Path) -> None:
     wait_until(lambda: open_descriptors() == before, "descriptors are left")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_dropped_where_warnings_are_errors(tmp_path: Path) -> None:
+    before, lanes = open_descriptors(), lane_count()
+    offload = new_offload(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del offload
+        gc.collect()
+    wait_until(lambda: (lane_count(), open_descriptors()) == (lanes, before), "threads or descriptors are left")
+
+
+def test_interrupt_while_closing_gives_the_space_back(tmp_path: Path) -> None:
+    backend, before = GatedBackend(), open_descriptors()
+    offload = new_offload(tmp_path, backend=backend)
+    backend.gate.clear()
+    x = torch.randn(10_000, requires_grad=True)
+    with offload:
+        y = x.exp().sin().sum()
+    # A signal proper: it wakes a thread that waits.
+    timer = threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        offload.close()
+    assert offload.stats().capacity == 64 << 20
+    # The number of the descriptor stays taken: a write is still to come. It does not lead to the slab any more.
+    (file,) = offload._transport.store.files
+    assert file.fd == -1
+    backend.gate.set()
+    del y, offload
+    gc.collect()
+    wait_until(lambda: lane_count() == 0, "threads are left")
+    assert open_descriptors() <= before + 1
+
+
 def test_closed_in_time_is_silent(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResourceWarning)
@@ -50,6 +85,41 @@ def test_closed_in_time_is_silent(tmp_path: Path) -> None:
         offload.close()
         del offload
         gc.collect()
+
+
+def test_two_objects_do_not_recompute_the_same_layers(tmp_path: Path) -> None:
+    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    options: dict[str, Any] = {"model": nn.Sequential(model), "granularity": "layer_inputs"}
+    one = new_offload(tmp_path, **options)
+    with pytest.raises(ValueError, match="a Linear is recomputed by another ActivationOffload"):
+        new_offload(tmp_path, **options)
+    one.close()
+    other = new_offload(tmp_path, **options)
+    other.close()
+    assert all("forward" not in vars(layer) for layer in model)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_short_inputs_do_not_change_what_stays_of_long_ones(tmp_path: Path, share: float) -> None:
+    offload = new_offload(tmp_path, keep_resident=share, capacity_bytes=256 << 20, buffer_bytes=4096)
+    weights = [torch.randn(64, 64, requires_grad=True) for _ in range(16)]
+
+    def step(rows: int) -> float:
+        x = torch.ones(rows, 64)
+        offload.reset_peaks()
+        with offload:
+            for weight in weights:
+                x = (x @ weight).tanh()
+        settle(offload)
+        stats = offload.stats()
+        x.sum().backward()
+        return stats.resident / stats.saved
+
+    for rows in (4096, 4096, 16, 16, 16, 16, 16):
+        step(rows)
+    # The last of them is somebody's tensor anyway.
+    assert step(4096) == pytest.approx(share, abs=1.5 / 16)
+    offload.close()
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
