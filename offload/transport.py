@@ -208,7 +208,7 @@ class Transport:
             try:
                 host = self._pool.lend(length)
             except (MemoryError, RuntimeError) as error:
-                self._note_failure(record, "activation offload", error)
+                self._note_failure(record, "activation offload", error, is_of_disk=False)
                 return True
             if host is None:
                 return False
@@ -238,9 +238,10 @@ class Transport:
                 stacklevel=1,
             )
 
-    def _note_failure(self, record: Record, place: str, error: Exception) -> None:
+    def _note_failure(self, record: Record, place: str, error: Exception, *, is_of_disk: bool = True) -> None:
         self.failed_writes += 1
-        self._failed_in_a_row += 1
+        # Memory that is short now may be there later.
+        self._failed_in_a_row += is_of_disk
         is_last = self._failed_in_a_row == _MAX_FAILED_WRITES and not self._given_up
         self._given_up |= is_last
         if self.failed_writes == 1 or is_last:

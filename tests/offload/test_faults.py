@@ -703,10 +703,13 @@ def test_no_memory_for_a_buffer(tmp_path: Path, make: OffloadMaker, monkeypatch:
     backend = FaultyBackend(in_place=False)
     offload = make(tmp_path, backend)
     twin = Twin(offload, "attention")
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         patch.setattr(backend, "new_buffer", refuse)
         for _ in range(2):
             twin.step(settled=True)
+    assert len([one for one in caught if "stays in memory" in str(one.message)]) == 1
+    assert offload.stats().failed_writes > 8
     assert lanes_alive(offload)
     twin.step(settled=True)
     assert offload.stats().written > 0

@@ -1088,7 +1088,7 @@ def test_options_out_of_range_are_named(tmp_path: Path, options: dict[str, Any],
 
 def test_paths_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="path: .* at least one folder"):
+    with pytest.raises(ValueError, match=r"path: .* at least one folder"):
         new_offload([])
     with pytest.raises(OffloadError, match="nowhere: no such folder"):
         new_offload(tmp_path / "nowhere")
