@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+from narrowgauge.offload.arguments import MAX_LANES, Granularity, is_auto_or_share
+from narrowgauge.offload.backends import BackendName
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .deepspeed_schema import (
@@ -172,8 +174,7 @@ def _folder_or_folders(value: Any) -> Any:
 
 
 def _auto_or_share(value: Any) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value != "auto" and not (is_number and 0 <= value <= 1):
+    if not is_auto_or_share(value):
         raise ValueError('"auto" or a number from 0 to 1 is allowed')
     return value
 
@@ -184,11 +185,11 @@ class ActivationOffloadBlock(StrictBlock):
     enabled: Flag = True
     path: Annotated[str | list[str], BeforeValidator(_folder_or_folders)]
     """A folder on the SSD, or one per SSD; nothing is left in it."""
-    granularity: Literal["saved_tensors", "layer_inputs"] = "saved_tensors"
+    granularity: Granularity = "saved_tensors"
     min_tensor_bytes: int = Field(256 << 10, ge=0)
     keep_resident: Annotated[Literal["auto"] | float, BeforeValidator(_auto_or_share)] = "auto"
-    backend: Literal["auto", "threads", "aio", "gds"] = "auto"
-    num_lanes: int = Field(2, ge=1, le=64)
+    backend: BackendName = "auto"
+    num_lanes: int = Field(2, ge=1, le=MAX_LANES)
     buffer_bytes: Count | None = None
     host_memory_bytes: int = Field(0, ge=0)
     capacity_bytes: Count | None = None

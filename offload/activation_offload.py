@@ -15,19 +15,16 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .arguments import check_arguments, to_folders
-from .backends import IOBackend, make_backend
+from .arguments import Granularity, check_arguments, to_folders
+from .backends import BackendName, IOBackend, make_backend
 from .errors import OffloadError, OffloadSpaceError
-from .graph import ForwardGraph, mark_parameter, read_ahead
+from .graph import ForwardGraph, mark_parameter
 from .layers import RecomputedLayers
 from .planner import absorbable_bytes
 from .probe import Speed, measure
 from .slab import SlabStore, available_bytes, round_up
 from .stats import Endurance, OffloadStats
 from .transport import Transport
-
-Granularity = Literal["saved_tensors", "layer_inputs"]
-BackendName = Literal["auto", "threads", "aio", "gds"]
 
 _LEAST_CAPACITY = 64 << 20
 # A plan is made anew for the first forwards, then every so many, and whenever the disk's speed has changed.
@@ -207,9 +204,9 @@ class ActivationOffload:
         self._measure_speed()
         self._fit_capacity()
         # Inputs may be short now and long the next time.
-        self._largest = max(self._largest, *(graph.offered for graph in self._graphs), 0)
+        self._largest = max([self._largest, *(graph.offered for graph in self._graphs)])
         budget = math.inf
-        profiled = next((graph for graph in reversed(self._graphs) if graph.profile() is not None), None)
+        profiled = next((graph for graph in reversed(self._graphs) if graph.is_profiled), None)
         if profiled is not None and self._keep_resident == "auto":
             budget = self._plan(profiled)
         elif self._keep_resident == 1:
@@ -227,13 +224,11 @@ class ActivationOffload:
         made_at, share, speed = self._planned or (-math.inf, 0.0, self._speed)
         due = self._forwards <= _FIRST_FORWARDS or self._forwards - made_at >= _PLAN_INTERVAL
         if due or _differs(speed.write, self._speed.write) or _differs(speed.read, self._speed.read):
-            profile = graph.profile()
-            assert profile is not None
             absorbable = absorbable_bytes(
-                profile,
+                graph.profile(),
                 write_bandwidth=self._speed.write,
                 read_bandwidth=self._speed.read,
-                window=self._buffer_bytes or read_ahead([item.nbytes for item in profile], graph.offered),
+                window=self._buffer_bytes or graph.window,
             )
             share = absorbable / graph.offered
             self._planned = (self._forwards, share, self._speed)

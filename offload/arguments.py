@@ -4,15 +4,15 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from .backends import NAMES
+from .backends import BackendName
 from .errors import OffloadError
 
 MAX_LANES = 64
-GRANULARITIES = ("saved_tensors", "layer_inputs")
+Granularity = Literal["saved_tensors", "layer_inputs"]
 _REQUIRED = ("min_tensor_bytes", "num_lanes", "host_memory_bytes", "io_timeout")
 _MAY_BE_ZERO = ("min_tensor_bytes", "host_memory_bytes")
 _MAY_BE_FRACTIONS = ("io_timeout", "rated_tbw", "max_drive_writes_per_day")
@@ -60,15 +60,15 @@ def check_arguments(
         _check_number(name, value)
     if numbers["num_lanes"] > MAX_LANES:
         raise ValueError(f"num_lanes: {numbers['num_lanes']} found; at most {MAX_LANES} is allowed")
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity: {granularity!r} found; {' or '.join(map(repr, GRANULARITIES))} is allowed")
-    if isinstance(backend, str) and backend not in ("auto", *NAMES):
-        allowed = ", ".join(map(repr, ("auto", *NAMES)))
+    if granularity not in get_args(Granularity):
+        allowed = " or ".join(map(repr, get_args(Granularity)))
+        raise ValueError(f"granularity: {granularity!r} found; {allowed} is allowed")
+    if isinstance(backend, str) and backend not in get_args(BackendName):
+        allowed = ", ".join(map(repr, get_args(BackendName)))
         raise ValueError(f"backend: {backend!r} found; one of {allowed} or an IOBackend is allowed")
     if not isinstance(backend, str) and not hasattr(backend, "lane"):
         raise TypeError(f"backend: {backend!r} found; a name or an IOBackend is needed")
-    is_share = isinstance(keep_resident, int | float) and not isinstance(keep_resident, bool)
-    if keep_resident != "auto" and not (is_share and 0 <= keep_resident <= 1):
+    if not is_auto_or_share(keep_resident):
         raise ValueError(f"keep_resident: {keep_resident!r} found; 'auto' or a number from 0 to 1 is allowed")
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: a {type(model).__name__} found; a torch.nn.Module is needed")
@@ -76,6 +76,12 @@ def check_arguments(
         raise ValueError("granularity: 'layer_inputs' needs model=, whose layers it makes recompute")
     if layers is not None:
         _check_layers(layers, granularity, model)
+
+
+def is_auto_or_share(value: Any) -> bool:
+    """What ``keep_resident`` may be."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value == "auto" or (is_number and 0 <= value <= 1)
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -89,7 +89,7 @@ class ForwardGraph:
     def _prefetch(self, record: Record) -> None:
         """Read what comes next, backwards from ``record``, as far as the buffers reach."""
         if self._cursor is None:
-            self._transport.set_window(read_ahead(self._sizes, self.offered))
+            self._transport.set_window(self.window)
         if self._cursor is None or (record.index > self._cursor and record.in_memory() is None):
             self._cursor = record.index
         while self._cursor > 0:
@@ -103,10 +103,18 @@ class ForwardGraph:
         """Bytes of the first tensor that may be offloaded."""
         return self._sizes[0] if self._sizes else 0
 
-    def profile(self) -> list[Saved] | None:
-        """What was saved and when it was asked for; None until backward has been through."""
-        if len(self._unpacked_at) < 0.9 * len(self._sizes) or not self._sizes:
-            return None
+    @property
+    def window(self) -> int:
+        """Bytes to read ahead, if nobody set another size."""
+        return read_ahead(self._sizes, self.offered)
+
+    @property
+    def is_profiled(self) -> bool:
+        """Whether backward has been through."""
+        return bool(self._sizes) and len(self._unpacked_at) >= 0.9 * len(self._sizes)
+
+    def profile(self) -> list[Saved]:
+        """What was saved and when it was asked for, in the order of saving."""
         return [
             Saved(size, packed, self._unpacked_at.get(slot))
             for slot, (size, packed) in enumerate(zip(self._sizes, self._packed_at, strict=True))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -10,7 +11,7 @@ from . import aio, gds
 from .base import IOBackend
 from .threads import ThreadsBackend
 
-NAMES = ("threads", "aio", "gds")
+BackendName = Literal["auto", "threads", "aio", "gds"]
 # Another backend has to be this much faster than threads; and more so where it needs a copy that threads do not need,
 # for which compute waits.
 _CLEARLY_FASTER, _WORTH_A_COPY = 1.1, 1.5
