@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from .errors import OffloadIOError
 from .slab import SlabFile, available_bytes, round_up
@@ -55,10 +56,11 @@ def measure(
     slab = SlabFile(folder, blocks * block_bytes)
     workers: list[_Worker] = []
     try:
+        source = torch.ones(block_bytes, dtype=torch.uint8) if staged else None
         workers += [_Worker(backend, slab, range(n, blocks, lanes), block_bytes) for n in range(lanes)]
         # The first pass gives the file its blocks; it is not counted.
-        seconds = [_pass(workers, timeout, write=True, staged=False)]
-        seconds += [_pass(workers, timeout, write=True, staged=staged), _pass(workers, timeout, write=False)]
+        seconds = [_pass(workers, timeout, write=True)]
+        seconds += [_pass(workers, timeout, write=True, source=source), _pass(workers, timeout, write=False)]
     finally:
         for worker in workers:
             worker.close()
@@ -67,11 +69,11 @@ def measure(
     return Speed(*(blocks * block_bytes / each for each in seconds[1:]))
 
 
-def _pass(workers: "Sequence[_Worker]", timeout: float, *, write: bool, staged: bool = False) -> float:
-    """All blocks once; seconds."""
+def _pass(workers: "Sequence[_Worker]", timeout: float, *, write: bool, source: Tensor | None = None) -> float:
+    """All blocks once, each copied from ``source`` before if there is one; seconds."""
     errors: list[BaseException] = []
     threads = [
-        threading.Thread(target=worker.move, kwargs={"write": write, "staged": staged, "errors": errors}, daemon=True)
+        threading.Thread(target=worker.move, kwargs={"write": write, "source": source, "errors": errors}, daemon=True)
         for worker in workers
     ]
     started = time.perf_counter()
@@ -92,15 +94,14 @@ class _Worker:
     def __init__(self, backend: "IOBackend", slab: SlabFile, places: range, block_bytes: int) -> None:
         self._backend, self._slab, self._places, self._lane = backend, slab, places, backend.lane()
         self._buffer = backend.new_buffer(block_bytes).random_()
-        self._source = torch.ones(block_bytes, dtype=torch.uint8)
         self.folder, self.is_moving = slab.folder, False
 
-    def move(self, *, write: bool, staged: bool, errors: list[BaseException]) -> None:
+    def move(self, *, write: bool, source: Tensor | None, errors: list[BaseException]) -> None:
         try:
             move = self._lane.write if write else self._lane.read
             for place in self._places:
-                if staged:
-                    self._buffer.copy_(self._source)
+                if source is not None:
+                    self._buffer.copy_(source)
                 move(self._slab.fd, place * self._buffer.nbytes, self._buffer)
         except BaseException as error:
             errors.append(error)

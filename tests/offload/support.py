@@ -1,6 +1,7 @@
 """Running a computation with and without offload, and waiting for what the lanes do in the background."""
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,17 @@ def settle(offload: ActivationOffload) -> None:
     transfers = [record.write_transfer for record in records if record is not None]
     del records
     wait_until(lambda: all(t is None or t.is_done for t in transfers), "a write is not done")
+
+
+def rest(offload: ActivationOffload) -> None:
+    """Wait until no lane is at work: what one works on is still held, and counted, although autograd let go of it."""
+    lanes = {thread.ident for thread in offload._transport._lanes._threads}
+
+    def at_rest() -> bool:
+        frames = sys._current_frames()
+        return all(frames[lane].f_code.co_name == "_run" for lane in lanes if lane in frames)
+
+    wait_until(at_rest, "a lane is at work")
 
 
 def level(offload: ActivationOffload) -> tuple[int, int, int]:
@@ -126,11 +138,14 @@ def compare(offload: ActivationOffload, function: Loss, *leaves: Tensor, wait: b
     """Loss and gradients of ``function(*leaves)`` are the same bits with offload as without; returns what moved.
 
     Args:
-        wait: for the writes, before backward.
+        wait: for the lanes before forward, and for the writes before backward. Without it the lanes may still count
+            tensors of an earlier call, so that ``saved`` and ``kept`` mean nothing.
     """
     plain = copies(leaves)
     wanted = function(*plain)
     wanted.backward()
+    if wait:
+        rest(offload)
     before = offload.stats()
     used = copies(leaves)
     with offload:

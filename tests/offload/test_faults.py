@@ -55,6 +55,7 @@ from tests.offload.faults import (
     spawn_lines,
     within,
 )
+from tests.offload.support import rest
 
 IN_PLACE = pytest.mark.parametrize("in_place", [True, False], ids=["in_place", "staged"])
 OffloadMaker = Callable[..., ActivationOffload]
@@ -746,6 +747,7 @@ def test_an_error_keeps_no_memory(
     gc.disable()
     try:
         training.step(settled=True)
+        rest(offload)
         assert offload.stats().saved == 0
         if where == "buffer":
             monkeypatch.setattr(backend, "new_buffer", refuse)
