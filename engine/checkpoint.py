@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from narrowgauge.optimizers import Grass
+from narrowgauge.optimizers.shards import Shard, StatePiece
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CheckpointError
-from .fragments import Fragment, local_fragments, masters_to_model
+from .fragments import local_shards, masters_to_model
+from .optimizer_schema import OurOptimizer
 from .weights import load_weights, save_weights
 from .zero_backends import gather_again
 
@@ -103,9 +104,8 @@ def load_checkpoint(
             otherwise.
     """
     state = together("load", lambda: _verify(folder, engine))
-    grass = getattr(engine, "compact_optimizer", None)
     if optimizer_states:
-        together("load", lambda: _load_subspace(grass, folder, state))
+        together("load", lambda: _load_subspace(_own_optimizer(engine), folder, state))
     together("load", lambda: load_weights(engine, folder, rebuild_compact=not optimizer_states))
     if optimizer_states:
         together("load", lambda: _load_optimizer(engine, folder, state))
@@ -181,36 +181,53 @@ def _state_of(engine: Any) -> Any:
     return engine.basic_optimizer
 
 
+def _own_optimizer(engine: Any) -> OurOptimizer | None:
+    return getattr(engine, "own_optimizer", None)
+
+
 def _write_optimizer(engine: Any, folder: Path) -> str | None:
     rank, size = dist.get_rank(), dist.get_world_size()
     if engine.zero_optimization_stage() == 0 and rank > 0:
         return None
     states = _state_of(engine).state
-    tensors: dict[str, Tensor] = {}
-    for fragment in local_fragments(engine):
-        prefix = f"{fragment.name}|{fragment.start}|"
-        tensors[prefix + MASTER] = fragment.of(fragment.flat).cpu().clone()
-        for key, value in states.get(fragment.flat, {}).items():
-            if torch.is_tensor(value) and value.shape == fragment.flat.shape:
-                tensors[prefix + key] = fragment.of(value).cpu().clone()
-            elif not (torch.is_tensor(value) and value.dim() == 0) and not isinstance(value, int | float):
+    own_pieces = _own_pieces(engine)
+    tensors = {f"{p.name}|{p.start}|{p.key}": p.tensor.cpu().clone() for pieces in own_pieces.values() for p in pieces}
+    for shard in local_shards(engine):
+        prefix = f"{shard.name}|{shard.start}|"
+        tensors[prefix + MASTER] = shard.of(shard.flat).cpu().clone()
+        own_keys = {piece.key for piece in own_pieces.get(shard.flat, ())}
+        for key, value in states.get(shard.flat, {}).items():
+            if key in own_keys or isinstance(value, int | float) or (torch.is_tensor(value) and value.dim() == 0):
+                continue
+            if not torch.is_tensor(value) or value.shape != shard.flat.shape:
                 raise CheckpointError(f"optimizer state {key!r} is neither shaped like its parameter nor a number")
+            tensors[prefix + key] = shard.of(value).cpu().clone()
     name = f"optimizer-{rank:05d}-of-{size:05d}.safetensors"
     save_file(tensors, folder / name)
     return name
 
 
+def _own_pieces(engine: Any) -> dict[Tensor, list[StatePiece]]:
+    """By flat tensor, the state that is not shaped like it."""
+    own = _own_optimizer(engine)
+    if own is None:
+        return {}
+    flats = {id(shard.flat): shard.flat for shard in local_shards(engine)}
+    return {flat: list(own.state_pieces(flat)) for flat in flats.values()}
+
+
 def _write_subspace(engine: Any, folder: Path) -> list[str]:
-    grass = getattr(engine, "compact_optimizer", None)
-    if grass is None:
+    own = _own_optimizer(engine)
+    tensors = own.subspace_state().get("tensors") if own is not None else None
+    if not tensors:
         return []
-    save_file(grass.subspace_state()["index"], folder / "subspace.safetensors")
+    save_file(tensors, folder / "subspace.safetensors")
     return ["subspace.safetensors"]
 
 
 def _engine_state(engine: Any) -> dict[str, Any]:
-    grass = getattr(engine, "compact_optimizer", None)
-    subspace = {k: v for k, v in grass.subspace_state().items() if k != "index"} if grass is not None else None
+    own = _own_optimizer(engine)
+    subspace = {k: v for k, v in own.subspace_state().items() if k != "tensors"} if own is not None else None
     return {
         "world_size": dist.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
@@ -238,15 +255,15 @@ def _scalars(engine: Any) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     states, groups = _state_of(engine).state, _group_of_parameters(engine)
     by_group: dict[int, dict[str, Any]] = {}
-    for fragment in local_fragments(engine):
+    for shard in local_shards(engine):
         numbers = {}
-        for key, value in states.get(fragment.flat, {}).items():
+        for key, value in states.get(shard.flat, {}).items():
             if torch.is_tensor(value) and value.dim() == 0:
                 numbers[key] = {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
             elif isinstance(value, int | float):
                 numbers[key] = {"value": value, "dtype": None}
-        found[fragment.name] = numbers
-        by_group.setdefault(groups[fragment.name], numbers)
+        found[shard.name] = numbers
+        by_group.setdefault(groups[shard.name], numbers)
     # A parameter that lies wholly on other ranks has the numbers of its group.
     return {name: found.get(name, by_group.get(group, {})) for name, group in groups.items()}
 
@@ -266,34 +283,41 @@ def _group_of_parameters(engine: Any) -> dict[str, int]:
     return {engine.param_names[p]: number for number, group in enumerate(groups) for p in group}
 
 
-def _load_subspace(grass: Grass | None, folder: Path, state: dict[str, Any]) -> None:
-    if (state["subspace"] is None) != (grass is None):
-        raise CheckpointError(f"{folder}: saved {'without' if grass is not None else 'with'} a compact optimizer")
-    if grass is None:
+def _load_subspace(own: OurOptimizer | None, folder: Path, state: dict[str, Any]) -> None:
+    if (state["subspace"] is None) != (own is None):
+        kind = "one of DeepSpeed's or torch's optimizers" if own is not None else "one of narrowgauge's optimizers"
+        raise CheckpointError(f"{folder}: saved with {kind}")
+    if own is None:
         return
-    with safe_open(folder / "subspace.safetensors", framework="pt") as file:
-        index = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    tensors, path = {}, folder / "subspace.safetensors"
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     try:
-        grass.load_subspace_state({**state["subspace"], "index": index})
+        own.load_subspace_state({**state["subspace"], "tensors": tensors})
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
 def _load_optimizer(engine: Any, folder: Path, state: dict[str, Any]) -> None:
-    pieces = _index_pieces(folder)
+    saved = _index_pieces(folder)
     base = _state_of(engine)
-    for group, saved in zip(base.param_groups, state["groups"], strict=True):
-        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
+    for group, values in zip(base.param_groups, state["groups"], strict=True):
+        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in values.items()})
+    own_pieces = _own_pieces(engine)
     with torch.no_grad():
-        for fragment in local_fragments(engine):
-            keys = pieces.get(fragment.name)
-            if keys is None:
-                raise CheckpointError(f"{folder}: no state of {fragment.name}; the engine is partly restored")
-            for key, saved in keys.items():
-                target = fragment.of(fragment.flat if key == MASTER else _state_tensor(base, fragment, key))
-                _read_into(target, fragment, saved)
-            for key, number in state["scalars"][fragment.name].items():
-                _set_scalar(base, fragment, key, number)
+        for shard in local_shards(engine):
+            if MASTER not in saved.get(shard.name, {}):
+                raise CheckpointError(f"{folder}: no state of {shard.name}; the engine is partly restored")
+            own_keys = {piece.key for piece in own_pieces.get(shard.flat, ())}
+            for key, pieces in saved[shard.name].items():
+                if key not in own_keys:
+                    tensor = shard.flat if key == MASTER else _state_tensor(base, shard, key)
+                    _read_into(shard.of(tensor), shard.name, shard.start, pieces)
+            for key, number in state["scalars"][shard.name].items():
+                _set_scalar(base, shard, key, number)
+        for piece in (piece for pieces in own_pieces.values() for piece in pieces):
+            _read_into(piece.tensor, piece.name, piece.start, saved.get(piece.name, {}).get(piece.key, []))
 
 
 def _index_pieces(folder: Path) -> dict[str, dict[str, list[_Piece]]]:
@@ -307,38 +331,36 @@ def _index_pieces(folder: Path) -> dict[str, dict[str, list[_Piece]]]:
     return pieces
 
 
-def _read_into(target: Tensor, fragment: Fragment, pieces: list[_Piece]) -> None:
-    """Fill a fragment from the saved pieces that overlap it."""
+def _read_into(target: Tensor, name: str, start: int, pieces: list[_Piece]) -> None:
+    """Fill ``target``, the elements of a parameter's state from ``start`` on, from the saved pieces that overlap it."""
     filled = 0
     for piece in pieces:
-        first = max(fragment.start, piece.start)
-        last = min(fragment.start + fragment.length, piece.start + piece.length)
+        first = max(start, piece.start)
+        last = min(start + target.numel(), piece.start + piece.length)
         if first < last:
             with safe_open(piece.path, framework="pt") as file:
                 values = file.get_slice(piece.key)[first - piece.start : last - piece.start]
-            target[first - fragment.start : last - fragment.start].copy_(values)
+            target[first - start : last - start].copy_(values)
             filled += last - first
-    if filled != fragment.length:
-        raise CheckpointError(
-            f"{fragment.name}: {filled} of {fragment.length} elements found; the engine is partly restored"
-        )
+    if filled != target.numel():
+        raise CheckpointError(f"{name}: {filled} of {target.numel()} elements found; the engine is partly restored")
 
 
-def _state_tensor(base: Any, fragment: Fragment, key: str) -> Tensor:
-    state = base.state[fragment.flat]
+def _state_tensor(base: Any, shard: Shard, key: str) -> Tensor:
+    state = base.state[shard.flat]
     if key not in state:
-        state[key] = torch.zeros_like(fragment.flat, requires_grad=False)
+        state[key] = torch.zeros_like(shard.flat, requires_grad=False)
     return state[key]
 
 
-def _set_scalar(base: Any, fragment: Fragment, key: str, number: dict[str, Any]) -> None:
+def _set_scalar(base: Any, shard: Shard, key: str, number: dict[str, Any]) -> None:
     value = number["value"]
     if number["dtype"] is not None:
-        group = next((g for g in base.param_groups if any(p is fragment.flat for p in g["params"])), base.defaults)
+        group = next((g for g in base.param_groups if any(p is shard.flat for p in g["params"])), base.defaults)
         on_device = group.get("fused") or group.get("capturable")
-        device = fragment.flat.device if on_device else "cpu"
+        device = shard.flat.device if on_device else "cpu"
         value = torch.tensor(value, dtype=getattr(torch, number["dtype"]), device=device)
-    base.state[fragment.flat][key] = value
+    base.state[shard.flat][key] = value
 
 
 def _restore_engine_state(engine: Any, state: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ The whole file is checked at once, every key at every depth, before anything is 
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,81 +12,22 @@ from typing import Annotated, Any, Literal, get_args
 
 from narrowgauge.offload.arguments import MAX_LANES, Granularity, is_auto_or_share
 from narrowgauge.offload.backends import BackendName
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from .deepspeed_schema import (
-    Block,
     Count,
     DeepSpeedKeys,
     Flag,
-    Number,
+    StrictBlock,
     optimizer_parameters,
     scheduler_parameters,
     scheduler_requirements,
 )
 from .errors import ConfigError, did_you_mean
 from .json_file import apply_overrides, read_json
+from .optimizer_schema import OUR_ONLY, OUR_OPTIMIZERS, OptimizerParams
 
 OWN_BLOCKS = ("model", "data", "training", "logging", "activation_offload")
-
-
-class StrictBlock(Block):
-    """A block of ours: no conversion between types, so ``"8"`` is not 8."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Betas = Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)]
-
-
-class ParamGroup(StrictBlock):
-    """Parameters with options of their own."""
-
-    params: list[str] = Field(min_length=1)
-    """Globs over parameter names."""
-    lr: Rate | None = None
-    betas: Betas | None = None
-    eps: Rate | None = None
-    weight_decay: Rate | None = None
-
-
-class GrassParams(StrictBlock):
-    """``optimizer.params`` for ``"type": "Grass"``: the arguments of :class:`narrowgauge.optimizers.Grass`."""
-
-    lr: Rate = 1e-3
-    rank: Count | None = None
-    density: float | None = Field(None, gt=0.0, le=1.0)
-    side: Literal["columns", "rows"] = "columns"
-    selection: Literal["uniform", "block"] = "uniform"
-    refresh_interval: Count | None = 100
-    betas: Betas = [0.9, 0.999]
-    eps: Rate = 1e-8
-    weight_decay: Rate = 1e-2
-    decay: Literal["active", "all"] = "active"
-    compact_lr_scale: float = Field(1.0, gt=0.0, allow_inf_nan=False)
-    target_modules: list[str] | None = None
-    param_groups: list[ParamGroup] = []
-    seed: int = 0
-    foreach: Flag | None = None
-    fused: Flag | None = None
-
-    @model_validator(mode="after")
-    def _one_size(self) -> "GrassParams":
-        if (self.rank is None) == (self.density is None):
-            raise ValueError("exactly one of 'rank' and 'density' is needed")
-        return self
-
-    def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of the optimizer."""
-        groups = [group.model_dump(exclude_none=True) for group in self.param_groups]
-        return {**self.model_dump(), "betas": tuple(self.betas), "param_groups": groups}
-
-
-COMPACT_OPTIMIZERS: dict[str, type[GrassParams]] = {"Grass": GrassParams}
-
-# Left out for other optimizers, so that a comparison with dense AdamW changes one word.
-COMPACT_ONLY = set(GrassParams.model_fields) - {"lr", "betas", "eps", "weight_decay", "foreach", "fused"}
 
 
 class ModelBlock(StrictBlock):
@@ -250,12 +192,12 @@ class Config:
     def fp16(self) -> bool:
         return self.parsed.fp16 is not None and bool(self.parsed.fp16.enabled)
 
-    def compact_params(self) -> GrassParams | None:
-        """The parameters of a compact optimizer; None where the optimizer is DeepSpeed's or torch's."""
+    def our_params(self) -> OptimizerParams | None:
+        """The parameters of an optimizer of ours; None where it is DeepSpeed's or torch's."""
         block = self.parsed.optimizer
-        if block is None or block.type not in COMPACT_OPTIMIZERS:
+        if block is None or block.type not in OUR_OPTIMIZERS:
             return None
-        return COMPACT_OPTIMIZERS[block.type].model_validate(block.params)
+        return OUR_OPTIMIZERS[block.type].model_validate(block.params)
 
     def offload(self) -> ActivationOffloadBlock | None:
         """The block of activation offload; None where it is off."""
@@ -263,11 +205,11 @@ class Config:
         return block if block is not None and block.enabled else None
 
     def unused_params(self) -> list[str]:
-        """The ``optimizer.params`` of compact optimizers that another type of optimizer does not take."""
+        """The ``optimizer.params`` of our optimizers that another type of optimizer does not take."""
         block = self.parsed.optimizer
-        if block is None or block.type in COMPACT_OPTIMIZERS:
+        if block is None or block.type in OUR_OPTIMIZERS:
             return []
-        return [key for key in block.params if key in COMPACT_ONLY]
+        return [key for key in block.params if key in OUR_ONLY]
 
     def deepspeed_dict(self) -> dict[str, Any]:
         """The keys that are DeepSpeed's, as given."""
@@ -361,14 +303,14 @@ def _check_optimizer_and_scheduler(raw: dict[str, Any]) -> list[str]:
     optimizer, scheduler = raw.get("optimizer"), raw.get("scheduler")
     if isinstance(optimizer, dict) and isinstance(optimizer.get("type"), str):
         name, params = optimizer["type"], optimizer.get("params", {})
-        if name in COMPACT_OPTIMIZERS:
-            schema = COMPACT_OPTIMIZERS[name]
+        if name in OUR_OPTIMIZERS:
+            schema = OUR_OPTIMIZERS[name]
             try:
                 schema.model_validate(params)
             except ValidationError as error:
-                problems += [f"optimizer.params{_describe(item, schema)}" for item in error.errors()]
+                problems += [within("optimizer.params", _describe(item, schema)) for item in error.errors()]
         else:
-            own = {key: value for key, value in params.items() if key not in COMPACT_ONLY} if params else {}
+            own = {key: value for key, value in params.items() if key not in OUR_ONLY} if params else {}
             problems += _check_names("optimizer", name, own, optimizer_parameters, lambda _: ())
     if isinstance(scheduler, dict) and isinstance(scheduler.get("type"), str):
         problems += _check_names(
@@ -377,6 +319,13 @@ def _check_optimizer_and_scheduler(raw: dict[str, Any]) -> list[str]:
     if isinstance(raw.get("training"), dict) and raw["training"].get("lr_schedule") and scheduler:
         problems.append("training.lr_schedule and scheduler are two learning-rate schedules; one is allowed")
     return problems
+
+
+def within(block: str, problem: str) -> str:
+    """``key: problem``, as optimizers say it of their options, or ``.path: problem``, with the block before it."""
+    text = problem.removeprefix(": ")
+    is_of_key = text.startswith(".") or re.match(r"\w+: ", text)
+    return f"{block}{'' if text.startswith('.') else '.' if is_of_key else ': '}{text}"
 
 
 def _check_names(block: str, name: str, params: Any, allowed_of: Any, required_of: Any) -> list[str]:
@@ -431,4 +380,4 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
 
 
-__all__ = ["COMPACT_OPTIMIZERS", "Config", "GrassParams", "Number", "RunConfig", "load_config"]
+__all__ = ["Config", "RunConfig", "load_config"]

@@ -22,6 +22,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+from narrowgauge.optimizers import OPTIMIZERS
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from .errors import did_you_mean
@@ -35,6 +36,12 @@ class Block(BaseModel):
     """A JSON object that allows no other keys than its fields."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class StrictBlock(Block):
+    """A block of ours: no conversion between types, so ``"8"`` is not 8."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class OptimizerBlock(Block):
@@ -219,7 +226,7 @@ def optimizer_parameters(name: str) -> set[str] | None:
         return None
     optimizer = getattr(torch.optim, name, None)
     if not (inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer)):
-        known = sorted({*DEEPSPEED_OPTIMIZERS, "Grass", "AdamW", "SGD"})
+        known = sorted({*DEEPSPEED_OPTIMIZERS, *OPTIMIZERS, "AdamW", "SGD"})
         hint = did_you_mean(name, known)
         raise ValueError(f"{name!r} is not a known optimizer{hint}; known are {known} and torch's own")
     return _parameters(optimizer) - {"params"}

@@ -1,44 +1,22 @@
-"""Which piece of which parameter this process rank's masters and moments belong to, for every ZeRO stage.
+"""Which shard of which parameter this process rank's masters and moments belong to, for every ZeRO stage.
 
 The one description that does not depend on how the parameters were cut, so a checkpoint written by some number of
 ranks at some stage can be read by another number at another stage.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from deepspeed import comm
+from narrowgauge.optimizers.shards import Shard
 from torch import Tensor
 
 from .errors import UserError
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """A piece of a parameter whose master values this rank updates.
-
-    Attributes:
-        name: the parameter's name in the model.
-        start: position of the first element within the flattened parameter.
-        flat: the tensor the optimizer steps; the key of its state.
-        offset: position of the first element within ``flat``.
-        length: number of elements.
-    """
-
-    name: str
-    start: int
-    flat: Tensor
-    offset: int
-    length: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """This fragment of ``flat``, or of a state tensor shaped like it, as a 1-D view."""
-        return tensor.detach().view(-1).narrow(0, self.offset, self.length)
-
-
-def local_fragments(engine: Any) -> list[Fragment]:
-    """This rank's fragments of all trainable parameters of a DeepSpeed engine, in a fixed order.
+def local_shards(engine: Any) -> list[Shard]:
+    """This rank's shards of all trainable parameters of a DeepSpeed engine, in a fixed order.
 
     Raises:
         UserError: the engine's optimizer keeps its masters in a form that is not known here.
@@ -46,41 +24,81 @@ def local_fragments(engine: Any) -> list[Fragment]:
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if isinstance(optimizer, torch.optim.Optimizer):
         return [
-            Fragment(engine.param_names[p], 0, p, 0, p.numel())
+            Shard(engine.param_names[p], tuple(p.shape), 0, p.numel(), p, 0)
             for group in optimizer.param_groups
             for p in group["params"]
         ]
-    if stage == 3:
-        return list(_stage_3(engine, optimizer))
+    shards = _stage_3 if stage == 3 else _stage_1_2
+    return list(shards(engine))
+
+
+def _groups(engine: Any) -> list[tuple[list[Any], Tensor]]:
+    """The parameters of each group, or sub-group at stage 3, and the flat tensor that holds this rank's part of them.
+
+    Raises:
+        UserError: the engine's optimizer keeps its masters in a form that is not known here.
+    """
+    optimizer = engine.optimizer
     for groups, flats in (
         ("bit16_groups", "single_partition_of_fp32_groups"),
         ("bf16_groups", "fp32_groups_flat_partition"),
+        ("fp16_groups", "fp32_partitioned_groups_flat"),
     ):
-        if hasattr(optimizer, groups):
-            return list(_stage_1_2(engine, getattr(optimizer, groups), getattr(optimizer, flats)))
+        if hasattr(optimizer, groups) and hasattr(optimizer, flats):
+            return list(zip(getattr(optimizer, groups), getattr(optimizer, flats), strict=True))
     raise UserError(
         f"checkpoints of DeepSpeed's {type(optimizer).__name__} are not supported; use ZeRO stage 1, 2 or 3"
     )
 
 
-def _stage_1_2(engine: Any, groups: list[list[Any]], flats: list[Tensor]) -> Iterator[Fragment]:
-    for parameters, flat in zip(groups, flats, strict=True):
+def _stage_1_2(engine: Any) -> Iterator[Shard]:
+    for parameters, flat in _groups(engine):
         for parameter in parameters:
             mapping = parameter._hp_mapping
             if mapping is not None:
                 low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield Fragment(engine.param_names[parameter], low.start, flat, high.start, high.numel)
+                shape = tuple(parameter.shape)
+                yield Shard(engine.param_names[parameter], shape, low.start, high.numel, flat, high.start)
 
 
-def _stage_3(engine: Any, optimizer: Any) -> Iterator[Fragment]:
-    for group, parameters in enumerate(optimizer.fp16_groups):
-        flat = optimizer.fp32_partitioned_groups_flat[group]
+def _stage_3(engine: Any) -> Iterator[Shard]:
+    optimizer = engine.optimizer
+    for parameters, flat in _groups(engine):
         for parameter in parameters:
             _, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = size * parameter.ds_zero_partition_rank
             length = max(0, min(size, parameter.ds_numel - start))
             if length:
-                yield Fragment(engine.param_names[parameter], start, flat, int(offset), length)
+                yield Shard(engine.param_names[parameter], tuple(parameter.ds_shape), start, length, flat, int(offset))
+
+
+class EngineShards:
+    """The shards of a DeepSpeed engine at ZeRO stage 1, 2 or 3, for optimizers that work on shards."""
+
+    def __init__(self, engine: Any) -> None:
+        self._device = engine.device
+        self._shards: dict[int, list[Shard]] = {}
+        for shard in local_shards(engine):
+            self._shards.setdefault(id(shard.flat), []).append(shard)
+        self._members = {
+            id(flat): {engine.param_names[p]: tuple(getattr(p, "ds_shape", p.shape)) for p in parameters}
+            for parameters, flat in _groups(engine)
+        }
+
+    @property
+    def num_process_ranks(self) -> int:
+        return comm.get_world_size()
+
+    def shards_of(self, flat: Tensor) -> Sequence[Shard]:
+        return sorted(self._shards.get(id(flat), []), key=lambda shard: shard.offset)
+
+    def members_of(self, flat: Tensor) -> Mapping[str, tuple[int, ...]]:
+        return self._members[id(flat)]
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        on_device = tensor.to(self._device)
+        comm.all_reduce(on_device)
+        return tensor.copy_(on_device) if on_device is not tensor else tensor
 
 
 @torch.no_grad()

@@ -12,13 +12,14 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
-from narrowgauge.optimizers import Grass
+from narrowgauge.optimizers import CompactOptimizer, ShardedOptimizer
 from torch import nn
 
 from .activation_offload import attach_offload, make_offload
-from .config import Config, load_config
+from .config import Config, load_config, within
 from .errors import ConfigError, UserError
 from .extensions import ensure_extensions
+from .optimizer_schema import OurOptimizer, make_optimizer
 from .preflight import agree, ensure_environment, process_rank
 from .support import check_supported
 from .zero_backends import GatherOnceBackend
@@ -53,16 +54,16 @@ def initialize(
 ) -> tuple[Any, Any, Any, Any]:
     """Make an engine from a model and a DeepSpeed configuration.
 
-    With ``"optimizer": {"type": "Grass", "params": {...}}`` the model's linear layers are made compact in place and
-    trained by :class:`narrowgauge.optimizers.Grass` under ZeRO; with any other optimizer this is
+    With ``"optimizer": {"type": "Grass", "params": {...}}``, or another of :mod:`narrowgauge.optimizers`, the model is
+    trained by it under ZeRO; compact ones convert the model's linear layers in place. With any other optimizer this is
     ``deepspeed.initialize`` behind a check of the whole configuration. Everything that can be checked is checked
     before a process group exists.
 
     Args:
         model: not yet wrapped; may have been built under ``deepspeed.zero.Init``.
         config: a JSON file or a dict; blocks of ``narrowgauge train`` in it are ignored.
-        optimizer: a client optimizer instead of the configuration's; may be a ``Grass`` made from this model.
-        model_parameters: for DeepSpeed's own optimizers; a compact one takes ``optimizer.params.param_groups``.
+        optimizer: a client optimizer instead of the configuration's; may be one of ours made from this model.
+        model_parameters: for DeepSpeed's own optimizers; ours take ``optimizer.params.param_groups``.
         training_data, lr_scheduler, mpu, dist_init_required, collate_fn: as in ``deepspeed.initialize``.
 
     An ``"activation_offload"`` block keeps what the engine's forwards save for backward on NVMe (see
@@ -72,21 +73,20 @@ def initialize(
         ``(engine, optimizer, dataloader, lr_scheduler)``.
 
     Raises:
-        ConfigError: the configuration does not hold, or a setting does not work with a compact optimizer.
+        ConfigError: the configuration does not hold, or a setting does not work with our optimizers.
         UserError: the process ranks' configurations differ.
         ValueError: the optimizer's options do not fit the model.
     """
     checked = config if isinstance(config, Config) else load_config(config)
     ensure_environment()
-    client = optimizer if isinstance(optimizer, Grass) else None
-    params = checked.compact_params()
-    compact = client is not None or params is not None
-    if compact and optimizer is not None and checked.parsed.optimizer is not None:
+    client = optimizer if isinstance(optimizer, CompactOptimizer | ShardedOptimizer) else None
+    ours = client is not None or checked.our_params() is not None
+    if ours and optimizer is not None and checked.parsed.optimizer is not None:
         raise checked.error("optimizer: an optimizer was passed to initialize, and the configuration names another")
-    if client is not None:
-        modules = set(map(id, model.modules()))
-        if any(id(layer.module) not in modules for layer in client.layers):
-            raise checked.error("optimizer: the Grass that was passed to initialize was made from another model")
+    if client is not None and not _is_made_from(client, model):
+        raise checked.error(
+            f"optimizer: the {type(client).__name__} that was passed to initialize was made from another model"
+        )
     arguments = {
         "model": model,
         "training_data": training_data,
@@ -94,7 +94,7 @@ def initialize(
         "dist_init_required": dist_init_required,
         "collate_fn": collate_fn,
     }
-    if not compact:
+    if not ours:
         with _offload_for(checked, model) as attach:
             if checked.unused_params() and process_rank() == 0:
                 warnings.warn(
@@ -114,16 +114,21 @@ def initialize(
                 )
             except (AssertionError, TypeError) as error:
                 raise checked.error(f"refused by DeepSpeed: {error}").shared() from error
-    check_supported(checked, model, mpu)
+    check_supported(checked, model, mpu, name=type(client).__name__ if client is not None else None)
     if model_parameters is not None:
-        raise checked.error("model_parameters: a compact optimizer takes optimizer.params.param_groups instead")
+        raise checked.error("model_parameters: our optimizers take optimizer.params.param_groups instead")
     shutdown_init_context()
     try:
-        grass = client or _make_optimizer(model, checked)
+        own = client or _make_optimizer(model, checked)
         with _offload_for(checked, model) as attach:
-            return attach(_make_engine(checked, grass, **arguments))
+            return attach(_make_engine(checked, own, **arguments))
     finally:
         restore_init_context()
+
+
+def _is_made_from(optimizer: OurOptimizer, model: nn.Module) -> bool:
+    parameters = set(map(id, model.parameters()))
+    return all(id(p) in parameters for group in optimizer.param_groups for p in group["params"])
 
 
 @contextmanager
@@ -162,21 +167,20 @@ def init_distributed(dist_init_required: bool | None = None) -> None:
         deepspeed.init_distributed(dist_backend=backend, dist_init_required=dist_init_required, verbose=False)
 
 
-def _make_optimizer(model: nn.Module, config: Config) -> Grass:
-    params = config.compact_params()
+def _make_optimizer(model: nn.Module, config: Config) -> OurOptimizer:
+    params, block = config.our_params(), config.parsed.optimizer
     assert params is not None
+    assert block is not None
     under_zero_init = any(hasattr(p, "ds_id") for p in model.parameters())
     try:
-        return Grass(
-            model,
-            **params.arguments(),
-            backend=GatherOnceBackend() if under_zero_init else None,
-        )
+        return make_optimizer(block.type, model, params.arguments(), GatherOnceBackend() if under_zero_init else None)
     except ValueError as error:
-        raise config.error(f"optimizer.params: {error}") from error
+        raise config.error(within("optimizer.params", str(error))) from error
 
 
-def _make_engine(config: Config, optimizer: Grass, *, dist_init_required: bool | None, **arguments: Any) -> _Made:
+def _make_engine(
+    config: Config, optimizer: OurOptimizer, *, dist_init_required: bool | None, **arguments: Any
+) -> _Made:
     settings = {key: value for key, value in config.deepspeed_dict().items() if key != "optimizer"}
     # What DeepSpeed asks of an optimizer it does not know.
     settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
@@ -195,7 +199,7 @@ def _make_engine(config: Config, optimizer: Grass, *, dist_init_required: bool |
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _per_group_rates(config: Config, scheduler: dict[str, Any], optimizer: Grass) -> dict[str, Any]:
+def _per_group_rates(config: Config, scheduler: dict[str, Any], optimizer: OurOptimizer) -> dict[str, Any]:
     """Give a schedule that sets one rate for all groups a rate for each, so that the groups keep their proportions."""
     base = optimizer.defaults["lr"]
     if base == 0.0:

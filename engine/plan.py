@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from narrowgauge.optimizers import Grass
 from rich.console import Console
 from transformers import PretrainedConfig
 
 from .activation_offload import check_offload
-from .config import Batches, Config, DataBlock, LoggingBlock, ModelBlock, TrainingBlock, load_config
+from .config import Batches, Config, DataBlock, LoggingBlock, ModelBlock, TrainingBlock, load_config, within
 from .data.packed import PackedTokens
 from .data.prepare import PreparedData, prepare_data
 from .errors import UserError
 from .model import abstract_model, model_config
+from .optimizer_schema import make_optimizer
 from .preflight import agree, process_rank, world_size
 from .run_folder import RunLock, check_same_run, check_shared, check_writable, folder_beside
 from .sample import check_prompt
@@ -110,14 +110,17 @@ def _make_plan(config: Config, fresh: bool, console: Console) -> Plan:
         abstract = abstract_model(described)
     except Exception as error:
         raise config.error(f"model.config: {type(error).__name__}: {error}") from error
-    params = config.compact_params()
-    if params is not None:
+    params = config.our_params()
+    if params is not None and parsed.optimizer is not None:
         check_supported(config)
+        arguments = params.arguments()
+        if "fused" in arguments:
+            # Whether all of torch's devices take it is not for tensors without storage to say.
+            arguments["fused"] = None
         try:
-            # Whether all of torch's devices take fused is not for tensors without storage to say.
-            Grass(abstract, **{**params.arguments(), "fused": None})
+            make_optimizer(parsed.optimizer.type, abstract, arguments)
         except ValueError as error:
-            raise config.error(f"optimizer.params: {error}") from error
+            raise config.error(within("optimizer.params", str(error))) from error
     check_offload(config)
     if parsed.training.sample_prompt is not None:
         check_prompt(parsed.training.sample_prompt, prepared.tokenizer)

@@ -6,7 +6,7 @@ import torch
 from narrowgauge.optimizers import CompactLinear
 from torch import Tensor
 
-from .fragments import local_fragments
+from .fragments import local_shards
 from .traffic import dense_traffic, dense_traffic_zero3
 from .weights import plain_parameters
 
@@ -40,8 +40,7 @@ def _trained_when_dense(model: torch.nn.Module) -> list[Any]:
 
 def optimizer_state_bytes(engine: Any) -> tuple[int, int]:
     """This rank's bytes of moments and fp32 masters, and those of dense AdamW on the same model and stage."""
-    fragments = local_fragments(engine)
-    flats = {id(f.flat): f.flat for f in fragments}
+    flats = {id(shard.flat): shard.flat for shard in local_shards(engine)}
     states = engine.basic_optimizer.state
     state = sum(
         value.numel() * value.element_size()

@@ -1,4 +1,4 @@
-"""Which DeepSpeed settings a compact optimizer works under; the others are refused before anything starts."""
+"""Which DeepSpeed settings our optimizers work under; the others are refused before anything starts."""
 
 from typing import Any
 
@@ -7,13 +7,20 @@ from torch import nn
 from .config import Config
 
 
-def check_supported(config: Config, model: nn.Module | None = None, mpu: Any = None) -> None:
-    """Refuse combinations in which a compact optimizer would train wrongly, or has never been tested.
+def check_supported(
+    config: Config, model: nn.Module | None = None, mpu: Any = None, *, name: str | None = None
+) -> None:
+    """Refuse combinations in which one of our optimizers would train wrongly, or has never been tested.
+
+    Args:
+        name: of an optimizer that is not the configuration's.
 
     Raises:
         ConfigError: naming each setting, why it does not work, and what to use instead.
     """
-    name = config.parsed.optimizer.type if config.parsed.optimizer is not None else "Grass"
+    if name is None:
+        assert config.parsed.optimizer is not None
+        name = config.parsed.optimizer.type
     problems = [f"{key}: does not work with {name}: {reason}" for key, reason in _unsupported(config)]
     if mpu is not None:
         problems.append(f"mpu: does not work with {name}: model parallelism is not supported yet")

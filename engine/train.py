@@ -358,8 +358,9 @@ def _follow_schedule(scheduler: Any) -> None:
 
 
 def _learning_rates(engine: Any) -> dict[str, float]:
-    """The rate of dense parameters as ``lr``, and of compact ones as ``lr_compact``."""
+    """The rate of dense parameters as ``lr``, and of the matrices, compact or whole, as ``lr_matrix``."""
     groups = engine.basic_optimizer.param_groups
     rates = {group.get("kind", "dense"): float(group["lr"]) for group in reversed(groups)}
     found = {"lr": rates.get("dense", next(iter(rates.values())))}
-    return {**found, "lr_compact": rates["compact"]} if "compact" in rates else found
+    matrix = rates.get("compact", rates.get("matrix"))
+    return {**found, "lr_matrix": matrix} if matrix is not None else found

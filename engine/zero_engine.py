@@ -1,34 +1,39 @@
-"""DeepSpeed's engine, with the fold and refresh of a compact optimizer once per step."""
+"""DeepSpeed's engine with one of our optimizers: what it does once per step, and its checkpoints."""
 
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from narrowgauge.optimizers import Grass
+from narrowgauge.optimizers import CompactOptimizer
 from narrowgauge.optimizers.backend import LocalBackend, SubspaceBackend
 
 from .checkpoint import load_checkpoint, save_checkpoint, together
+from .fragments import EngineShards
+from .optimizer_schema import OurOptimizer
 from .zero_backends import PartitionedStateBackend, PartitionedWeightBackend
 
 
 class Engine(DeepSpeedEngine):
-    """A ``DeepSpeedEngine`` whose client optimizer is compact; used like the original.
+    """A ``DeepSpeedEngine`` whose client optimizer is one of ours; used like the original.
 
     DeepSpeed replaces the optimizer's parameters by flat shards and calls its ``step`` once per group or sub-group,
     before the model's weights are updated. So the optimizer only updates there; fold, count and refresh follow here,
     once per applied step.
     """
 
-    compact_optimizer: Grass
+    own_optimizer: OurOptimizer
     module: torch.nn.Module
 
-    def __init__(self, *, optimizer: Grass, **kwargs: Any) -> None:
-        self.__dict__["compact_optimizer"] = optimizer
+    def __init__(self, *, optimizer: OurOptimizer, **kwargs: Any) -> None:
+        self.__dict__["own_optimizer"] = optimizer
         super().__init__(optimizer=optimizer, **kwargs)
-        optimizer.defer_to_engine(self._make_backend(optimizer))
+        if isinstance(optimizer, CompactOptimizer):
+            optimizer.defer_to_engine(self._make_backend(optimizer))
+        else:
+            optimizer.defer_to_engine(EngineShards(self) if self.zero_optimization_stage() else optimizer.shards)
 
-    def _make_backend(self, optimizer: Grass) -> SubspaceBackend:
+    def _make_backend(self, optimizer: CompactOptimizer) -> SubspaceBackend:
         stage = self.zero_optimization_stage()
         if stage == 0:
             return LocalBackend()
@@ -37,18 +42,18 @@ class Engine(DeepSpeedEngine):
         return PartitionedStateBackend(self.optimizer)
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
-        learning_rates = self.compact_optimizer.learning_rates()
+        learning_rates = self.own_optimizer.learning_rates()
         super().step(lr_kwargs)
         if self.was_step_applied():
-            self.compact_optimizer.after_step(learning_rates)
+            self.own_optimizer.after_step(learning_rates)
 
     def write_back(self) -> None:
         """Bring the weights of all ranks up to date; under ZeRO-3 their shards lag behind between changes of
         subspace.
         """
-        backend = self.compact_optimizer.backend
-        if isinstance(backend, PartitionedWeightBackend):
-            backend.write_back(self.compact_optimizer.layers)
+        own = self.own_optimizer
+        if isinstance(own, CompactOptimizer) and isinstance(own.backend, PartitionedWeightBackend):
+            own.backend.write_back(own.layers)
 
     def save_checkpoint(
         self,
@@ -101,7 +106,7 @@ class Engine(DeepSpeedEngine):
             CheckpointError: it is damaged, or belongs to another model.
         """
         if not load_module_strict or custom_load_fn is not None:
-            raise ValueError("load_module_strict=False and custom_load_fn are not supported with a compact optimizer")
+            raise ValueError("load_module_strict=False and custom_load_fn are not supported with our optimizers")
         latest = Path(load_dir) / "latest"
         if tag is None and not latest.is_file():
             return None, None
@@ -120,5 +125,6 @@ class Engine(DeepSpeedEngine):
         """
         self.write_back()
         state = super()._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
-        compact = {f"{layer.name}.compact" for layer in self.compact_optimizer.layers}
+        layers = self.own_optimizer.layers if isinstance(self.own_optimizer, CompactOptimizer) else ()
+        compact = {f"{layer.name}.compact" for layer in layers}
         return {k: v for k, v in state.items() if k not in compact} if state is not None else None

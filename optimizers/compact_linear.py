@@ -149,6 +149,14 @@ class CompactLinear(nn.Linear):
         """Write ``values``, shaped like ``compact``, over the selected entries of ``full``."""
         write_selected_(full, values, self.index, self.start, self.dim)
 
+    def subspace(self) -> dict[str, Tensor]:
+        """The tensors that say which subspace this is."""
+        return {"index": self.index}
+
+    def set_subspace(self, tensors: dict[str, Tensor]) -> None:
+        """Restore :meth:`subspace`; weight and compact values are left as they are."""
+        self.set_index(tensors["index"])
+
     def set_index(self, index: Tensor) -> None:
         """Select other columns or rows. In place, so a compiled forward is not compiled again."""
         self.index.copy_(index)

@@ -18,7 +18,7 @@ def build_groups(
     specs: Sequence[dict[str, Any]],
     *,
     lr: float,
-    compact_lr_scale: float,
+    matrix_lr_scale: float,
 ) -> list[dict[str, Any]]:
     """Groups for ``torch.optim``, each with a ``kind``: ``compact``, ``matrix`` or ``dense``.
 
@@ -60,7 +60,7 @@ def build_groups(
     groups = []
     for kind, position in sorted(members):
         options = {key: value for key, value in specs[position].items() if key != "params"} if position >= 0 else {}
-        group_lr = options.get("lr", lr) * (1.0 if kind == "dense" else compact_lr_scale)
+        group_lr = options.get("lr", lr) * (1.0 if kind == "dense" else matrix_lr_scale)
         group = {**options, "params": members[kind, position], "kind": kind, "lr": group_lr}
         if kind == "compact":
             group["pending_decay"] = 1.0

@@ -9,8 +9,8 @@ import torch
 _INT32_MASK = 0x7FFFFFFF
 
 
-def _hash(position: torch.Tensor, seed: int) -> torch.Tensor:
-    """32 well-mixed bits per int32 position (the finalizer of MurmurHash3, multiplications wrap)."""
+def hash_positions(position: torch.Tensor, seed: int) -> torch.Tensor:
+    """32 well-mixed bits per int32 position, a permutation (the finalizer of MurmurHash3, multiplications wrap)."""
     h = position ^ ((seed ^ (seed >> 31)) & _INT32_MASK)
     for multiplier, shift in ((-2048144789, 16), (-1028477387, 13)):
         h = h ^ ((h >> shift) & (_INT32_MASK >> (shift - 1)))
@@ -28,7 +28,7 @@ def stochastic_round_(target: torch.Tensor, source: torch.Tensor, *, seed: int, 
         offset: position of the first element within the whole tensor.
     """
     position = torch.arange(offset, offset + source.numel(), device=source.device) & _INT32_MASK
-    noise = _hash(position.to(torch.int32), seed) & 0xFFFF
+    noise = hash_positions(position.to(torch.int32), seed) & 0xFFFF
     bits = (source.reshape(-1).contiguous().view(torch.int32) + noise) & -0x10000
     rounded = bits.view(torch.float32).view_as(source)
     # Adding noise below the mantissa would carry a NaN or an infinity into another value.

@@ -93,7 +93,7 @@ def train_with_accumulation(steps: int, first: int, last: int, folder: str, load
     if load:
         engine.load_checkpoint(folder)
     losses = [train_step(engine, step) for step in range(first, last)]
-    assert engine.compact_optimizer.num_steps == last
+    assert engine.own_optimizer.num_steps == last
     if not load:
         engine.save_checkpoint(folder, tag="tag")
     finish(engine)
@@ -127,7 +127,7 @@ def load_weights_only(stage: int, folder: str) -> tuple[bool, bool, int]:
             same = same and torch.equal(file.get_tensor(name), loaded[name])
     # Moments start anew and the compact masters were taken from the weights: a step moves on from there.
     close = all(float((moved[n] - loaded[n]).abs().max()) < 0.05 for n in loaded)
-    steps = engine.compact_optimizer.num_steps
+    steps = engine.own_optimizer.num_steps
     assert saved["counters"]["global_steps"] == SAVED_AFTER
     finish(engine)
     return same, close, steps

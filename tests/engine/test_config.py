@@ -82,10 +82,10 @@ def test_a_misspelt_key_is_named_with_the_nearest_right_one(misspelt: str, right
         ("gradient_clipping=a", 'gradient_clipping: "a" found; input should be a valid number'),
         ("zero_optimization.stage=two", 'zero_optimization.stage: "two" found; input should be 0, 1, 2, 3 or 3'),
         ("zero_optimization.stage=4", "zero_optimization.stage: 4 found; input should be 0, 1, 2, 3 or 3"),
-        ("optimizer.params.density=2", "optimizer.params.density: 2 found; input should be less than or equal to 1"),
-        ("optimizer.params.density=0", "optimizer.params.density: 0 found; input should be greater than 0"),
-        ("optimizer.params.rank=4", "optimizer.params: exactly one of 'rank' and 'density' is needed"),
-        ("optimizer.params={}", "optimizer.params: exactly one of 'rank' and 'density' is needed"),
+        ("optimizer.params.density=2", "optimizer.params.density: 2.0 found, a number in (0, 1] is needed"),
+        ("optimizer.params.density=0", "optimizer.params.density: 0.0 found, a number in (0, 1] is needed"),
+        ("optimizer.params.rank=4", "optimizer.params: give exactly one of rank and density; found rank="),
+        ("optimizer.params={}", "optimizer.params: give exactly one of rank and density; found rank="),
         ("bf16.enabled=auto", "bf16.enabled: 'auto' found; it is filled in by Hugging Face's Trainer only"),
         ("optimizer.type=grass", "optimizer.type: 'grass' is not a known optimizer; did you mean 'Grass'?"),
         ("optimizer.type=Nothing", "optimizer.type: 'Nothing' is not a known optimizer; known are ['AdamW', 'Grass'"),
@@ -123,10 +123,10 @@ def test_a_wrong_value_is_named_with_what_is_allowed(override: str, expected: st
 
 def test_dense_adamw_is_one_word_away() -> None:
     """What only Grass takes stays in the file, is left out, and is told; a misspelt name is still an error."""
-    given = {"lr": 0.1, "betas": [0.9, 0.95], "density": 0.125, "compact_lr_scale": 0.2, "param_groups": []}
+    given = {"lr": 0.1, "betas": [0.9, 0.95], "density": 0.125, "matrix_lr_scale": 0.2, "param_groups": []}
     config = load_config(BASE, [f"optimizer.params={json.dumps(given)}", "optimizer.type=AdamW"])
     assert config.deepspeed_dict()["optimizer"] == {"type": "AdamW", "params": {"lr": 0.1, "betas": [0.9, 0.95]}}
-    assert config.unused_params() == ["density", "compact_lr_scale", "param_groups"]
+    assert config.unused_params() == ["density", "matrix_lr_scale", "param_groups"]
     assert config.raw["optimizer"]["params"] == given
     (problem,) = problems_with("optimizer.type=AdamW", "optimizer.params.densty=1")
     assert problem.startswith("optimizer.params.densty: unknown key for AdamW")

@@ -18,7 +18,7 @@ def compare_with_one_process(stage: int, params: dict[str, Any], zero_init: bool
     found = full_weights(engine)
     assert found.keys() == expected.keys()
     result = {
-        "refreshes": engine.compact_optimizer.num_refreshes,
+        "refreshes": engine.own_optimizer.num_refreshes,
         "groups": len(engine.basic_optimizer.param_groups),
         "loss": max(abs(a - b) for a, b in zip(losses, expected_losses, strict=True)),
         "weights": max(float((found[k] - expected[k]).norm() / expected[k].norm()) for k in expected),
@@ -72,7 +72,7 @@ def test_two_ranks_equal_one_process_in_fp32(
 def losses_in_bf16(stage: int, side: str, overrides: dict[str, Any]) -> list[float]:
     engine = make_engine(ds_config(stage, bf16={"enabled": True}, params={"side": side}, **overrides))
     losses = [train_step(engine, step) for step in range(50)]
-    assert engine.compact_optimizer.num_refreshes == 7
+    assert engine.own_optimizer.num_refreshes == 7
     finish(engine)
     return losses
 
@@ -118,13 +118,13 @@ def weights_after_overflow() -> tuple[int, int, bool]:
     engine = make_engine(ds_config(1, bf16={"enabled": True}))
     train_step(engine, 0)
     before = full_weights(engine)
-    steps = engine.compact_optimizer.num_steps
+    steps = engine.own_optimizer.num_steps
     for micro_batch in range(2):
         loss = engine(torch.zeros(2, 11, dtype=torch.int64)) * (float("nan") if micro_batch else 1.0)
         engine.backward(loss)
         engine.step()
     after = full_weights(engine)
-    counted = engine.compact_optimizer.num_steps - steps
+    counted = engine.own_optimizer.num_steps - steps
     same = all(torch.equal(before[name], after[name]) for name in before)
     skipped = engine.skipped_steps
     finish(engine)

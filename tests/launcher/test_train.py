@@ -85,7 +85,7 @@ def test_a_run_leaves_its_traces(finished: Path) -> None:
     written = records(run_dir)
     assert [r["step"] for r in written if "loss" in r] == list(range(1, 13))
     assert [r["step"] for r in written if "eval_loss" in r] == [0, 4, 8, 12]
-    assert all(r["lr_compact"] == pytest.approx(0.2 * r["lr"]) for r in written if "loss" in r)
+    assert all(r["lr_matrix"] == pytest.approx(0.2 * r["lr"]) for r in written if "loss" in r)
     assert list((run_dir / "tensorboard").iterdir())
     resolved = json.loads((run_dir / "config.json").read_text())
     assert resolved["train_micro_batch_size_per_gpu"] == 2

@@ -19,7 +19,7 @@ OPTIONS: dict[str, Any] = {
     "density": 0.3,
     "refresh_interval": INTERVAL,
     "weight_decay": 0.1,
-    "compact_lr_scale": 0.5,
+    "matrix_lr_scale": 0.5,
 }
 
 

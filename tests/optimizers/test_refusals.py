@@ -43,7 +43,7 @@ from tests.support.ranks import RankPool
         ({"rank": 4.5}, "rank: 4.5 found"),
         ({"density": "x"}, "density: x found"),
         ({"rank": 4, "refresh_interval": 2.5}, "refresh_interval: 2.5 found"),
-        ({"rank": 4, "compact_lr_scale": -1.0}, "compact_lr_scale: -1.0 found"),
+        ({"rank": 4, "matrix_lr_scale": -1.0}, "matrix_lr_scale: -1.0 found"),
         (
             {"rank": 4, "param_groups": [{"params": "*norm*"}]},
             r"param_groups\[0\].params: '\*norm\*' found, a list of globs is needed",

@@ -114,7 +114,7 @@ def tiny_config(corpus: Path, folder: Path, **changes: Any) -> Path:
         "zero_optimization": {"stage": 1},
         "optimizer": {
             "type": "Grass",
-            "params": {"lr": 0.005, "compact_lr_scale": 0.2, "density": 0.25, "refresh_interval": 5},
+            "params": {"lr": 0.005, "matrix_lr_scale": 0.2, "density": 0.25, "refresh_interval": 5},
         },
         **changes,
     }

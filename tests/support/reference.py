@@ -31,7 +31,7 @@ class ReferenceGrass:
         density: float,
         side: str,
         lr: float,
-        compact_lr_scale: float = 1.0,
+        matrix_lr_scale: float = 1.0,
         refresh_interval: int,
         weight_decay: float = 0.0,
         decay: str = "active",
@@ -43,7 +43,7 @@ class ReferenceGrass:
     ) -> None:
         self.params = dict(model.named_parameters())
         self.matrices = {n for n in self.params if is_matrix(n)}
-        self.density, self.side, self.lr, self.scale = density, side, lr, compact_lr_scale
+        self.density, self.side, self.lr, self.scale = density, side, lr, matrix_lr_scale
         self.interval, self.weight_decay, self.decay = refresh_interval, weight_decay, decay
         self.options_of, self.betas, self.eps, self.seed = options_of, betas, eps, seed
         self.block = block

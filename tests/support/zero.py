@@ -17,7 +17,7 @@ PARAMS: dict[str, Any] = {
     "density": 0.3,
     "refresh_interval": 7,
     "weight_decay": 0.1,
-    "compact_lr_scale": 0.5,
+    "matrix_lr_scale": 0.5,
     "param_groups": [{"params": ["*norm*", "*.bias"], "weight_decay": 0.0}],
 }
 

@@ -1,0 +1,235 @@
+"""What the optimizers of compact parameters have in common: base, fold, refresh, state."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backend import LocalBackend, SubspaceBackend
+from .bases import BaseName, make_base
+from .conversion import CompactLayer
+from .groups import build_groups
+from .shards import StatePiece
+
+STATE_VERSION = 2
+
+
+class CompactOptimizer(torch.optim.Optimizer):
+    """Trains the compact parameters of converted layers, and all others, with a base optimizer.
+
+    Parameter groups and state are shared with the base, so that whoever replaces the groups' parameters (ZeRO does)
+    replaces the base's. A subclass converts the layers and says in :meth:`_change_subspace` what a refresh does.
+
+    Attributes:
+        layers: the converted layers.
+        num_steps, num_refreshes: finished so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[CompactLayer],
+        full_rank: Sequence[str],
+        *,
+        base: BaseName,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        refresh_interval: int | None,
+        matrix_lr_scale: float,
+        param_groups: Sequence[dict[str, Any]],
+        seed: int,
+        foreach: bool | None,
+        fused: bool | None,
+        backend: SubspaceBackend | None,
+    ) -> None:
+        """
+        Args:
+            layers: converted, with ``compact`` still to be filled; they are reverted if this fails.
+            full_rank: names of layers that are trained whole, at the matrices' rate.
+            backend: where the tensors live; given by an engine.
+        """
+        self.layers = list(layers)
+        self.backend: SubspaceBackend = backend or LocalBackend()
+        self.refresh_interval = refresh_interval
+        self.seed = seed
+        self.num_steps = 0
+        self.num_refreshes = 0
+        try:
+            self._fill_compact()
+            groups = build_groups(model, self.layers, full_rank, param_groups, lr=lr, matrix_lr_scale=matrix_lr_scale)
+            self._base = make_base(
+                base,
+                groups,
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                foreach=foreach,
+                fused=fused,
+            )
+            super().__init__(self._base.param_groups, self._base.defaults)
+        except Exception:
+            for layer in self.layers:
+                layer.module.revert()
+            raise
+        owner = {id(layer.module.compact): layer.name for layer in self.layers}
+        # By position: engines replace the parameters of the groups, and loading a state replaces the groups.
+        self._group_of = {owner[id(p)]: i for i, g in enumerate(groups) for p in g["params"] if id(p) in owner}
+        self._step_hook = self.register_step_post_hook(CompactOptimizer._after_own_step)
+
+    @staticmethod
+    def check_options(**options: Any) -> None:
+        """Check the constructor's options that need no model.
+
+        Raises:
+            ValueError: ``option: what was found, what is needed``.
+        """
+
+    def _fill_compact(self) -> None:
+        for layer in self.layers:
+            with self.backend.gathered(layer), torch.no_grad():
+                layer.module.compact.copy_(layer.module.read(layer.module.weight))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copying and pickling are refused: the copy would keep the original model's layers, or none."""
+        raise TypeError(f"{type(self).__name__} holds its model's layers and cannot be copied: use state_dict()")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the added parameters are dense ones."""
+        super().add_param_group({"kind": "dense", **param_group})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As the base's; alone and under DDP the weights are folded, and the subspace refreshed when it is due."""
+        self._base.param_groups, self._base.state = self.param_groups, self.state
+        return self._base.step(closure)
+
+    def defer_to_engine(self, backend: SubspaceBackend) -> None:
+        """Hand fold and refresh to an engine that will call :meth:`after_step` itself, once per optimizer step."""
+        self._step_hook.remove()
+        self.backend = backend
+
+    def _after_own_step(self, args: Any, kwargs: Any) -> None:
+        owned = {id(p) for group in self.param_groups for p in group["params"]}
+        if any(id(m.compact) not in owned or m.compact.dim() != 2 for m in (layer.module for layer in self.layers)):
+            raise RuntimeError(
+                f"another library replaced the parameters of {type(self).__name__} (DeepSpeed ZeRO and FSDP do): under"
+                " DeepSpeed use narrowgauge.engine.initialize; FSDP is not supported"
+            )
+        self.after_step(self.learning_rates())
+
+    def learning_rates(self) -> list[float]:
+        """The current learning rate of each parameter group."""
+        return [group["lr"] for group in self.param_groups]
+
+    def after_step(self, learning_rates: Sequence[float]) -> None:
+        """Fold the compact values into the weights, count the step, and refresh when it is due.
+
+        Args:
+            learning_rates: those the step was taken with (a scheduler may have moved on since).
+        """
+        self._fold(learning_rates)
+        self.num_steps += 1
+        if self.refresh_interval is not None and self.layers and self.num_steps % self.refresh_interval == 0:
+            self.refresh()
+
+    def _fold(self, learning_rates: Sequence[float]) -> None:
+        self.backend.fold(self.layers)
+
+    def refresh(self) -> None:
+        """Change the subspace of every layer."""
+        self.num_refreshes += 1
+        self._change_subspace()
+
+    def _change_subspace(self) -> None:
+        raise NotImplementedError
+
+    def _reset_moments(self) -> None:
+        """Forget m, v and the step count: were the count kept, bias correction would make the next updates too
+        large.
+        """
+        for group in self.param_groups:
+            if group["kind"] == "compact":
+                for tensor in self.backend.state_tensors(group):
+                    state = self.state.get(tensor, {})
+                    if isinstance(self._base, torch.optim.AdamW):
+                        for value in state.values():
+                            value.zero_()
+                    else:
+                        # Made anew by the next step.
+                        state.clear()
+
+    def state_pieces(self, flat: Tensor) -> Iterable[StatePiece]:
+        """The state of ``flat`` that is not shaped like it: none."""
+        return ()
+
+    def subspace_state(self) -> dict[str, Any]:
+        """JSON values, and under ``tensors`` what describes the subspaces; with the parameters, moments and groups, all
+        that a resume needs.
+        """
+        return {
+            "version": STATE_VERSION,
+            "type": type(self).__name__,
+            "num_steps": self.num_steps,
+            "num_refreshes": self.num_refreshes,
+            "tensors": {
+                f"{layer.name}.{key}": value.cpu()
+                for layer in self.layers
+                for key, value in layer.module.subspace().items()
+            },
+        }
+
+    def load_subspace_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`subspace_state`; the compact values are the caller's to restore.
+
+        Raises:
+            ValueError: it was saved by another version, type, side, set of layers or ranks; nothing has changed then.
+        """
+        self._check_subspace_state(state)
+        for layer in self.layers:
+            keys = layer.module.subspace()
+            layer.module.set_subspace({key: state["tensors"][f"{layer.name}.{key}"] for key in keys})
+        self.num_steps, self.num_refreshes = state["num_steps"], state["num_refreshes"]
+
+    def _check_subspace_state(self, state: dict[str, Any]) -> None:
+        name = type(self).__name__
+        for key, own in (("version", STATE_VERSION), ("type", name)):
+            if state.get(key) != own:
+                raise ValueError(f"{name} state: {key} {state.get(key)!r} found, {own!r} expected")
+        saved: dict[str, Tensor] = state["tensors"]
+        own = {f"{layer.name}.{key}": value for layer in self.layers for key, value in layer.module.subspace().items()}
+        if set(saved) != set(own):
+            odd = sorted(set(saved) ^ set(own))
+            raise ValueError(f"{name} state: its compact layers differ from this model's, for example {odd[:4]}")
+        for key, value in own.items():
+            if saved[key].shape != value.shape:
+                raise ValueError(
+                    f"{name} state: {key} was saved with shape {list(saved[key].shape)}, this optimizer has"
+                    f" {list(value.shape)}"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state and, under ``subspace``, the subspaces, counters and compact values."""
+        compact = {layer.name: layer.module.compact.detach() for layer in self.layers}
+        return {**super().state_dict(), "subspace": {**self.subspace_state(), "compact": compact}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a :meth:`state_dict`, in either order with the model's; the weights are folded afterwards.
+
+        Raises:
+            ValueError: it is not this optimizer's state, or belongs to another configuration; nothing has changed then.
+        """
+        if "subspace" not in state_dict:
+            raise ValueError(f"not a state of {type(self).__name__}: it has no 'subspace'")
+        subspace = state_dict["subspace"]
+        self._check_subspace_state(subspace)
+        self._base.param_groups, self._base.state = self.param_groups, self.state
+        self._base.load_state_dict({key: value for key, value in state_dict.items() if key != "subspace"})
+        self.param_groups, self.state = self._base.param_groups, self._base.state
+        self.load_subspace_state(subspace)
+        for layer in self.layers:
+            layer.module.compact.copy_(subspace["compact"][layer.name])
+        self.backend.fold(self.layers)

@@ -1,0 +1,146 @@
+"""What the optimizers on full gradients have in common: groups, shards, counting, state."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .conversion import find_targets
+from .groups import build_groups
+from .shards import LocalShards, ShardMap, StatePiece
+
+STATE_VERSION = 1
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """An optimizer on the whole averaged gradient that works on shards of parameters.
+
+    In plain PyTorch, under DDP and at ZeRO stage 0 a shard is a whole parameter. ZeRO replaces the parameters of the
+    groups by flat partitions and calls ``step`` once per group or sub-group; an engine then gives a
+    :class:`~.shards.ShardMap` through :meth:`defer_to_engine` and calls :meth:`after_step` itself.
+
+    A subclass implements :meth:`_update`, and :meth:`state_pieces` if it has state that is not shaped like the
+    parameters. Groups have a ``kind``: ``matrix`` for the weights of ``target_modules``, ``dense`` for the others.
+
+    Attributes:
+        shards: how the parameters are cut.
+        num_steps: optimizer steps finished.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        defaults: dict[str, Any],
+        matrix_lr_scale: float,
+        target_modules: Sequence[str] | None,
+        param_groups: Sequence[dict[str, Any]],
+    ) -> None:
+        """
+        Args:
+            lr: learning rate of the dense parameters.
+            defaults: of the groups, as in ``torch.optim.Optimizer``.
+            matrix_lr_scale: learning rate of the matrices relative to ``lr``.
+            target_modules: globs over module names; default every linear inside the transformer blocks.
+            param_groups: ``{"params": [globs over parameter names], **options}``; the first match wins.
+        """
+        self.targets = [f"{name}.weight" for name in find_targets(model, target_modules)]
+        matrices = [name.removesuffix(".weight") for name in self.targets]
+        groups = build_groups(model, [], matrices, param_groups, lr=lr, matrix_lr_scale=matrix_lr_scale)
+        super().__init__(groups, {"lr": lr, **defaults})
+        self.shards: ShardMap = LocalShards(model)
+        self.num_steps = 0
+        self._step_hook = self.register_step_post_hook(ShardedOptimizer._after_own_step)
+
+    @staticmethod
+    def check_options(**options: Any) -> None:
+        """Check the constructor's options that need no model.
+
+        Raises:
+            ValueError: ``option: what was found, what is needed``.
+        """
+
+    def defer_to_engine(self, shards: ShardMap) -> None:
+        """Work on these shards, for an engine that will call :meth:`after_step` itself, once per optimizer step."""
+        self._step_hook.remove()
+        self.shards = shards
+
+    def _after_own_step(self, args: Any, kwargs: Any) -> None:
+        self.after_step(self.learning_rates())
+
+    def learning_rates(self) -> list[float]:
+        """The current learning rate of each parameter group."""
+        return [group["lr"] for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update the parameters of all groups; under ZeRO, of those that DeepSpeed has put into the groups."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            flats = [p for p in group["params"] if p.grad is not None]
+            if flats:
+                self._update(group, flats)
+        return loss
+
+    def _update(self, group: dict[str, Any], flats: Sequence[Tensor]) -> None:
+        """One step of the parameters or flat partitions ``flats`` of ``group``, all with gradients.
+
+        Collective if it sums over ``self.shards``: every rank comes here for the same groups in the same order.
+        """
+        raise NotImplementedError
+
+    def after_step(self, learning_rates: Sequence[float]) -> None:
+        """Count a finished step.
+
+        Args:
+            learning_rates: those the step was taken with.
+        """
+        self.num_steps += 1
+
+    def state_pieces(self, flat: Tensor) -> Iterable[StatePiece]:
+        """The state of ``flat`` that is not shaped like it, allocated if there is none yet: for checkpoints."""
+        return ()
+
+    def subspace_state(self) -> dict[str, Any]:
+        """The counters; with the parameters, states and groups, all that a resume needs."""
+        return {"version": STATE_VERSION, "type": type(self).__name__, "num_steps": self.num_steps}
+
+    def load_subspace_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`subspace_state`.
+
+        Raises:
+            ValueError: it was saved by another version or type of optimizer; nothing has changed then.
+        """
+        self._check_subspace_state(state)
+        self.num_steps = state["num_steps"]
+
+    def _check_subspace_state(self, state: dict[str, Any]) -> None:
+        for key, own in (("type", type(self).__name__), ("version", STATE_VERSION)):
+            if state.get(key) != own:
+                raise ValueError(f"{type(self).__name__} state: {key} {state.get(key)!r} found, {own!r} expected")
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and the counters under ``subspace``."""
+        return {**super().state_dict(), "subspace": self.subspace_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is not this optimizer's state; nothing has changed then.
+        """
+        if "subspace" not in state_dict:
+            raise ValueError(f"not a state of {type(self).__name__}: it has no 'subspace'")
+        self.load_subspace_state(state_dict["subspace"])
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "subspace"})
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, flat in zip(numbers, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if torch.is_tensor(value) and value.dtype != self.state[flat][key].dtype:
+                    # torch has rounded the state to the parameter's dtype; ours is wider than bf16 parameters.
+                    self.state[flat][key] = value.to(flat.device, copy=True)

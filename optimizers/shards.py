@@ -1,0 +1,93 @@
+"""Which pieces of which parameters a process rank updates, and sums over the ranks that hold the other pieces.
+
+Optimizers that need the whole averaged gradient (norms, projections, signs) see only this: one description of plain
+tensors, of FSDP2's row shards and of ZeRO's flat partitions, which are cut anywhere.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of a parameter that this process rank updates.
+
+    Attributes:
+        name: the parameter's name in the model.
+        shape: of the whole parameter.
+        start: position of the first element within the flattened parameter.
+        length: number of elements.
+        flat: the tensor that the optimizer steps; the key of its state.
+        offset: position of the first element within ``flat``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    flat: Tensor
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This piece of ``flat``, or of a tensor shaped like it (gradient, state), as a 1-D view."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.length)
+
+
+@dataclass(frozen=True)
+class StatePiece:
+    """A run of elements of a parameter's state that is not shaped like the parameter.
+
+    Attributes:
+        name: the parameter's.
+        key: the state's, such as ``exp_avg``.
+        start: position of the first element within the state of the whole parameter, flattened in an order that does
+            not depend on how the parameter was cut.
+        tensor: 1-D view of the live state, to save it or to write to it.
+    """
+
+    name: str
+    key: str
+    start: int
+    tensor: Tensor
+
+
+class ShardMap(Protocol):
+    """How the parameters are cut. Everything is the same on all ranks but the shards themselves."""
+
+    @property
+    def num_process_ranks(self) -> int:
+        """Over how many ranks the parameters are cut; 1 where every rank holds them whole."""
+        ...
+
+    def shards_of(self, flat: Tensor) -> Sequence[Shard]:
+        """This rank's shards in ``flat``, in ascending offset; padding belongs to none."""
+        ...
+
+    def members_of(self, flat: Tensor) -> Mapping[str, tuple[int, ...]]:
+        """Name and whole shape of each parameter that lies in ``flat`` on some rank, in the same order on all."""
+        ...
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place. Collective: all ranks call it in the same order with equal shapes."""
+        ...
+
+
+class LocalShards:
+    """Every parameter is one whole shard: one process, DDP, or DeepSpeed without ZeRO."""
+
+    num_process_ranks = 1
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {id(p): name for name, p in model.named_parameters()}
+
+    def shards_of(self, flat: Tensor) -> Sequence[Shard]:
+        return [Shard(self._names[id(flat)], tuple(flat.shape), 0, flat.numel(), flat, 0)]
+
+    def members_of(self, flat: Tensor) -> Mapping[str, tuple[int, ...]]:
+        return {self._names[id(flat)]: tuple(flat.shape)}
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
