@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from narrowgauge.optimizers import CompactOptimizer
 from narrowgauge.optimizers.shards import Shard, StatePiece
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -189,14 +190,16 @@ def _write_optimizer(engine: Any, folder: Path) -> str | None:
     rank, size = dist.get_rank(), dist.get_world_size()
     if engine.zero_optimization_stage() == 0 and rank > 0:
         return None
-    states = _state_of(engine).state
     own_pieces = _own_pieces(engine)
     tensors = {f"{p.name}|{p.start}|{p.key}": p.tensor.cpu().clone() for pieces in own_pieces.values() for p in pieces}
+    flat, state = None, {}
     for shard in local_shards(engine):
+        if shard.flat is not flat:
+            flat, state = shard.flat, _dense_state(engine, shard.flat)
         prefix = f"{shard.name}|{shard.start}|"
         tensors[prefix + MASTER] = shard.of(shard.flat).cpu().clone()
         own_keys = {piece.key for piece in own_pieces.get(shard.flat, ())}
-        for key, value in states.get(shard.flat, {}).items():
+        for key, value in state.items():
             if key in own_keys or isinstance(value, int | float) or (torch.is_tensor(value) and value.dim() == 0):
                 continue
             if not torch.is_tensor(value) or value.shape != shard.flat.shape:
@@ -205,6 +208,12 @@ def _write_optimizer(engine: Any, folder: Path) -> str | None:
     name = f"optimizer-{rank:05d}-of-{size:05d}.safetensors"
     save_file(tensors, folder / name)
     return name
+
+
+def _dense_state(engine: Any, flat: Tensor) -> dict[str, Any]:
+    """The state of a flat tensor; 8-bit moments in fp32."""
+    own = _own_optimizer(engine)
+    return own.dense_state(flat) if isinstance(own, CompactOptimizer) else _state_of(engine).state.get(flat, {})
 
 
 def _own_pieces(engine: Any) -> dict[Tensor, list[StatePiece]]:
@@ -304,8 +313,13 @@ def _load_optimizer(engine: Any, folder: Path, state: dict[str, Any]) -> None:
     base = _state_of(engine)
     for group, values in zip(base.param_groups, state["groups"], strict=True):
         group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in values.items()})
-    own_pieces = _own_pieces(engine)
+    own_pieces, own = _own_pieces(engine), _own_optimizer(engine)
+    flats = {id(shard.flat): shard.flat for shard in local_shards(engine)}.values()
     with torch.no_grad():
+        if isinstance(own, CompactOptimizer) and own.base == "AdamW8bit":
+            # What is read is dense, and a tensor whose moments had just been forgotten has none.
+            for flat in flats:
+                own.state.pop(flat, None)
         for shard in local_shards(engine):
             if MASTER not in saved.get(shard.name, {}):
                 raise CheckpointError(f"{folder}: no state of {shard.name}; the engine is partly restored")
@@ -318,6 +332,9 @@ def _load_optimizer(engine: Any, folder: Path, state: dict[str, Any]) -> None:
                 _set_scalar(base, shard, key, number)
         for piece in (piece for pieces in own_pieces.values() for piece in pieces):
             _read_into(piece.tensor, piece.name, piece.start, saved.get(piece.name, {}).get(piece.key, []))
+        if isinstance(own, CompactOptimizer):
+            for flat in flats:
+                own.accept_dense_state(flat)
 
 
 def _index_pieces(folder: Path) -> dict[str, dict[str, list[_Piece]]]:

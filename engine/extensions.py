@@ -15,7 +15,7 @@ def ensure_extensions(config: Config | None = None, console: Console | None = No
     """Build what a run loads on this machine's kind of accelerator; returns the names of the extensions.
 
     On the CPU every run loads DeepSpeed's shared-memory communication (20 to 50 s, once). DeepSpeed's own optimizers
-    bring their kernels; compact ones need none.
+    bring their kernels; ours need none.
 
     Args:
         config: of the run; None builds what all runs load.
@@ -39,7 +39,7 @@ def ensure_extensions(config: Config | None = None, console: Console | None = No
 def _of_optimizer(config: Config) -> list[str]:
     """The builder of the kernel that DeepSpeed takes for its own optimizer of this configuration."""
     block, zero = config.parsed.optimizer, config.parsed.zero_optimization
-    if block is None or block.params.get("torch_adam"):
+    if block is None or config.our_params() is not None or block.params.get("torch_adam"):
         return []
     offloaded: Any = zero.offload_optimizer if zero is not None else None
     on_cpu = offloaded is not None and offloaded.device != "none"

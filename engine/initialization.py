@@ -114,7 +114,7 @@ def initialize(
                 )
             except (AssertionError, TypeError) as error:
                 raise checked.error(f"refused by DeepSpeed: {error}").shared() from error
-    check_supported(checked, model, mpu, name=type(client).__name__ if client is not None else None)
+    check_supported(checked, model, mpu, client=client)
     if model_parameters is not None:
         raise checked.error("model_parameters: our optimizers take optimizer.params.param_groups instead")
     shutdown_init_context()

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from narrowgauge.optimizers import CompactLinear
+from narrowgauge.optimizers.compact_linear import CompactWeight
 from torch import Tensor
 
 from .fragments import local_shards
@@ -21,7 +21,7 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     return {
         "total": sum(_numel(p) for _, p in plain),
         "dense": sum(_numel(p) for _, p in plain if p.requires_grad),
-        "compact": sum(_numel(m.compact) for m in model.modules() if isinstance(m, CompactLinear)),
+        "compact": sum(_numel(m.compact) for m in model.modules() if isinstance(m, CompactWeight)),
         "frozen": sum(_numel(p) for _, p in plain if not p.requires_grad),
     }
 
@@ -34,7 +34,7 @@ def _trained_when_dense(model: torch.nn.Module) -> list[Any]:
     """The parameters that dense AdamW would train: those that are trained, and the weights that compact ones stand
     for.
     """
-    weights = {id(m.weight) for m in model.modules() if isinstance(m, CompactLinear)}
+    weights = {id(m.weight) for m in model.modules() if isinstance(m, CompactWeight)}
     return [p for _, p in plain_parameters(model) if p.requires_grad or id(p) in weights]
 
 

@@ -5,23 +5,42 @@ from typing import Any
 from torch import nn
 
 from .config import Config
+from .optimizer_schema import OurOptimizer
 
 
 def check_supported(
-    config: Config, model: nn.Module | None = None, mpu: Any = None, *, name: str | None = None
+    config: Config, model: nn.Module | None = None, mpu: Any = None, *, client: OurOptimizer | None = None
 ) -> None:
     """Refuse combinations in which one of our optimizers would train wrongly, or has never been tested.
 
     Args:
-        name: of an optimizer that is not the configuration's.
+        client: an optimizer that is not the configuration's.
 
     Raises:
         ConfigError: naming each setting, why it does not work, and what to use instead.
     """
-    if name is None:
+    if client is not None:
+        name = type(client).__name__
+    else:
         assert config.parsed.optimizer is not None
         name = config.parsed.optimizer.type
+    options: Any = client or config.our_params()
     problems = [f"{key}: does not work with {name}: {reason}" for key, reason in _unsupported(config)]
+    if getattr(options, "base", None) == "Adafactor":
+        problems.append(
+            "optimizer.params.base: Adafactor does not work with the engine: it factors matrices, which ZeRO cuts into"
+            " flat pieces, and its factors are in no checkpoint; use AdamW8bit, or plain PyTorch and DDP"
+        )
+    if name == "GaLore" and options.reference_compatible:
+        problems.append(
+            "optimizer.params.reference_compatible: true does not work with the engine: it projects the gradients anew"
+            " before the step, when they are sharded"
+        )
+    if getattr(options, "reduction", None) == "majority_vote":
+        problems.append(
+            "optimizer.params.reduction: 'majority_vote' does not work with the engine: DeepSpeed averages gradients"
+            " before the optimizer sees them; plain PyTorch without DDP is needed"
+        )
     if mpu is not None:
         problems.append(f"mpu: does not work with {name}: model parallelism is not supported yet")
     if model is not None and type(model).__name__ == "PipelineModule":

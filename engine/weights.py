@@ -7,7 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from narrowgauge.optimizers import CompactLinear
+from narrowgauge.optimizers.compact_linear import CompactWeight
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The model's parameters under its own names: each tied weight once, and no compact values."""
-    compact = {id(m.compact) for m in model.modules() if isinstance(m, CompactLinear)}
+    compact = {id(m.compact) for m in model.modules() if isinstance(m, CompactWeight)}
     return ((name, p) for name, p in model.named_parameters() if id(p) not in compact)
 
 
@@ -139,10 +139,10 @@ def load_weights(engine: Any, folder: Path, *, rebuild_compact: bool) -> None:
         return
     names = {id(tensor): name for name, tensor in targets}
     for module in model.modules():
-        if isinstance(module, CompactLinear):
+        if isinstance(module, CompactWeight):
             name = names[id(module.weight)]
             with safe_open(files[name], framework="pt") as file:
-                values = module.read(file.get_tensor(name).to(module.index.device))
+                values = module.compact_of(file.get_tensor(name).to(module.weight.device))
             if hasattr(module.compact, "ds_tensor"):
                 _fill_shard(module.compact, values)
             else:

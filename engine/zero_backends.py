@@ -5,7 +5,7 @@ are not used: they need the optimizer state of every group to be linked, which h
 ZeRO-3's fails when a size is not divisible by the number of ranks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,11 +15,13 @@ from deepspeed import comm
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
-from narrowgauge.optimizers.backend import LocalBackend, decay_
-from narrowgauge.optimizers.compact_linear import CompactLinear
+from narrowgauge.optimizers.backend import LocalBackend, add_, decay_, projected, selected
+from narrowgauge.optimizers.compact_linear import CompactWeight
 from narrowgauge.optimizers.conversion import CompactLayer
 from narrowgauge.optimizers.rounding import stochastic_round_
+from narrowgauge.optimizers.selected_weight import SelectedWeight
 from narrowgauge.optimizers.selection import derive_seed
+from narrowgauge.optimizers.shards import ShardMap
 from torch import Tensor
 
 
@@ -29,8 +31,8 @@ class PartitionedStateBackend(LocalBackend):
     After a step every rank has the compact values of all ranks, so folding needs no traffic.
     """
 
-    def __init__(self, zero_optimizer: Any) -> None:
-        self._zero = zero_optimizer
+    def __init__(self, zero_optimizer: Any, shards: Callable[[], ShardMap]) -> None:
+        self._zero, self._make_shards = zero_optimizer, shards
         # DeepSpeed's BF16_Optimizer (ZeRO-1, bf16 with fp32 gradient accumulation) has other names for the same things.
         bf16_optimizer = hasattr(zero_optimizer, "bf16_groups_flat")
         self._flat = zero_optimizer.bf16_groups_flat if bf16_optimizer else zero_optimizer.bit16_groups_flat
@@ -51,6 +53,25 @@ class PartitionedStateBackend(LocalBackend):
             mapping = _compact(layer)._hp_mapping
             if mapping is not None:
                 mapping.update_hp()
+
+    @torch.no_grad()
+    def add_changes(
+        self, layers: Sequence[CompactLayer], decays: Sequence[float], *, seed: int, decay_last: bool = False
+    ) -> None:
+        super().add_changes(layers, decays, seed=seed, decay_last=decay_last)
+        for layer in layers:
+            mapping = _compact(layer)._hp_mapping
+            if mapping is not None:
+                mapping.hp_fragment.zero_()
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        _average_(tensors)
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        _broadcast_(tensors)
+
+    def shards(self) -> ShardMap:
+        return self._make_shards()
 
     def _round_masters(self, layers: Sequence[CompactLayer], seed: int) -> None:
         """Round this rank's fp32 masters stochastically into the bf16 compact values, and gather all ranks'."""
@@ -93,7 +114,8 @@ class _FillUnderZeroInit:
         self._gather.__enter__()
         weight = self._module.weight
         self._module.compact.data = torch.empty(self._module.compact.shape, dtype=weight.dtype, device=weight.device)
-        self._module.index = self._module.index.to(weight.device)
+        for key, value in self._module.subspace().items():
+            setattr(self._module, key, value.to(weight.device))
 
     def __exit__(self, *exc: Any) -> None:
         self._gather.__exit__(*exc)
@@ -105,14 +127,14 @@ class PartitionedWeightBackend:
     """ZeRO-3: weights, compact values, masters and moments all in flat shards.
 
     Between changes of subspace nothing is folded: DeepSpeed gathers ``compact`` together with ``weight`` in forward
-    and again in backward, and the layer writes the one over the other (``CompactLinear.overlay``). The shards of
+    and again in backward, and the layer writes the one over the other (``CompactWeight.overlay``). The shards of
     ``weight`` are brought up to date when the subspace changes and before a save.
     """
 
-    def __init__(self, zero_optimizer: Any, layers: Sequence[CompactLayer]) -> None:
-        self._zero = zero_optimizer
+    def __init__(self, zero_optimizer: Any, layers: Sequence[CompactLayer], shards: Callable[[], ShardMap]) -> None:
+        self._zero, self._make_shards = zero_optimizer, shards
         for layer in layers:
-            layer.module.overlay = True
+            layer.module.overlay = not layer.module.is_delta
 
     def gathered(self, layer: CompactLayer) -> AbstractContextManager[Any]:
         raise NotImplementedError("compact values are filled before the engine is made")
@@ -123,16 +145,41 @@ class PartitionedWeightBackend:
     @torch.no_grad()
     def write_back(self, layers: Sequence[CompactLayer]) -> None:
         """Bring the shards of the weights up to date, for a save."""
+        layers = [layer for layer in layers if not layer.module.is_delta]
         for layer in layers:
-            _write_shard(layer.module, _gather_compact(layer.module, _compact(layer).ds_tensor))
+            _write_shard(selected(layer), _gather_compact(layer.module, _compact(layer).ds_tensor))
         gather_again([layer.module.weight for layer in layers])
+
+    @torch.no_grad()
+    def add_changes(
+        self, layers: Sequence[CompactLayer], decays: Sequence[float], *, seed: int, decay_last: bool = False
+    ) -> None:
+        for layer, decay in zip(layers, decays, strict=True):
+            module, compact = projected(layer), _compact(layer)
+            _, n = module.weight_shape
+            whole = _gather_compact(module, compact.ds_tensor).view(compact.ds_shape)
+            shard, start = own_shard(module.weight)
+            first, last = start // n, -(-(start + shard.numel()) // n)
+            change = module.lift(whole, first, max(first, last)).reshape(-1)
+            change = change[start - first * n :][: shard.numel()].to(shard.device)
+            fold_seed = derive_seed(seed, "fold", layer.name)
+            add_(shard, change, decay, seed=fold_seed, offset=start, decay_last=decay_last)
+            compact.ds_tensor.zero_()
+            safe_set_local_fp32_param(compact, compact.ds_tensor)
+        gather_again([p for layer in layers for p in (layer.module.weight, layer.module.compact)])
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        _average_(tensors)
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        _broadcast_(tensors)
 
     @torch.no_grad()
     def change_subspace(
         self, layers: Sequence[CompactLayer], indices: Sequence[Tensor], decays: Sequence[float], *, seed: int
     ) -> None:
         for layer, index, decay in zip(layers, indices, decays, strict=True):
-            module, compact = layer.module, _compact(layer)
+            module, compact = selected(layer), _compact(layer)
             weight_shard, start = own_shard(module.weight)
             decay_(weight_shard, decay, seed=derive_seed(seed, "decay", layer.name), offset=start)
             own = compact.ds_tensor
@@ -142,7 +189,7 @@ class PartitionedWeightBackend:
                 own = torch.empty_like(own)
                 stochastic_round_(own, master, seed=derive_seed(seed, "round", layer.name), offset=start)
             _write_shard(module, _gather_compact(module, own))
-            module.set_index(index)
+            module.set_subspace({"index": index})
             _fill_compact_shard(module)
         gather_again([p for layer in layers for p in (layer.module.weight, layer.module.compact)])
 
@@ -150,6 +197,20 @@ class PartitionedWeightBackend:
         for sub_group, group_id in self._zero.sub_group_to_group_id.items():
             if self._zero.optimizer.param_groups[group_id] is group:
                 yield self._zero.fp32_partitioned_groups_flat[sub_group]
+
+    def shards(self) -> ShardMap:
+        return self._make_shards()
+
+
+def _average_(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        comm.all_reduce(tensor)
+        tensor.div_(comm.get_world_size())
+
+
+def _broadcast_(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        comm.broadcast(tensor, 0)
 
 
 def _compact(layer: CompactLayer) -> Any:
@@ -164,16 +225,16 @@ def own_shard(parameter: Any) -> tuple[Tensor, int]:
     return shard.narrow(0, 0, max(0, min(shard.numel(), parameter.ds_numel - start))), start
 
 
-def _gather_compact(module: CompactLinear, shard: Tensor) -> Tensor:
+def _gather_compact(module: CompactWeight, shard: Tensor) -> Tensor:
     """All ranks' shards of the compact values, flat, on this rank's device."""
     compact: Any = module.compact
-    shard = shard.to(module.index.device)
+    shard = shard.to(next(iter(module.subspace().values())).device)
     whole = shard.new_empty(shard.numel() * comm.get_world_size(group=compact.ds_process_group))
     comm.all_gather_into_tensor(whole, shard.contiguous(), group=compact.ds_process_group)
     return whole.narrow(0, 0, compact.ds_numel)
 
 
-def _selected_in_shard(module: CompactLinear, start: int, length: int) -> tuple[Tensor, Tensor]:
+def _selected_in_shard(module: SelectedWeight, start: int, length: int) -> tuple[Tensor, Tensor]:
     """Which entries of the weight's shard are selected: their positions in the shard and in the flat compact values."""
     _, n = module.weight_shape
     index, stop = module.index, start + length
@@ -190,14 +251,14 @@ def _selected_in_shard(module: CompactLinear, start: int, length: int) -> tuple[
     return in_weight[inside] - start, in_compact[inside]
 
 
-def _write_shard(module: CompactLinear, compact: Tensor) -> None:
+def _write_shard(module: SelectedWeight, compact: Tensor) -> None:
     """Write the flat, whole compact values over the selected entries of this rank's shard of the weight."""
     shard, start = own_shard(module.weight)
     in_shard, in_compact = _selected_in_shard(module, start, shard.numel())
     shard[in_shard.to(shard.device)] = compact[in_compact].to(shard.device)
 
 
-def _fill_compact_shard(module: CompactLinear) -> None:
+def _fill_compact_shard(module: SelectedWeight) -> None:
     """Take this rank's shard of the compact values, and its masters, from the weight's shards of all ranks."""
     compact: Any = module.compact
     shard, start = own_shard(module.weight)

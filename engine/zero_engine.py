@@ -38,14 +38,17 @@ class Engine(DeepSpeedEngine):
         if stage == 0:
             return LocalBackend()
         if stage == 3:
-            return PartitionedWeightBackend(self.optimizer, optimizer.layers)
-        return PartitionedStateBackend(self.optimizer)
+            return PartitionedWeightBackend(self.optimizer, optimizer.layers, lambda: EngineShards(self))
+        return PartitionedStateBackend(self.optimizer, lambda: EngineShards(self))
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
-        learning_rates = self.own_optimizer.learning_rates()
+        own, num_skipped = self.own_optimizer, self.skipped_steps
+        learning_rates = own.learning_rates()
         super().step(lr_kwargs)
         if self.was_step_applied():
-            self.own_optimizer.after_step(learning_rates)
+            own.after_step(learning_rates)
+        elif self.skipped_steps > num_skipped and isinstance(own, CompactOptimizer):
+            own.forget_observed()
 
     def write_back(self) -> None:
         """Bring the weights of all ranks up to date; under ZeRO-3 their shards lag behind between changes of

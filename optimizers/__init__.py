@@ -1,11 +1,29 @@
 """Subspace optimizers: compact linear layers, their selection and refresh, and the optimizers that train them."""
 
+from .apollo import Apollo
 from .compact import CompactOptimizer
 from .compact_linear import CompactLinear
+from .frugal import Frugal
+from .galore import GaLore
 from .grass import Grass
+from .lamb import Lamb
+from .lars import Lars
 from .sharded import ShardedOptimizer
 
 # By the names that configurations use.
-OPTIMIZERS: dict[str, type[CompactOptimizer] | type[ShardedOptimizer]] = {cls.__name__: cls for cls in (Grass,)}
+OPTIMIZERS: dict[str, type[CompactOptimizer] | type[ShardedOptimizer]] = {
+    cls.__name__: cls for cls in (Grass, GaLore, Frugal, Apollo, Lamb, Lars)
+}
 
-__all__ = ["OPTIMIZERS", "CompactLinear", "CompactOptimizer", "Grass", "ShardedOptimizer"]
+__all__ = [
+    "OPTIMIZERS",
+    "Apollo",
+    "CompactLinear",
+    "CompactOptimizer",
+    "Frugal",
+    "GaLore",
+    "Grass",
+    "Lamb",
+    "Lars",
+    "ShardedOptimizer",
+]

@@ -1,13 +1,13 @@
 """What the optimizers of compact parameters have in common: base, fold, refresh, state."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .backend import LocalBackend, SubspaceBackend
-from .bases import BaseName, make_base
+from .bases import BaseName, dense_state, make_base, quantize_state_
 from .conversion import CompactLayer
 from .groups import build_groups
 from .shards import StatePiece
@@ -44,11 +44,13 @@ class CompactOptimizer(torch.optim.Optimizer):
         foreach: bool | None,
         fused: bool | None,
         backend: SubspaceBackend | None,
+        dense_rate: Collection[str] = (),
     ) -> None:
         """
         Args:
             layers: converted, with ``compact`` still to be filled; they are reverted if this fails.
             full_rank: names of layers that are trained whole, at the matrices' rate.
+            dense_rate: names of layers whose compact parameters are trained at the dense parameters' rate.
             backend: where the tensors live; given by an engine.
         """
         self.layers = list(layers)
@@ -57,9 +59,19 @@ class CompactOptimizer(torch.optim.Optimizer):
         self.seed = seed
         self.num_steps = 0
         self.num_refreshes = 0
+        self.base: BaseName = base
+        self._in_engine = False
         try:
             self._fill_compact()
-            groups = build_groups(model, self.layers, full_rank, param_groups, lr=lr, matrix_lr_scale=matrix_lr_scale)
+            groups = build_groups(
+                model,
+                self.layers,
+                full_rank,
+                param_groups,
+                lr=lr,
+                matrix_lr_scale=matrix_lr_scale,
+                dense_rate=dense_rate,
+            )
             self._base = make_base(
                 base,
                 groups,
@@ -91,7 +103,7 @@ class CompactOptimizer(torch.optim.Optimizer):
     def _fill_compact(self) -> None:
         for layer in self.layers:
             with self.backend.gathered(layer), torch.no_grad():
-                layer.module.compact.copy_(layer.module.read(layer.module.weight))
+                layer.module.compact.copy_(layer.module.compact_of(layer.module.weight))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copying and pickling are refused: the copy would keep the original model's layers, or none."""
@@ -109,7 +121,20 @@ class CompactOptimizer(torch.optim.Optimizer):
     def defer_to_engine(self, backend: SubspaceBackend) -> None:
         """Hand fold and refresh to an engine that will call :meth:`after_step` itself, once per optimizer step."""
         self._step_hook.remove()
+        self._in_engine = True
         self.backend = backend
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what was observed of full gradients is forgotten with them, for a step that is not taken."""
+        super().zero_grad(set_to_none)
+        # An engine does this after the update, before it calls after_step.
+        if not self._in_engine:
+            self.forget_observed()
+
+    def forget_observed(self) -> None:
+        """Forget the full gradients observed since the last step: it was skipped, they may not be finite."""
+        for layer in self.layers:
+            layer.module.forget_observed()
 
     def _after_own_step(self, args: Any, kwargs: Any) -> None:
         owned = {id(p) for group in self.param_groups for p in group["params"]}
@@ -132,11 +157,16 @@ class CompactOptimizer(torch.optim.Optimizer):
         """
         self._fold(learning_rates)
         self.num_steps += 1
-        if self.refresh_interval is not None and self.layers and self.num_steps % self.refresh_interval == 0:
+        if self.is_refresh_due():
             self.refresh()
 
+    def is_refresh_due(self) -> bool:
+        """Whether the subspace changes after the step that was just counted."""
+        return self.refresh_interval is not None and bool(self.layers) and self.num_steps % self.refresh_interval == 0
+
     def _fold(self, learning_rates: Sequence[float]) -> None:
-        self.backend.fold(self.layers)
+        """Bring the weights up to date after a step."""
+        raise NotImplementedError
 
     def refresh(self) -> None:
         """Change the subspace of every layer."""
@@ -164,6 +194,19 @@ class CompactOptimizer(torch.optim.Optimizer):
     def state_pieces(self, flat: Tensor) -> Iterable[StatePiece]:
         """The state of ``flat`` that is not shaped like it: none."""
         return ()
+
+    def dense_state(self, flat: Tensor) -> dict[str, Any]:
+        """The state of ``flat`` as numbers and tensors shaped like it, 8-bit moments in fp32: for checkpoints."""
+        return dense_state(self.state.get(flat, {}))
+
+    def accept_dense_state(self, flat: Tensor) -> None:
+        """Bring a :meth:`dense_state` that was read into ``state[flat]`` into the base's form.
+
+        8-bit moments are quantised anew: those of a resumed run differ from the saved ones by the rounding that every
+        step does anyway. ``state_dict`` keeps them bit for bit.
+        """
+        if self.base == "AdamW8bit":
+            quantize_state_(self._base, self.state[flat])
 
     def subspace_state(self) -> dict[str, Any]:
         """JSON values, and under ``tensors`` what describes the subspaces; with the parameters, moments and groups, all
@@ -232,4 +275,5 @@ class CompactOptimizer(torch.optim.Optimizer):
         self.load_subspace_state(subspace)
         for layer in self.layers:
             layer.module.compact.copy_(subspace["compact"][layer.name])
-        self.backend.fold(self.layers)
+        if any(not layer.module.is_delta for layer in self.layers):
+            self.backend.fold(self.layers)

@@ -1,134 +1,58 @@
-"""A linear layer that trains a subset of its columns or rows and never forms the full weight gradient.
+"""Layers whose weight is trained through a small parameter and that never form the full weight gradient.
 
-For ``y = x W^T + b`` with ``W`` of shape ``(m, n)``, ``W`` is frozen and ``compact`` is trained in its stead:
-
-* ``columns``: ``compact`` is ``W[:, index]``, shape ``(m, r)``; its gradient is ``dY^T @ X[:, index]``, so only that
-  copy of the input is kept for backward;
-* ``rows``: ``compact`` is ``W[index, :]``, shape ``(r, n)``; its gradient is ``dY[:, index]^T @ X``.
-
-``dX = dY @ W`` is exact in both. This is the projection of Grass (Muhamed et al., 2024, arXiv 2406.17660) with scale 1,
-held as values instead of as a delta.
+What the ways to be compact have in common: how the layer looks from outside, and the probes through which
+statistics of the full gradient are had without forming it.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-Side = Literal["columns", "rows"]
-
-
-def read_selected(full: Tensor, index: Tensor, start: int | None, dim: int) -> Tensor:
-    """A copy of the selected entries of a matrix along ``dim``; a view would keep all of ``full`` alive."""
-    if start is not None:
-        return full.narrow(dim, start, index.numel()).clone(memory_format=torch.contiguous_format)
-    if dim == 0:
-        return full.index_select(0, index)
-    # Along the columns gather is faster than index_select, on the CPU by a factor of up to three.
-    return full.gather(1, index.expand(full.shape[0], -1))
+ProbeKind = Literal["rows", "columns", "full"]
 
 
-def write_selected_(full: Tensor, values: Tensor, index: Tensor, start: int | None, dim: int) -> None:
-    """Write ``values`` over the selected entries of ``full`` along ``dim``, in place."""
-    if start is None:
-        full.index_copy_(dim, index, values)
-    else:
-        full.narrow(dim, start, index.numel()).copy_(values)
+class CompactWeight(nn.Module):
+    """A layer with a frozen ``weight`` of shape ``(m, n)``, trained through ``compact``.
 
+    Made from an existing layer in place, so that names, hooks and references to it survive. To the outside it stays
+    that layer: ``state_dict`` holds what it did, the weight folded, and loading plain weights rebuilds ``compact``.
 
-class _CompactLinearFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        compact: Tensor,
-        index: Tensor,
-        start: int | None,
-        columns: bool,
-        overlay: bool,
-        compute_dtype: torch.dtype,
-    ) -> Tensor:
-        if overlay:
-            write_selected_(weight.data, compact.data, index, start, dim=1 if columns else 0)
-        ctx.x_dtype = x.dtype
-        x = x.to(compute_dtype)
-        y = F.linear(x, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
-        saved_x = read_selected(x.reshape(-1, x.shape[-1]), index, start, dim=1) if columns else x
-        # The weight is saved as it is, not its cast: autocast must not keep a second copy of the model alive.
-        ctx.save_for_backward(saved_x, weight, index, compact if overlay else None)
-        ctx.start, ctx.columns = start, columns
-        ctx.compact_dtype = compact.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad_y,) = grad_outputs
-        saved_x, weight, index, compact = ctx.saved_tensors
-        if compact is not None:
-            write_selected_(weight.data, compact.data, index, ctx.start, dim=1 if ctx.columns else 0)
-        grad_x = grad_bias = grad_compact = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y.matmul(weight.to(grad_y.dtype)).to(ctx.x_dtype)
-        grad_y_2d = grad_y.reshape(-1, grad_y.shape[-1])
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad_y_2d.sum(0).to(ctx.bias_dtype)
-        if ctx.needs_input_grad[3]:
-            if ctx.columns:
-                grad_compact = grad_y_2d.t().mm(saved_x)
-            else:
-                x_2d = saved_x.reshape(-1, saved_x.shape[-1])
-                grad_compact = read_selected(grad_y_2d, index, ctx.start, dim=1).t().mm(x_2d)
-            grad_compact = grad_compact.to(ctx.compact_dtype)
-        return grad_x, None, grad_bias, grad_compact, None, None, None, None, None
-
-
-class CompactLinear(nn.Linear):
-    """An ``nn.Linear`` whose selected columns or rows are trained through a small ``compact`` parameter.
-
-    Made from an existing layer by :meth:`convert`, in place, so that names, hooks and references to it survive. To the
-    outside it stays that layer: ``state_dict`` holds ``weight`` (folded) and ``bias`` only, and loading plain weights
-    rebuilds ``compact``.
+    A *probe* is a leaf tensor that takes no part in the forward, whose gradient is a linear function of the full
+    gradient ``G`` of the weight: ``G Omega`` (``rows``, ``(m, s)``), ``Omega^T G`` (``columns``, ``(s, n)``) or ``G``
+    itself (``full``). Autograd adds it up over micro-batches as it does any gradient.
 
     Attributes:
         weight: ``(m, n)``, frozen. Holds the current values of all entries once folded.
-        compact: trainable, ``(m, r)`` for columns or ``(r, n)`` for rows.
-        index: the selected columns or rows, int64 ``(r,)``, on the weight's device. Deliberately not a buffer: DDP
-            would broadcast it at every forward.
+        compact: trainable.
         overlay: ``compact`` is written over ``weight`` at each use, for backends whose ``weight`` is a gathered
-            temporary (ZeRO-3).
+            temporary (ZeRO-3); only where ``compact`` holds values.
+        is_delta: ``compact`` holds a change that is to be added to ``weight``, not values of it.
+        plain: the class of the layer it was made from.
     """
 
+    is_delta: ClassVar[bool]
+    plain: ClassVar[type[nn.Module]]
+    weight: Tensor
     compact: nn.Parameter
-    index: Tensor
-    side: Side
-    start: int | None
     overlay: bool
+    probe: Tensor | None
+    probe_kind: ProbeKind
+    omega: Tensor | None
 
-    @staticmethod
-    def convert(linear: nn.Linear, *, side: Side, index: Tensor, contiguous: bool) -> "CompactLinear":
-        """Turn ``linear`` into a ``CompactLinear`` in place; ``compact`` is registered but left uninitialised."""
-        linear.__class__ = CompactLinear
-        assert isinstance(linear, CompactLinear)
-        linear.side, linear.overlay = side, False
-        linear.index = index.to(linear.weight.device)
-        linear.start = int(index[0]) if contiguous else None
-        m, n = linear.weight_shape
-        shape = (m, index.numel()) if side == "columns" else (index.numel(), n)
-        linear.weight.requires_grad_(False)
-        linear.compact = nn.Parameter(torch.empty(shape, dtype=linear.weight.dtype, device=linear.weight.device))
-        return linear
+    def _become_compact(self, shape: tuple[int, int]) -> None:
+        """The part of a conversion that is common; ``compact`` is left uninitialised."""
+        self.overlay, self.probe, self.omega = False, None, None
+        self.weight.requires_grad_(False)
+        self.compact = nn.Parameter(torch.empty(shape, dtype=self.weight.dtype, device=self.weight.device))
 
     def revert(self) -> None:
-        """Undo :meth:`convert`: a plain, trainable ``nn.Linear`` again."""
-        del self.compact, self.index, self.side, self.start, self.overlay
+        """Undo the conversion: the plain, trainable layer again."""
+        del self.compact, self.overlay, self.probe, self.omega
+        for key in self.subspace():
+            delattr(self, key)
         self.weight.requires_grad_(True)
-        self.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+        self.__class__ = self.plain  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -136,59 +60,57 @@ class CompactLinear(nn.Linear):
         m, n = getattr(self.weight, "ds_shape", self.weight.shape)
         return m, n
 
-    @property
-    def dim(self) -> int:
-        """The dimension of ``weight`` that is selected from."""
-        return 1 if self.side == "columns" else 0
-
-    def read(self, full: Tensor) -> Tensor:
-        """The selected entries of a tensor shaped like ``weight``, as a copy shaped like ``compact``."""
-        return read_selected(full, self.index, self.start, self.dim)
-
-    def write_(self, full: Tensor, values: Tensor) -> None:
-        """Write ``values``, shaped like ``compact``, over the selected entries of ``full``."""
-        write_selected_(full, values, self.index, self.start, self.dim)
+    def compact_of(self, weight: Tensor) -> Tensor:
+        """The compact values that stand for ``weight``, ``(m, n)``."""
+        raise NotImplementedError
 
     def subspace(self) -> dict[str, Tensor]:
-        """The tensors that say which subspace this is."""
-        return {"index": self.index}
+        """The attributes that say which subspace this is."""
+        raise NotImplementedError
 
     def set_subspace(self, tensors: dict[str, Tensor]) -> None:
-        """Restore :meth:`subspace`; weight and compact values are left as they are."""
-        self.set_index(tensors["index"])
+        """Change :meth:`subspace`; weight and compact values are left as they are. In place, so a compiled forward is
+        not compiled again.
+        """
+        for key, value in self.subspace().items():
+            value.copy_(tensors[key])
 
-    def set_index(self, index: Tensor) -> None:
-        """Select other columns or rows. In place, so a compiled forward is not compiled again."""
-        self.index.copy_(index)
-        if self.start is not None:
-            self.start = int(index[0])
+    def start_probe(self, kind: ProbeKind, omega: Tensor | None = None) -> None:
+        """Observe the full gradient of the coming backward passes.
 
-    def forward(self, input: Tensor) -> Tensor:
-        compute_dtype = input.dtype
-        device_type = input.device.type
-        if torch.is_autocast_enabled(device_type) and compute_dtype is not torch.float64:
-            compute_dtype = torch.get_autocast_dtype(device_type)
-        elif compute_dtype is not self.weight.dtype:
-            raise RuntimeError(f"expected input and weight of one dtype, got {compute_dtype} and {self.weight.dtype}")
-        return _CompactLinearFunction.apply(
-            input,
-            self.weight,
-            self.bias,
-            self.compact,
-            self.index,
-            # A Python int would be a constant of the compiled graph and recompile it at every refresh.
-            None if torch.compiler.is_compiling() else self.start,
-            self.side == "columns",
-            self.overlay,
-            compute_dtype,
-        )
+        Args:
+            omega: ``(n, s)`` for ``rows``, ``(m, s)`` for ``columns``.
+        """
+        m, n = self.weight_shape
+        size = omega.shape[1] if omega is not None else 0
+        shape = {"rows": (m, size), "columns": (size, n), "full": (m, n)}[kind]
+        device, dtype = self.weight.device, torch.promote_types(self.weight.dtype, torch.float32)
+        self.probe_kind = kind
+        self.omega = omega.to(device=device, dtype=dtype) if omega is not None else None
+        self.probe = torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, side={self.side}, rank={self.index.numel()}"
+    def end_probe(self) -> Tensor:
+        """What was observed since :meth:`start_probe`, zeros if the layer was not used."""
+        assert self.probe is not None
+        found = self.probe.grad if self.probe.grad is not None else torch.zeros_like(self.probe)
+        self.drop_probe()
+        return found.detach().contiguous()
+
+    def drop_probe(self) -> None:
+        """Observe no longer."""
+        self.probe = self.omega = None
+
+    def forget_observed(self) -> None:
+        """Observe anew, as if :meth:`start_probe` had just been called."""
+        if self.probe is not None:
+            self.probe.grad = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        self.index = self.index.to(self.weight.device)
+        for key, value in self.subspace().items():
+            setattr(self, key, value.to(self.weight.device))
+        if self.probe is not None:
+            self.start_probe(self.probe_kind, self.omega)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -213,4 +135,42 @@ class CompactLinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.weight.shape == self.weight_shape and prefix + "weight" in state_dict:
             with torch.no_grad():
-                self.compact.copy_(self.read(self.weight))
+                self.compact.copy_(self.compact_of(self.weight))
+
+
+class CompactLinear(CompactWeight, nn.Linear):
+    """A compact ``nn.Linear``, for ``y = x W^T + b``: ``G = dY^T X``."""
+
+    plain: ClassVar[type[nn.Module]] = nn.Linear
+
+    def _probe_input(self, x_2d: Tensor) -> Tensor | None:
+        """What a probe needs of the input in backward."""
+        if self.probe is None:
+            return None
+        if self.probe_kind == "rows":
+            assert self.omega is not None
+            return x_2d @ self.omega.to(x_2d.dtype)
+        return x_2d
+
+    def _compute_dtype(self, input: Tensor) -> torch.dtype:
+        """The dtype of the matrix products: the input's, or autocast's.
+
+        Raises:
+            RuntimeError: the input's differs from the weight's without autocast.
+        """
+        device_type = input.device.type
+        if torch.is_autocast_enabled(device_type) and input.dtype is not torch.float64:
+            return torch.get_autocast_dtype(device_type)
+        if input.dtype is not self.weight.dtype:
+            raise RuntimeError(f"expected input and weight of one dtype, got {input.dtype} and {self.weight.dtype}")
+        return input.dtype
+
+
+def probe_gradient(
+    kind: ProbeKind, grad_y_2d: Tensor, probe_input: Tensor, omega: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of a probe, from what :meth:`CompactLinear._probe_input` kept."""
+    if kind == "columns":
+        assert omega is not None
+        grad_y_2d = grad_y_2d @ omega.to(grad_y_2d.dtype)
+    return grad_y_2d.t().mm(probe_input).to(dtype)

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .compact_linear import CompactLinear, Side
-from .selection import SelectionRule, select_index
+from .compact_linear import CompactWeight
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class CompactLayer:
     """A converted layer and the name it has in its model."""
 
     name: str
-    module: CompactLinear
+    module: CompactWeight
 
 
 def rank_of(dim: int, *, rank: int | None, density: float | None) -> int:
@@ -87,11 +86,11 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, 
         ValueError: a pattern, or the default, matches nothing; the message lists the model's linears.
     """
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    if any(isinstance(module, CompactLinear) for module in model.modules()):
+    if any(isinstance(module, CompactWeight) for module in model.modules()):
         raise ValueError("the model already has compact layers: it belongs to another optimizer of this kind")
     if patterns is None:
-        blocks = _block_prefixes(model)
-        matched = {name: m for name, m in linears.items() if any(name.startswith(prefix) for prefix in blocks)}
+        blocks = block_prefixes(model)
+        matched = {name: m for name, m in linears.items() if name.startswith(blocks)}
     else:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in linears):
@@ -108,13 +107,16 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, 
     return targets
 
 
-def _block_prefixes(model: nn.Module) -> list[str]:
-    return [
+def block_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of modules inside of blocks, the elements of an ``nn.ModuleList`` or ``nn.Sequential``, begin
+    with.
+    """
+    return tuple(
         f"{name}.{key}." if name else f"{key}."
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential)
         for key in module._modules
-    ]
+    )
 
 
 def _linears_of(model: nn.Module, linears: dict[str, nn.Linear]) -> str:
@@ -125,58 +127,3 @@ def _linears_of(model: nn.Module, linears: dict[str, nn.Linear]) -> str:
         return f"The model has no nn.Linear; its layers with parameters are {dict(others)}"
     shown = list(linears)[:8]
     return f"The model's linears: {', '.join(shown)}{f', ... ({len(linears)} in all)' if len(linears) > 8 else ''}"
-
-
-def check_ranks(
-    targets: dict[str, nn.Linear], *, rank: int | None, density: float | None, side: Side
-) -> dict[str, int]:
-    """The rank of each target.
-
-    Raises:
-        ValueError: a rank is above its layer's selected dimension.
-    """
-    dims = {name: _selected_dim(linear, side) for name, linear in targets.items()}
-    ranks = {name: rank_of(dim, rank=rank, density=density) for name, dim in dims.items()}
-    too_small = {name: dim for name, dim in dims.items() if ranks[name] > dim}
-    if too_small:
-        name, dim = min(too_small.items(), key=lambda item: item[1])
-        what = "columns (in_features)" if side == "columns" else "rows (out_features)"
-        others = f" and the dimension of {len(too_small) - 1} other layers" if len(too_small) > 1 else ""
-        raise ValueError(f"rank: {rank} is above the {dim} {what} of {name!r}{others}; at most {dim} fits every layer")
-    return ranks
-
-
-def _selected_dim(linear: nn.Linear, side: Side) -> int:
-    m, n = getattr(linear.weight, "ds_shape", linear.weight.shape)
-    return n if side == "columns" else m
-
-
-def convert(
-    targets: dict[str, nn.Linear],
-    *,
-    rank: int | None,
-    density: float | None,
-    side: Side,
-    rule: SelectionRule,
-    seed: int,
-) -> tuple[list[CompactLayer], list[str]]:
-    """Convert the targets whose rank is below the selected dimension.
-
-    Returns:
-        The compact layers, with ``compact`` still to be filled, and the names of the layers left as they are because
-        the rank equals the dimension: their subspace is everything.
-
-    Raises:
-        ValueError: the rank is above a layer's selected dimension; nothing has been converted then.
-    """
-    ranks = check_ranks(targets, rank=rank, density=density, side=side)
-    layers, full = [], []
-    for name, linear in targets.items():
-        dim = _selected_dim(linear, side)
-        if ranks[name] == dim:
-            full.append(name)
-            continue
-        index = select_index(rule, dim, ranks[name], seed=seed, refresh=0, name=name)
-        module = CompactLinear.convert(linear, side=side, index=index, contiguous=rule.contiguous)
-        layers.append(CompactLayer(name, module))
-    return layers, full

@@ -1,6 +1,6 @@
 """Parameter groups: compact and dense parameters apart, with the user's own groups by name within each."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,6 +19,7 @@ def build_groups(
     *,
     lr: float,
     matrix_lr_scale: float,
+    dense_rate: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Groups for ``torch.optim``, each with a ``kind``: ``compact``, ``matrix`` or ``dense``.
 
@@ -28,6 +29,7 @@ def build_groups(
     Args:
         specs: ``{"params": [globs over parameter names], **options}``; the first match wins. A compact parameter goes
             by the name of its weight.
+        dense_rate: names of layers whose compact parameters are trained at the dense parameters' rate.
 
     Raises:
         ValueError: an unknown or negative option, or globs that match no trainable parameter.
@@ -46,22 +48,24 @@ def build_groups(
                 raise ValueError(f"param_groups[{position}].{key}: {spec[key]} found, at least 0 is needed")
     compact_names = {f"{layer.name}.compact": f"{layer.name}.weight" for layer in layers}
     matrices = {f"{name}.weight" for name in full_rank}
-    members: dict[tuple[str, int], list[nn.Parameter]] = {}
+    unscaled = {f"{name}.weight" for name in dense_rate}
+    members: dict[tuple[str, int, bool], list[nn.Parameter]] = {}
     for own_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         name = compact_names.get(own_name, own_name)
         kind = "compact" if own_name in compact_names else "matrix" if name in matrices else "dense"
         matching = (i for i, spec in enumerate(specs) if any(fnmatchcase(name, glob) for glob in spec["params"]))
-        members.setdefault((kind, next(matching, -1)), []).append(parameter)
+        at_dense_rate = kind == "dense" or name in unscaled
+        members.setdefault((kind, next(matching, -1), at_dense_rate), []).append(parameter)
     for position, spec in enumerate(specs):
-        if not any(found == position for _, found in members):
+        if not any(found == position for _, found, _ in members):
             raise ValueError(f"param_groups[{position}]: {spec['params']} matches no trainable parameter of its own")
     groups = []
-    for kind, position in sorted(members):
+    for kind, position, at_dense_rate in sorted(members):
         options = {key: value for key, value in specs[position].items() if key != "params"} if position >= 0 else {}
-        group_lr = options.get("lr", lr) * (1.0 if kind == "dense" else matrix_lr_scale)
-        group = {**options, "params": members[kind, position], "kind": kind, "lr": group_lr}
+        group_lr = options.get("lr", lr) * (1.0 if at_dense_rate else matrix_lr_scale)
+        group = {**options, "params": members[kind, position, at_dense_rate], "kind": kind, "lr": group_lr}
         if kind == "compact":
             group["pending_decay"] = 1.0
         groups.append(group)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .conversion import find_targets
 from .groups import build_groups
@@ -45,7 +46,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             matrix_lr_scale: learning rate of the matrices relative to ``lr``.
             target_modules: globs over module names; default every linear inside the transformer blocks.
             param_groups: ``{"params": [globs over parameter names], **options}``; the first match wins.
+
+        Raises:
+            ValueError: globs that match nothing, or parameters sharded by FSDP2.
         """
+        if any(isinstance(p, DTensor) for p in model.parameters()):
+            raise ValueError(
+                f"{type(self).__name__}: the model's parameters are sharded by fully_shard, which is not supported; use"
+                " DistributedDataParallel, or DeepSpeed ZeRO through narrowgauge.engine.initialize"
+            )
         self.targets = [f"{name}.weight" for name in find_targets(model, target_modules)]
         matrices = [name.removesuffix(".weight") for name in self.targets]
         groups = build_groups(model, [], matrices, param_groups, lr=lr, matrix_lr_scale=matrix_lr_scale)

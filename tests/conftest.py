@@ -19,6 +19,13 @@ def two_ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def three_ranks() -> Iterator[RankPool]:
+    pool = RankPool(3)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def one_rank() -> Iterator[RankPool]:
     pool = RankPool(1)
     yield pool

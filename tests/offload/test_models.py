@@ -16,8 +16,9 @@ from narrowgauge.offload import ActivationOffload, activation_offload
 from narrowgauge.offload.backends import choice
 from narrowgauge.offload.backends.threads import ThreadsBackend, ThreadsLane
 from narrowgauge.offload.probe import measure
-from narrowgauge.optimizers import CompactLinear, Grass
-from narrowgauge.optimizers.compact_linear import Side
+from narrowgauge.optimizers import Grass
+from narrowgauge.optimizers.selected_linear import SelectedLinear
+from narrowgauge.optimizers.selected_weight import Side
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -397,7 +398,7 @@ def test_compact_columns_write_only_the_selected_columns(tmp_path: Path) -> None
 
     assert len(layers) == 7 * LAYERS
     for name, layer in layers.items():
-        assert isinstance(layer, CompactLinear)
+        assert isinstance(layer, SelectedLinear)
         selected = to_bytes(inputs[name][:, layer.index])
         assert len(selected) == ROWS * LENGTH * layer.index.numel() * 4
         found = [piece for piece in written if piece.startswith(selected)]

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from narrowgauge.optimizers import CompactLinear, Grass
+from narrowgauge.optimizers.backend import selected
+from narrowgauge.optimizers.selected_linear import SelectedLinear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,13 +23,13 @@ SELECTIONS = ["uniform", "block"]
 
 def compact_pair(
     m: int = 24, n: int = 40, rank: int = 6, *, bias: bool = True, dtype: torch.dtype = torch.float64, **options: Any
-) -> tuple[CompactLinear, nn.Linear, Grass]:
+) -> tuple[SelectedLinear, nn.Linear, Grass]:
     torch.manual_seed(3)
     dense = nn.Linear(n, m, bias=bias, dtype=dtype)
     model = nn.ModuleDict({"layer": copy.deepcopy(dense)})
     optimizer = Grass(model, rank=rank, target_modules=["layer"], **options)
     layer = model["layer"]
-    assert isinstance(layer, CompactLinear)
+    assert isinstance(layer, SelectedLinear)
     return layer, dense, optimizer
 
 
@@ -310,7 +312,7 @@ def test_loading_plain_weights_strictly_rebuilds_the_compact_values(side: str) -
     optimizer = Grass(model, density=0.3, side=side)  # type: ignore[arg-type]
     model.load_state_dict(source.state_dict(), strict=True)
     for layer in optimizer.layers:
-        module = layer.module
+        module = selected(layer)
         full = source.get_parameter(f"{layer.name}.weight")
         assert torch.equal(module.compact, full[:, module.index] if side == "columns" else full[module.index])
         assert torch.equal(module.weight, full)
@@ -358,11 +360,13 @@ def test_moving_and_copying_a_model_keeps_its_layers_whole() -> None:
     optimizer = Grass(model, density=0.3)
     copied = copy.deepcopy(model).double()
     layer = copied.get_submodule(optimizer.layers[0].name)
-    assert isinstance(layer, CompactLinear)
+    assert isinstance(layer, SelectedLinear)
     assert layer.compact.dtype is torch.float64
     assert layer.index.dtype is torch.int64
-    layer.set_index(layer.index.flip(0))
-    assert not torch.equal(layer.index, optimizer.layers[0].module.index)
+    copied_from = optimizer.layers[0].module
+    assert isinstance(copied_from, SelectedLinear)
+    layer.set_subspace({"index": layer.index.flip(0)})
+    assert not torch.equal(layer.index, copied_from.index)
 
 
 def test_under_no_grad_nothing_is_kept() -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from narrowgauge.optimizers import CompactLinear, Grass
+from narrowgauge.optimizers.backend import selected
+from narrowgauge.optimizers.selected_linear import SelectedLinear
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.models import TinyTransformer, is_matrix, tiny, token_batch, train_steps
@@ -94,7 +96,7 @@ def test_rank_of_all_but_one_column_is_almost_adamw_and_of_all_is_adamw_within_a
     train_steps(model, optimizer, 0, 1)
     train_steps(twin, torch.optim.AdamW(twin.parameters(), lr=1e-2), 0, 1)
     layer, dense = model.get_submodule("blocks.0.q"), twin.get_parameter("blocks.0.q.weight")
-    assert isinstance(layer, CompactLinear)
+    assert isinstance(layer, SelectedLinear)
     left_out = sorted(set(range(20)) - set(layer.index.tolist()))
     assert len(left_out) == 1
     difference = (layer.weight - dense).detach().abs()
@@ -109,7 +111,7 @@ def test_unselected_entries_stay_bit_identical(side: str) -> None:
     before = {layer.name: layer.module.weight.clone() for layer in optimizer.layers}
     train_steps(model, optimizer, 0, 5)
     for layer in optimizer.layers:
-        module = layer.module
+        module = selected(layer)
         untouched = torch.ones(module.weight_shape[module.dim], dtype=torch.bool)
         untouched[module.index] = False
         assert torch.equal(
@@ -160,7 +162,7 @@ def test_indices_depend_on_the_seed_and_change_at_each_refresh() -> None:
         found = []
         for step in range(6):
             if step % 2 == 0:
-                found.append(optimizer.layers[0].module.index.tolist())
+                found.append(selected(optimizer.layers[0]).index.tolist())
             train_steps(model, optimizer, step, step + 1)
         return found
 

@@ -18,8 +18,8 @@ from tests.support.ranks import RankPool
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of rank and density"),
-        ({"rank": 4, "density": 0.5}, "exactly one of rank and density"),
+        ({}, "exactly one of rank, density and budget"),
+        ({"rank": 4, "density": 0.5}, "exactly one of rank, density and budget"),
         ({"rank": 0}, "rank: 0 found"),
         ({"density": 0.0}, r"density: 0.0 found, a number in \(0, 1\]"),
         ({"density": 1.5}, r"density: 1.5 found"),
@@ -27,7 +27,7 @@ from tests.support.ranks import RankPool
         ({"rank": 21}, "rank: 21 is above the 20 columns .* of 'blocks.0.q' and .* other layers; at most 20"),
         ({"rank": 34, "side": "rows"}, "rank: 34 is above the 20 rows"),
         ({"rank": 4, "side": "diagonal"}, "side: 'diagonal' found"),
-        ({"rank": 4, "selection": "top"}, "selection: 'top' found, one of"),
+        ({"rank": 4, "selection": "largest"}, "selection: 'largest' found, one of"),
         ({"rank": 4, "refresh_interval": 0}, "refresh_interval: 0 found"),
         ({"rank": 4, "decay": "none"}, "decay: 'none' found"),
         ({"rank": 4, "decay": "all", "refresh_interval": None}, "decay: 'all' found, but it takes effect at a refresh"),

@@ -2,7 +2,7 @@
 
 import torch
 from narrowgauge.optimizers import Grass
-from narrowgauge.optimizers.backend import decay_
+from narrowgauge.optimizers.backend import decay_, selected
 from narrowgauge.optimizers.rounding import stochastic_round_
 
 from tests.support.models import tiny, token_batch
@@ -67,7 +67,7 @@ def test_decay_of_unselected_entries_does_not_vanish_in_bf16() -> None:
 def test_a_bf16_model_trains_with_decay_of_all_entries() -> None:
     model = tiny(dtype=torch.bfloat16)
     optimizer = Grass(model, lr=1e-2, density=0.3, refresh_interval=5, weight_decay=0.1, decay="all")
-    layer = optimizer.layers[0].module
+    layer = selected(optimizer.layers[0])
     never = torch.ones(20, dtype=torch.bool)
     before = layer.weight.detach().double()
     for step in range(10):

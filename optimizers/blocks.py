@@ -1,0 +1,46 @@
+"""A shard of a matrix as rectangles."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .shards import Shard
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of a matrix that lies in one piece within a shard.
+
+    Attributes:
+        row, column: of its first element in the matrix.
+        num_rows, num_columns: its size; it spans all columns unless it has one row.
+        offset: of its first element in the shard.
+    """
+
+    row: int
+    column: int
+    num_rows: int
+    num_columns: int
+    offset: int
+
+    def of(self, piece: Tensor) -> Tensor:
+        """This rectangle of a 1-D tensor shaped like the shard, as a 2-D view."""
+        size = self.num_rows * self.num_columns
+        return piece.narrow(0, self.offset, size).view(self.num_rows, self.num_columns)
+
+
+def blocks_of(shard: Shard) -> Iterator[Block]:
+    """The shard of a matrix as one to three blocks: what it has of its first row, whole rows, what it has of its last.
+
+    So a flat partition, cut anywhere, is multiplied as matrices without copies.
+    """
+    width = shard.shape[1]
+    position, end = shard.start, shard.start + shard.length
+    while position < end:
+        row, column = divmod(position, width)
+        whole_rows = (end - position) // width if column == 0 else 0
+        num_columns = width if whole_rows else min(width - column, end - position)
+        block = Block(row, column, max(1, whole_rows), num_columns, position - shard.start)
+        yield block
+        position += block.num_rows * block.num_columns

@@ -1,0 +1,63 @@
+"""Checks of options that several optimizers have."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def check_number(
+    options: Mapping[str, Any],
+    key: str,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise unless ``options[key]`` is a finite number within the bounds.
+
+    Raises:
+        ValueError: naming the option, what was found and what is needed.
+    """
+    value = options[key]
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number and value >= at_least and above < value < below):
+        bounds = {"at least": at_least, "above": above, "below": below}
+        needed = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+        raise ValueError(f"{key}: {value!r} found, a number {needed} is needed")
+
+
+def check_count(options: Mapping[str, Any], key: str, *, optional: bool = False) -> None:
+    """Raise unless ``options[key]`` is an integer of at least 1, or None where that is allowed.
+
+    Raises:
+        ValueError: naming the option, what was found and what is needed.
+    """
+    value = options[key]
+    if optional and value is None:
+        return
+    if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        raise ValueError(f"{key}: {value!r} found, an integer of at least 1{' or None' if optional else ''} is needed")
+
+
+def check_choice(options: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> None:
+    """Raise unless ``options[key]`` is one of ``allowed``.
+
+    Raises:
+        ValueError: naming the option, what was found and what is needed.
+    """
+    if options[key] not in allowed:
+        raise ValueError(f"{key}: {options[key]!r} found, one of {list(allowed)} is needed")
+
+
+def check_adam(options: Mapping[str, Any]) -> None:
+    """Check ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``matrix_lr_scale``.
+
+    Raises:
+        ValueError: naming the option, what was found and what is needed.
+    """
+    for key in ("lr", "eps", "weight_decay"):
+        check_number(options, key, at_least=0.0)
+    betas = options["betas"]
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas: {betas!r} found, two numbers in [0, 1) are needed")
+    check_number(options, "matrix_lr_scale", above=0.0)
