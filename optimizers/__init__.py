@@ -4,6 +4,7 @@ from .apollo import Apollo
 from .compact import CompactOptimizer
 from .compact_linear import CompactLinear
 from .frugal import Frugal
+from .full_norm import FullNorm
 from .galore import GaLore
 from .grass import Grass
 from .lamb import Lamb
@@ -21,6 +22,7 @@ __all__ = [
     "CompactLinear",
     "CompactOptimizer",
     "Frugal",
+    "FullNorm",
     "GaLore",
     "Grass",
     "Lamb",

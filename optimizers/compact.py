@@ -24,6 +24,7 @@ class CompactOptimizer(torch.optim.Optimizer):
     Attributes:
         layers: the converted layers.
         num_steps, num_refreshes: finished so far.
+        in_engine: an engine calls :meth:`after_step`.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         self.num_steps = 0
         self.num_refreshes = 0
         self.base: BaseName = base
-        self._in_engine = False
+        self.in_engine = False
         try:
             self._fill_compact()
             groups = build_groups(
@@ -121,14 +122,14 @@ class CompactOptimizer(torch.optim.Optimizer):
     def defer_to_engine(self, backend: SubspaceBackend) -> None:
         """Hand fold and refresh to an engine that will call :meth:`after_step` itself, once per optimizer step."""
         self._step_hook.remove()
-        self._in_engine = True
+        self.in_engine = True
         self.backend = backend
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what was observed of full gradients is forgotten with them, for a step that is not taken."""
         super().zero_grad(set_to_none)
         # An engine does this after the update, before it calls after_step.
-        if not self._in_engine:
+        if not self.in_engine:
             self.forget_observed()
 
     def forget_observed(self) -> None:

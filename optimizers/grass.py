@@ -153,6 +153,7 @@ class Grass(CompactOptimizer):
         self.rule = SELECTION_RULES[selection]
         self.side, self.moments = side, moments
         self.decay: Decay = decay or ("all" if self.rule.repeats else "active")
+        self.statistics: Statistics = statistics
         self._statistics = NormStatistics(statistics, sketch_size)
         self._interval: AdaptiveInterval | None = None
         if adaptive_refresh is not None and refresh_interval is not None:
