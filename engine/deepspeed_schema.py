@@ -219,6 +219,10 @@ def optimizer_parameters(name: str) -> set[str] | None:
         ValueError: there is no such optimizer.
     """
     lowered = name.lower()
+    ours = {own.lower(): own for own in OPTIMIZERS}
+    if lowered in ours:
+        # DeepSpeed does not mind the case of its own names, so "lamb" would be another optimizer than "Lamb".
+        raise ValueError(f"{name!r} is not a known optimizer; did you mean {ours[lowered]!r}?")
     if lowered in ("adam", "adamw"):
         classes = (FusedAdam, DeepSpeedCPUAdam, torch.optim.AdamW)
         return set().union(*map(_parameters, classes), {"torch_adam", "adam_w_mode"}) - {"model_params", "params"}

@@ -39,7 +39,7 @@ def _trained_when_dense(model: torch.nn.Module) -> list[Any]:
 
 
 def optimizer_state_bytes(engine: Any) -> tuple[int, int]:
-    """This rank's bytes of moments and fp32 masters, and those of dense AdamW on the same model and stage."""
+    """This rank's bytes of moments, subspaces and masters, and those of dense AdamW on the same model and stage."""
     flats = {id(shard.flat): shard.flat for shard in local_shards(engine)}
     states = engine.basic_optimizer.state
     state = sum(
@@ -48,6 +48,8 @@ def optimizer_state_bytes(engine: Any) -> tuple[int, int]:
         for value in states.get(flat, {}).values()
         if torch.is_tensor(value)
     )
+    own = getattr(engine, "own_optimizer", None)
+    state += own.subspace_bytes() if own is not None else 0
     masters = sum(f.numel() * f.element_size() for f in flats.values()) if _has_masters(engine) else 0
     stage = engine.zero_optimization_stage()
     share = engine.dp_world_size if stage else 1

@@ -4,12 +4,10 @@
 # pyright: reportPrivateImportUsage=false
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adam import adam_directions, compute_dtype, late_correction, widen, write_back
@@ -131,12 +129,6 @@ class Apollo(ShardedOptimizer):
         self.num_refreshes = 0
         self._seeds = self._first_seeds(model)
         self._norms: dict[str, Tensor] = {}
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            warnings.warn(
-                "Apollo shrinks the optimizer's state, not the traffic: whole gradients are reduced between the process"
-                " ranks; Grass and GaLore reduce compact ones",
-                stacklevel=2,
-            )
 
     @classmethod
     def mini(cls, model: nn.Module, **options: Any) -> "Apollo":

@@ -18,6 +18,8 @@ def check_base(base: str, *, foreach: bool | None = None, fused: bool | None = N
     """
     if base not in get_args(BaseName):
         raise ValueError(f"base: {base!r} found, one of {list(get_args(BaseName))} is needed")
+    if foreach and fused:
+        raise ValueError("fused: found with foreach; one of the two is allowed")
     if base != "AdamW" and fused:
         raise ValueError(f"fused: found with base {base}, which has no fused form")
     if base == "AdamW8bit" and foreach:

@@ -1,5 +1,6 @@
 """What the optimizers of compact parameters have in common: base, fold, refresh, state."""
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -55,6 +56,11 @@ class CompactOptimizer(torch.optim.Optimizer):
             backend: where the tensors live; given by an engine.
         """
         self.layers = list(layers)
+        if not self.layers:
+            warnings.warn(
+                f"{type(self).__name__}: no layer is compact, the rank covers all of them; this is plain {base}",
+                stacklevel=3,
+            )
         self.backend: SubspaceBackend = backend or LocalBackend()
         self.refresh_interval = refresh_interval
         self.seed = seed
@@ -169,6 +175,17 @@ class CompactOptimizer(torch.optim.Optimizer):
         """Bring the weights up to date after a step."""
         raise NotImplementedError
 
+    def _decays(self, learning_rates: Sequence[float]) -> list[float]:
+        """By what the step's decay multiplies each layer's weight; 1 for layers that had no gradient.
+
+        Under an engine all layers have one: ZeRO counts a missing gradient as zero.
+        """
+        factors = [1.0 - float(lr) * g["weight_decay"] for lr, g in zip(learning_rates, self.param_groups, strict=True)]
+        return [
+            factors[self._group_of[layer.name]] if self.in_engine or layer.module.compact.grad is not None else 1.0
+            for layer in self.layers
+        ]
+
     def refresh(self) -> None:
         """Change the subspace of every layer."""
         self.num_refreshes += 1
@@ -209,6 +226,10 @@ class CompactOptimizer(torch.optim.Optimizer):
         if self.base == "AdamW8bit":
             quantize_state_(self._base, self.state[flat])
 
+    def subspace_bytes(self) -> int:
+        """Bytes of what describes the subspaces, indices or bases, which is whole on every process rank."""
+        return sum(value.nbytes for layer in self.layers for value in layer.module.subspace().values())
+
     def subspace_state(self) -> dict[str, Any]:
         """JSON values, and under ``tensors`` what describes the subspaces; with the parameters, moments and groups, all
         that a resume needs.
@@ -216,6 +237,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         return {
             "version": STATE_VERSION,
             "type": type(self).__name__,
+            "base": self.base,
             "num_steps": self.num_steps,
             "num_refreshes": self.num_refreshes,
             "tensors": {
@@ -239,7 +261,7 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     def _check_subspace_state(self, state: dict[str, Any]) -> None:
         name = type(self).__name__
-        for key, own in (("version", STATE_VERSION), ("type", name)):
+        for key, own in (("version", STATE_VERSION), ("type", name), ("base", self.base)):
             if state.get(key) != own:
                 raise ValueError(f"{name} state: {key} {state.get(key)!r} found, {own!r} expected")
         saved: dict[str, Tensor] = state["tensors"]

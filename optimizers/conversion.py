@@ -37,7 +37,9 @@ def refuse_wrapped(model: nn.Module) -> None:
     Raises:
         ValueError: naming the wrapper.
     """
-    wrapper = next(_wrappers_of(model), None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model itself is needed, not its parameters; a {type(model).__name__} was given")
+    wrapper = next(wrappers_of(model), None)
     if wrapper is not None:
         raise ValueError(
             f"the model is already wrapped by {wrapper}: create the optimizer first, then wrap the model with"
@@ -45,7 +47,8 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def _wrappers_of(model: nn.Module) -> Iterator[str]:
+def wrappers_of(model: nn.Module) -> Iterator[str]:
+    """The names of what has wrapped the model: DDP, FSDP, DeepSpeed, ``torch.compile``."""
     for module in model.modules():
         if _is_wrapper(module):
             yield type(module).__name__

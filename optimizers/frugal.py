@@ -1,6 +1,5 @@
 """FRUGAL: Adam on a rotating part of the coordinates, signSGD or SGD on all others."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from .adam import compute_dtype, widen, write_back
+from .conversion import wrappers_of
 from .coordinates import Part, put_, take
 from .frugal_projection import Compact, Projections, gradient_of
 from .frugal_subspace import LOW_RANK, BlockOrder, Rule, SelectionName, Slot, Subspaces
@@ -23,6 +23,8 @@ from .shards import ShardMap, StatePiece
 StateFree = Literal["signSGD", "SGD"]
 Reduction = Literal["mean", "majority_vote"]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# Updates of a parameter, and of the moments that start again at a refresh.
+_COUNTS = ("step", "since_refresh")
 
 
 class Frugal(ShardedOptimizer):
@@ -128,6 +130,9 @@ class Frugal(ShardedOptimizer):
         )
         if reduction == "majority_vote" and not dist.is_initialized():
             raise ValueError("reduction: 'majority_vote' found, which needs torch.distributed to be initialised")
+        if reduction == "majority_vote" and (wrapper := next(wrappers_of(model), None)) is not None:
+            raise ValueError(f"reduction: 'majority_vote' found, but {wrapper} averages the gradients before the vote")
+        self.saves_traffic = reduction == "majority_vote"
         super().__init__(
             model,
             lr=lr,
@@ -153,8 +158,6 @@ class Frugal(ShardedOptimizer):
         )
         self._projections = Projections(self.subspaces)
         self._slots: dict[Tensor, list[Slot]] = {}
-        self._warned = False
-        self._warn_of_traffic()
 
     @staticmethod
     def check_options(**options: Any) -> None:
@@ -185,16 +188,6 @@ class Frugal(ShardedOptimizer):
                 f" of coordinates (found {selection!r})"
             )
 
-    def _warn_of_traffic(self) -> None:
-        if self.reduction == "mean" and not self._warned and dist.is_initialized() and dist.get_world_size() > 1:
-            self._warned = True
-            if dist.get_rank() == 0:
-                warnings.warn(
-                    "Frugal needs the whole averaged gradient: it shrinks the optimizer's state, not the traffic"
-                    " between process ranks",
-                    stacklevel=3,
-                )
-
     def defer_to_engine(self, shards: ShardMap) -> None:
         """As the base class's.
 
@@ -208,7 +201,6 @@ class Frugal(ShardedOptimizer):
             )
         super().defer_to_engine(shards)
         self._slots = {}
-        self._warn_of_traffic()
 
     @property
     def num_refreshes(self) -> int:
@@ -232,7 +224,8 @@ class Frugal(ShardedOptimizer):
     def _state_of(self, flat: Tensor) -> dict[str, Any]:
         """The state of ``flat``, allocated if there is none."""
         state = self.state[flat]
-        state.setdefault("step", 0)
+        for key in _COUNTS:
+            state.setdefault(key, 0)
         for key in _MOMENTS:
             if key not in state:
                 count = sum(slot.count for slot in self.slots_of(flat))
@@ -254,6 +247,7 @@ class Frugal(ShardedOptimizer):
         for flat, slots in old_slots.items():
             state = self.state[flat]
             old = {key: state.pop(key) for key in _MOMENTS}
+            state["since_refresh"] = 0
             new = self._state_of(flat)
             for before, after in zip(slots, self.slots_of(flat), strict=True):
                 if not before.resets:
@@ -269,7 +263,8 @@ class Frugal(ShardedOptimizer):
     def _update_batch(self, group: dict[str, Any], flats: Sequence[Tensor]) -> None:
         adam, coordinates, low_rank, compact = _Adam(), [], [], None
         for flat in flats:
-            self._state_of(flat)["step"] += 1
+            for key in _COUNTS:
+                self._state_of(flat)[key] += 1
             for slot in self.slots_of(flat):
                 (low_rank if slot.resets and self.subspaces.selection in LOW_RANK else coordinates).append(slot)
         writes = self._split_coordinates(coordinates, group, adam)
@@ -288,9 +283,7 @@ class Frugal(ShardedOptimizer):
 
     def _step_of(self, slot: Slot) -> int:
         """The updates of this slot's moments, with the present one: at a refresh the projected ones' start again."""
-        step = self.state[slot.shard.flat]["step"]
-        since_refresh = self.num_steps - (self.refresh_interval or 0) * self.num_refreshes
-        return min(step, since_refresh + 1) if slot.resets else step
+        return self.state[slot.shard.flat]["since_refresh" if slot.resets else "step"]
 
     def _direction(self, gradient: Tensor) -> Tensor:
         return gradient.sign() if self.state_free == "signSGD" else gradient
@@ -368,6 +361,10 @@ class Frugal(ShardedOptimizer):
         for slot in self.slots_of(flat):
             for key in _MOMENTS:
                 yield StatePiece(slot.shard.name, key, slot.before, slot.of(state[key]))
+
+    def subspace_bytes(self) -> int:
+        """Bytes of the bases of ``svd`` and ``random``."""
+        return sum(basis.nbytes for basis in self._projections.bases.values())
 
     def subspace_state(self) -> dict[str, Any]:
         """The counters, what the subspaces follow from, and under ``tensors`` the bases that cannot be derived again.

@@ -97,6 +97,8 @@ class Projections:
                 shard = own[name].shard
                 whole.narrow(0, shard.start, shard.length).copy_(gradient_of(own[name]))
             _sum_(shards, whole)
+            if not bool(torch.isfinite(whole).all()):
+                raise RuntimeError(f"Frugal: the gradient of {name} is not finite at a refresh, it has no basis")
             owner = name in own and own[name].shard.start == 0
             found[name] = (
                 low_rank.basis_of(whole.view(low_rank.shape)) if owner else like.new_zeros(low_rank.basis_shape)

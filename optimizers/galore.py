@@ -237,14 +237,13 @@ class GaLore(CompactOptimizer):
         for group, (eps, decay) in zip(groups, kept, strict=True):
             group["eps"], group["weight_decay"] = eps, decay
             if group["kind"] != "compact" and decay:
-                for parameter in group["params"]:
+                for parameter in (p for p in group["params"] if p.grad is not None):
                     parameter.data.mul_(1.0 - group["lr"] * decay)
         return loss
 
     @torch.no_grad()
     def _fold(self, learning_rates: Sequence[float]) -> None:
-        factors = [1.0 - float(lr) * g["weight_decay"] for lr, g in zip(learning_rates, self.param_groups, strict=True)]
-        decays = [factors[self._group_of[layer.name]] for layer in self.layers]
+        decays = self._decays(learning_rates)
         if self.base == "Adafactor":
             self._scale_to_weights()
         seed = derive_seed(self.seed, "step", self.num_steps)
@@ -258,6 +257,16 @@ class GaLore(CompactOptimizer):
             dtype = torch.promote_types(module.weight.dtype, torch.float32)
             rms = torch.linalg.vector_norm(module.weight, dtype=dtype) / math.sqrt(module.weight.numel())
             module.compact.mul_(max(1.0, float(rms) / floor))
+
+    def refresh(self) -> None:
+        """Change the subspace of every layer, after a step that was observed (see :meth:`is_refresh_due`).
+
+        Raises:
+            RuntimeError: it was not.
+        """
+        if any(layer.module.probe is None for layer in self.layers):
+            raise RuntimeError("GaLore.refresh: the last step's gradient was not observed, so there are no new bases")
+        super().refresh()
 
     @torch.no_grad()
     def _change_subspace(self) -> None:

@@ -13,7 +13,7 @@ from .carry import carry_moments
 from .compact import CompactOptimizer
 from .conversion import find_targets, refuse_wrapped
 from .norm_statistics import NormStatistics, Statistics
-from .options import check_choice, check_count, check_number
+from .options import check_adam, check_choice, check_count
 from .selected_layers import SelectedTarget, convert_selected, dim_of, index_of, ranks_of
 from .selected_weight import Side
 from .selection import SELECTION_RULES, derive_seed, replacement_scales, select_index
@@ -141,6 +141,10 @@ class Grass(CompactOptimizer):
             max_refresh_interval=max_refresh_interval,
             moments=moments,
             decay=decay,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
             matrix_lr_scale=matrix_lr_scale,
             vocabulary=vocabulary,
             base=base,
@@ -209,7 +213,7 @@ class Grass(CompactOptimizer):
         for key, allowed in _CHOICES.items():
             check_choice(options, key, allowed)
         check_count(options, "sketch_size")
-        check_number(options, "matrix_lr_scale", above=0.0)
+        check_adam(options)
         check_count(options, "refresh_interval", optional=True)
         _check_refresh(options)
         _check_sharing(options)
@@ -219,6 +223,8 @@ class Grass(CompactOptimizer):
             for key, unfit in (("selection", "multinomial_replacement"), ("base", "AdamW8bit"), ("base", "Adafactor")):
                 if options[key] == unfit:
                     raise ValueError(f"moments: 'carry' found, which {key} {unfit!r} does not have")
+        if options["base"] == "Adafactor" and options["selection"] == "multinomial_replacement":
+            raise ValueError("base: 'Adafactor' found, a selection without replacement is needed with it")
         check_base(options["base"], foreach=options["foreach"], fused=options["fused"])
 
     def is_refresh_due(self) -> bool:
@@ -241,16 +247,15 @@ class Grass(CompactOptimizer):
             self._statistics.start(self.layers, seed=derive_seed(self.seed, self.num_refreshes))
 
     def _fold(self, learning_rates: Sequence[float]) -> None:
-        factors = [1.0 - float(lr) * g["weight_decay"] for lr, g in zip(learning_rates, self.param_groups, strict=True)]
         if self.rule.repeats:
-            decays = [factors[self._group_of[layer.name]] for layer in self.layers]
+            decays = self._decays(learning_rates)
             self.backend.add_changes(self.layers, decays, seed=derive_seed(self.seed, "step", self.num_steps))
             return
         self.backend.fold(self.layers)
         if self.decay == "all":
-            for group, factor in zip(self.param_groups, factors, strict=True):
+            for group, lr in zip(self.param_groups, learning_rates, strict=True):
                 if group["kind"] == "compact":
-                    group["pending_decay"] *= factor
+                    group["pending_decay"] *= 1.0 - float(lr) * group["weight_decay"]
 
     @torch.no_grad()
     def _change_subspace(self) -> None:
@@ -319,6 +324,10 @@ class Grass(CompactOptimizer):
     def _check_subspace_state(self, state: dict[str, Any]) -> None:
         if state.get("side", self.side) != self.side:
             raise ValueError(f"Grass state: it was saved with {state['side']}, this optimizer has {self.side}")
+        if self.rule.contiguous:
+            for key, index in state.get("tensors", {}).items():
+                if index.numel() > 1 and not bool((index.diff() == 1).all()):
+                    raise ValueError(f"Grass state: {key} was saved by another selection, its entries are no block")
         if self._interval is not None and state.get("interval") is None:
             raise ValueError("Grass state: it was saved without adaptive_refresh, this optimizer has it")
         super()._check_subspace_state(state)

@@ -4,7 +4,7 @@
 # pyright: reportPrivateImportUsage=false
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class Lamb(ShardedOptimizer):
     Raises:
         ValueError: an option out of range, or globs that match nothing.
     """
+
+    needs_matrices: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class Lamb(ShardedOptimizer):
         """
         check_adam(options)
         if (bounds := options["weight_norm_bounds"]) is not None:
-            if len(bounds) != 2 or not 0.0 <= bounds[0] <= bounds[1]:
+            if not isinstance(bounds, list | tuple) or len(bounds) != 2 or not 0.0 <= bounds[0] <= bounds[1]:
                 raise ValueError(f"weight_norm_bounds: {bounds!r} found, [low, high] with 0 <= low <= high is needed")
             check_number({"weight_norm_bounds": bounds[1]}, "weight_norm_bounds", above=0.0)
 

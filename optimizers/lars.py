@@ -1,7 +1,7 @@
 """LARS: SGD with momentum and one learning rate per parameter tensor."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class Lars(ShardedOptimizer):
     Raises:
         ValueError: an option out of range, or globs that match nothing.
     """
+
+    needs_matrices: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -58,6 +58,7 @@ def check_adam(options: Mapping[str, Any]) -> None:
     for key in ("lr", "eps", "weight_decay"):
         check_number(options, key, at_least=0.0)
     betas = options["betas"]
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+    pair = isinstance(betas, list | tuple) and len(betas) == 2
+    if not pair or not all(isinstance(beta, int | float) and 0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas: {betas!r} found, two numbers in [0, 1) are needed")
     check_number(options, "matrix_lr_scale", above=0.0)

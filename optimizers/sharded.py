@@ -1,9 +1,11 @@
 """What the optimizers on full gradients have in common: groups, shards, counting, state."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -25,9 +27,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
     parameters. Groups have a ``kind``: ``matrix`` for the weights of ``target_modules``, ``dense`` for the others.
 
     Attributes:
+        needs_matrices: ``target_modules`` must match something.
+        saves_traffic: less than the whole gradient is reduced.
         shards: how the parameters are cut.
         num_steps: optimizer steps finished.
     """
+
+    needs_matrices: ClassVar[bool] = True
+    saves_traffic: bool = False
 
     def __init__(
         self,
@@ -50,18 +57,27 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: globs that match nothing, or parameters sharded by FSDP2.
         """
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"the model itself is needed, not its parameters; a {type(model).__name__} was given")
         if any(isinstance(p, DTensor) for p in model.parameters()):
             raise ValueError(
                 f"{type(self).__name__}: the model's parameters are sharded by fully_shard, which is not supported; use"
                 " DistributedDataParallel, or DeepSpeed ZeRO through narrowgauge.engine.initialize"
             )
-        self.targets = [f"{name}.weight" for name in find_targets(model, target_modules)]
-        matrices = [name.removesuffix(".weight") for name in self.targets]
+        matrices: list[str] = []
+        try:
+            matrices = list(find_targets(model, target_modules))
+        except ValueError:
+            if self.needs_matrices or target_modules is not None or matrix_lr_scale != 1.0:
+                raise
+        self.targets = [f"{name}.weight" for name in matrices]
         groups = build_groups(model, [], matrices, param_groups, lr=lr, matrix_lr_scale=matrix_lr_scale)
         super().__init__(groups, {"lr": lr, **defaults})
         self.shards: ShardMap = LocalShards(model)
         self.num_steps = 0
         self._step_hook = self.register_step_post_hook(ShardedOptimizer._after_own_step)
+        self._warned = False
+        self._warn_of_traffic()
 
     @staticmethod
     def check_options(**options: Any) -> None:
@@ -75,6 +91,28 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Work on these shards, for an engine that will call :meth:`after_step` itself, once per optimizer step."""
         self._step_hook.remove()
         self.shards = shards
+        self._warn_of_traffic()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, while the optimizer is made.
+
+        Raises:
+            ValueError: afterwards: parameters go by their names in the model.
+        """
+        if "kind" not in param_group:
+            raise ValueError(f"{type(self).__name__}: groups are made with the optimizer; give it param_groups")
+        super().add_param_group(param_group)
+
+    def _warn_of_traffic(self) -> None:
+        if self.saves_traffic or self._warned or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        self._warned = True
+        if dist.get_rank() == 0:
+            warnings.warn(
+                f"{type(self).__name__} needs the whole averaged gradient: it does not shrink the traffic between"
+                " process ranks, as Grass and GaLore do",
+                stacklevel=3,
+            )
 
     def _after_own_step(self, args: Any, kwargs: Any) -> None:
         self.after_step(self.learning_rates())
@@ -115,6 +153,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """The state of ``flat`` that is not shaped like it, allocated if there is none yet: for checkpoints."""
         return ()
 
+    def subspace_bytes(self) -> int:
+        """Bytes of what describes the subspaces and is whole on every process rank."""
+        return 0
+
     def subspace_state(self) -> dict[str, Any]:
         """The counters; with the parameters, states and groups, all that a resume needs."""
         return {"version": STATE_VERSION, "type": type(self).__name__, "num_steps": self.num_steps}
@@ -145,6 +187,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         if "subspace" not in state_dict:
             raise ValueError(f"not a state of {type(self).__name__}: it has no 'subspace'")
+        self._check_subspace_state(state_dict["subspace"])
+        saved, own = ([len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], self.param_groups))
+        if saved != own:
+            raise ValueError(
+                f"{type(self).__name__} state: parameter groups of {saved} parameters found, this optimizer has {own}"
+            )
         self.load_subspace_state(state_dict["subspace"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "subspace"})
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]

@@ -84,10 +84,18 @@ class LocalShards:
         self._names = {id(p): name for name, p in model.named_parameters()}
 
     def shards_of(self, flat: Tensor) -> Sequence[Shard]:
-        return [Shard(self._names[id(flat)], tuple(flat.shape), 0, flat.numel(), flat, 0)]
+        return [Shard(self._name_of(flat), tuple(flat.shape), 0, flat.numel(), flat, 0)]
 
     def members_of(self, flat: Tensor) -> Mapping[str, tuple[int, ...]]:
-        return {self._names[id(flat)]: tuple(flat.shape)}
+        return {self._name_of(flat): tuple(flat.shape)}
+
+    def _name_of(self, flat: Tensor) -> str:
+        if id(flat) not in self._names:
+            raise RuntimeError(
+                "the optimizer was given a parameter that is not its model's: another library replaced them (DeepSpeed"
+                " ZeRO and FSDP do; under DeepSpeed use narrowgauge.engine.initialize), or the optimizer was copied"
+            )
+        return self._names[id(flat)]
 
     def sum_(self, tensor: Tensor) -> Tensor:
         return tensor

@@ -153,4 +153,4 @@ def majority_vote_refusal() -> str:
 
 def test_a_majority_vote_is_refused(two_ranks: RankPool) -> None:
     for message in two_ranks.run(majority_vote_refusal):
-        assert "engine averages the gradients" in message
+        assert "averages gradients before the optimizer sees them" in message

@@ -219,11 +219,11 @@ def check_partitioned(results: list[dict[str, Any]], rank: int, tolerance: float
     model = tiny()
     matrices = [p for name, p in model.named_parameters() if is_matrix(name)]
     channels = sum(max(p.shape) for p in matrices)
+    (warning,) = [warning for result in results for warning in result["warnings"]]
+    assert "does not shrink the traffic" in warning
     for result in results:
         assert result["difference"] < tolerance
         assert result["sums"] == 2 * STEPS, "two all-reduces for all matrices together"
-        assert len(result["warnings"]) == 1
-        assert "not the traffic" in result["warnings"][0]
         assert result["seeds"]
         assert result["norms"] == results[0]["norms"], "bit-equal on all ranks"
         assert result["norm_error"] < 1e4 * tolerance

@@ -127,7 +127,7 @@ def resume_cut(options: dict[str, Any], steps: int, saved: tuple[Any, ...]) -> f
         shard.of(shard.flat).copy_(weights[shard.name].view(-1)[shard.start : shard.start + shard.length])
     scatter_pieces(run.optimizer, pieces)
     for state in run.optimizer.state.values():
-        state["step"] = steps
+        state.update(step=steps, since_refresh=steps % INTERVAL)
     run.train(steps, STEPS)
     whole = Run(options, None)
     whole.train(0, STEPS)
@@ -270,6 +270,6 @@ def construction_messages() -> tuple[list[str], str]:
 def test_what_is_not_saved_is_said_once_and_a_vote_is_refused_under_an_engine(two_ranks: RankPool) -> None:
     (first, refusal), (second, _) = two_ranks.run(construction_messages)
     assert len(first) == 1
-    assert "not the traffic" in first[0]
+    assert "does not shrink the traffic" in first[0]
     assert second == []
     assert "engine averages the gradients" in refusal

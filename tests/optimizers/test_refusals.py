@@ -38,7 +38,7 @@ from tests.support.ranks import RankPool
         ({"rank": 4, "target_modules": ["*.q", "x"]}, "'x' matches no nn.Linear"),
         ({"rank": 4, "param_groups": [{"params": ["nothing"]}]}, r"param_groups\[0\]: \['nothing'\] matches no"),
         ({"rank": 4, "param_groups": [{"params": ["*"], "momentum": 1}]}, r"param_groups\[0\]: found"),
-        ({"rank": 4, "lr": -1.0}, "Invalid learning rate"),
+        ({"rank": 4, "lr": -1.0}, "lr: -1.0 found"),
         ({"rank": True}, "rank: True found"),
         ({"rank": 4.5}, "rank: 4.5 found"),
         ({"density": "x"}, "density: x found"),
