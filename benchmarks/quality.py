@@ -3,7 +3,7 @@
 python -m benchmarks.quality --jobs 2                            sweep all methods; run it again to resume
 python -m benchmarks.quality --methods adamw 'grass-*'           only these (AdamW always: the others start from it)
 python -m benchmarks.quality --report --markdown FILE --plot PNG what has been found, also while a sweep runs
-python -m benchmarks.quality --time                              step times at a larger shape, interleaved
+python -m benchmarks.quality --time                              step times, interleaved, for the report
 
 Every run is a file in the results folder, named by its method and a hash of all its settings; a run that exists is not
 made again, and one that is interrupted leaves nothing. Change a method's code and its results are stale: delete its
@@ -25,7 +25,7 @@ from benchmarks.quality_data import SMALL, Task, Text
 from benchmarks.quality_methods import METHODS
 from benchmarks.quality_report import best_results, plot, show_table, write_markdown
 from benchmarks.quality_sweep import BASELINE, Search, Sweep
-from benchmarks.quality_time import compare_times
+from benchmarks.quality_time import compare_main, time_methods
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,10 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--report", action="store_true", help="print the table instead of sweeping")
     parser.add_argument("--markdown", type=Path, help="write the table here instead of sweeping")
     parser.add_argument("--plot", type=Path, help="draw loss against memory here, a PNG, instead of sweeping")
-    parser.add_argument("--time", action="store_true", help="measure step times instead of sweeping")
+    parser.add_argument(
+        "--time", action="store_true", help="measure step times, here and at a larger shape, instead of sweeping"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="of --time")
     parser.add_argument("--interval", type=int, default=200, help="of --time: steps that share a change of subspace")
-    parser.add_argument("--json", type=Path, help="of --time: write the figures here")
+    parser.add_argument("--json", type=Path, help="of --time: write the figures of the larger shape here")
     return parser
 
 
@@ -76,11 +78,12 @@ def main(words: Sequence[str] | None = None) -> int:
         SystemExit: a method failed, or there is nothing to report.
     """
     arguments = _parser().parse_args(words)
+    methods, task = _chosen(arguments.methods), _task(arguments)
     if arguments.time:
         torch.set_num_threads(arguments.threads)
-        compare_times(rounds=arguments.rounds, interval=arguments.interval, small=arguments.small, json=arguments.json)
+        time_methods(task, methods, rounds=arguments.rounds, folder=arguments.out)
+        compare_main(rounds=arguments.rounds, interval=arguments.interval, small=arguments.small, json=arguments.json)
         return 0
-    methods, task = _chosen(arguments.methods), _task(arguments)
     search = Search(task, Text(task).fingerprint, arguments.out)
     if not (arguments.report or arguments.markdown or arguments.plot):
         sweep = Sweep(search, methods, jobs=arguments.jobs, threads=arguments.threads)

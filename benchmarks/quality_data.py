@@ -34,15 +34,15 @@ class Task:
     heads: int = 4
     vocab: int = 4096
     length: int = 128
-    batch: int = 8
+    batch: int = 4
     steps: int = 500
     warmup_steps: int = 50
     interval: int = 50
     num_evaluations: int = 4
     eval_sequences: int = 256
     seed: int = 0
-    grid_lr: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
-    grid_matrix_lr: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3)
+    grid_lr: tuple[float, ...] = (1e-2, 2e-2)
+    grid_matrix_lr: tuple[float, ...] = (1.25e-4, 2.5e-4)
 
 
 SMALL = Task(

@@ -206,8 +206,8 @@ def _galore_state(shapes: Shapes, *, share: float, scale: float) -> float:
 
 
 def _galore_traffic(shapes: Shapes, *, share: float, scale: float) -> float:
-    """A sketch of the gradient from which all process ranks find the same projector: ``m (r + p)`` numbers, p = 8."""
-    return sum(_FP32 * (round(share * shapes.hidden) + 8) * min(shape) for shape in shapes.matrices)
+    """A sketch of the gradient from which all process ranks find the same projector: ``m (r + p)`` numbers, p = 16."""
+    return sum(_FP32 * (round(share * shapes.hidden) + 16) * min(shape) for shape in shapes.matrices)
 
 
 def _frugal_state(shapes: Shapes, *, density: float) -> float:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from benchmarks.quality_run import Rates
 from benchmarks.quality_sweep import BASELINE, Search
+from benchmarks.quality_time import read_times
 
 _MIB, _KIB = 1 << 20, 1 << 10
 _COLUMNS = (
@@ -54,11 +55,11 @@ def memory_of(result: dict[str, Any]) -> int:
     return sum(result["bytes"][key] for key in ("optimizer", "gradients", "added_weights"))
 
 
-def _rows(found: dict[str, dict[str, Any]]) -> list[list[str]]:
+def _rows(folder: Path, found: dict[str, dict[str, Any]]) -> list[list[str]]:
     base = found[BASELINE]["loss"] if BASELINE in found else None
-    rows = []
+    rows, times = [], read_times(folder)
     for method, result in found.items():
-        size, rates, seconds = result["bytes"], result["settings"]["rates"], result["seconds"]
+        size, rates = result["bytes"], result["settings"]["rates"]
         rows.append(
             [
                 method if result["finished"] else f"{method} (unfinished)",
@@ -71,13 +72,16 @@ def _rows(found: dict[str, dict[str, Any]]) -> list[list[str]]:
                 _size(size["gradients"]),
                 _size(size["added_weights"]),
                 _size(size["wire"]),
-                f"{1e3 * seconds['step']:.0f} ms",
-                f"{1e3 * seconds['optimizer']:.1f} ms",
+                *(_ratio(times.get(method, {}).get(phase)) for phase in ("step", "optimizer")),
                 f"{result['parameters']['trained'] / 1e6:.2f} M",
                 str(result["runs"]),
             ]
         )
     return rows
+
+
+def _ratio(figures: dict[str, Any] | None) -> str:
+    return f"{figures['ratio']:.2f}x" if figures is not None else "not timed"
 
 
 def _size(num_bytes: float) -> str:
@@ -97,7 +101,7 @@ def show_table(search: Search, found: dict[str, dict[str, Any]]) -> None:
     table = Table(title=_title(search, found), title_justify="left")
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "method" else "right")
-    for row in _rows(found):
+    for row in _rows(search.folder, found):
         table.add_row(*row)
     Console(width=220).print(table)
 
@@ -108,7 +112,7 @@ def write_markdown(path: Path, search: Search, found: dict[str, dict[str, Any]])
         "",
         f"| {' | '.join(_COLUMNS)} |",
         f"|---|{'---:|' * (len(_COLUMNS) - 1)}",
-        *(f"| {' | '.join(row)} |" for row in _rows(found)),
+        *(f"| {' | '.join(row)} |" for row in _rows(search.folder, found)),
     ]
     path.write_text("\n".join(lines) + "\n")
 

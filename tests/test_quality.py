@@ -19,6 +19,7 @@ from benchmarks.quality_report import best_results
 from benchmarks.quality_run import Rates, Run, read_result, train
 from benchmarks.quality_search import BETA2, Progress, search_baseline, search_rates
 from benchmarks.quality_sweep import Search
+from benchmarks.quality_time import MAIN, read_times
 
 NAMES = ["adamw", "grass-columns-1/4", "grass-rows-1/4"]
 
@@ -261,12 +262,32 @@ def test_every_method_trains_with_less_state_than_adamw() -> None:
 
 def test_times_have_ratios_to_both_baselines(tmp_path: Path) -> None:
     pytest.importorskip("galore_torch")
-    figures = tmp_path / "times.json"
-    main(["--time", "--small", "--rounds", "2", "--json", str(figures)])
+    figures, names = tmp_path / "larger.json", ["adamw", "apollo-mini"]
+    sweep(tmp_path / "out", "--time", "--rounds", "2", "--json", str(figures), methods=names)
     found = json.loads(figures.read_text())["results"]
+    change = {name: found[f"{name}, change of subspace"]["refresh"]["seconds_median"] for name in MAIN}
+    assert change["adamw"] == 0.0
+    assert change["galore-torch-1/8"] > 0.0
     for baseline in ("adamw", "galore-torch-1/8"):
-        for name in ("adamw", "grass-columns-1/8", "galore-torch-1/8"):
-            for phase in ("step", "optimizer"):
-                ratio = found[f"{name} against {baseline}"][phase]["ratio"]
-                assert ratio == 1.0 if name == baseline else ratio > 0.0
-    assert found["galore-torch-1/8, change of subspace"]["refresh"]["seconds_median"] > 0.0
+        for name in MAIN:
+            own = found[f"{name} against {baseline}"]
+            for phase in ("step", "optimizer", "step and change"):
+                assert own[phase]["ratio"] == 1.0 if name == baseline else own[phase]["ratio"] > 0.0
+            added = own["step and change"]["seconds_median"] - own["step"]["seconds_median"]
+            assert added == pytest.approx(change[name] / 200, abs=1e-9)
+    times = read_times(tmp_path / "out")
+    assert list(times) == names
+    assert times["adamw"]["step"]["ratio"] == 1.0
+
+
+def test_reported_times_are_those_of_the_timing(out: Path, tmp_path: Path) -> None:
+    table, times = tmp_path / "table.md", out / "times.json"
+    results = {"grass-rows-1/4": {"step": {"ratio": 0.751}, "optimizer": {"ratio": 0.499}}}
+    times.write_text(json.dumps({"results": results}))
+    try:
+        sweep(out, "--markdown", str(table))
+    finally:
+        times.unlink()
+    rows = {row.split(" | ")[0].removeprefix("| "): row for row in table.read_text().splitlines()}
+    assert "| 0.75x | 0.50x |" in rows["grass-rows-1/4"]
+    assert "| not timed | not timed |" in rows["adamw"]
