@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from narrowgauge.optimizers import CompactOptimizer
+from narrowgauge.optimizers import OwnOptimizer
 from narrowgauge.optimizers.shards import Shard, StatePiece
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,7 +26,6 @@ from torch import Tensor
 
 from .errors import CheckpointError
 from .fragments import local_shards, masters_to_model
-from .optimizer_schema import OurOptimizer
 from .weights import load_weights, save_weights
 from .zero_backends import gather_again
 
@@ -182,7 +181,7 @@ def _state_of(engine: Any) -> Any:
     return engine.basic_optimizer
 
 
-def _own_optimizer(engine: Any) -> OurOptimizer | None:
+def _own_optimizer(engine: Any) -> OwnOptimizer | None:
     return getattr(engine, "own_optimizer", None)
 
 
@@ -213,7 +212,7 @@ def _write_optimizer(engine: Any, folder: Path) -> str | None:
 def _dense_state(engine: Any, flat: Tensor) -> dict[str, Any]:
     """The state of a flat tensor; 8-bit moments in fp32."""
     own = _own_optimizer(engine)
-    return own.dense_state(flat) if isinstance(own, CompactOptimizer) else _state_of(engine).state.get(flat, {})
+    return own.dense_state(flat) if own is not None else _state_of(engine).state.get(flat, {})
 
 
 def _own_pieces(engine: Any) -> dict[Tensor, list[StatePiece]]:
@@ -292,7 +291,7 @@ def _group_of_parameters(engine: Any) -> dict[str, int]:
     return {engine.param_names[p]: number for number, group in enumerate(groups) for p in group}
 
 
-def _load_subspace(own: OurOptimizer | None, folder: Path, state: dict[str, Any]) -> None:
+def _load_subspace(own: OwnOptimizer | None, folder: Path, state: dict[str, Any]) -> None:
     if (state["subspace"] is None) != (own is None):
         kind = "one of DeepSpeed's or torch's optimizers" if own is not None else "one of narrowgauge's optimizers"
         raise CheckpointError(f"{folder}: saved with {kind}")
@@ -316,10 +315,9 @@ def _load_optimizer(engine: Any, folder: Path, state: dict[str, Any]) -> None:
     own_pieces, own = _own_pieces(engine), _own_optimizer(engine)
     flats = {id(shard.flat): shard.flat for shard in local_shards(engine)}.values()
     with torch.no_grad():
-        if isinstance(own, CompactOptimizer) and own.base == "AdamW8bit":
-            # What is read is dense, and a tensor whose moments had just been forgotten has none.
+        if own is not None:
             for flat in flats:
-                own.state.pop(flat, None)
+                own.expect_dense_state(flat)
         for shard in local_shards(engine):
             if MASTER not in saved.get(shard.name, {}):
                 raise CheckpointError(f"{folder}: no state of {shard.name}; the engine is partly restored")
@@ -332,7 +330,7 @@ def _load_optimizer(engine: Any, folder: Path, state: dict[str, Any]) -> None:
                 _set_scalar(base, shard, key, number)
         for piece in (piece for pieces in own_pieces.values() for piece in pieces):
             _read_into(piece.tensor, piece.name, piece.start, saved.get(piece.name, {}).get(piece.key, []))
-        if isinstance(own, CompactOptimizer):
+        if own is not None:
             for flat in flats:
                 own.accept_dense_state(flat)
 

@@ -4,7 +4,7 @@ import inspect
 from typing import Annotated, Any, Optional, get_type_hints
 
 import torch
-from narrowgauge.optimizers import OPTIMIZERS, CompactOptimizer, ShardedOptimizer
+from narrowgauge.optimizers import OPTIMIZERS, CompactOptimizer, OwnOptimizer
 from pydantic import Field, create_model, model_validator
 
 from .deepspeed_schema import Count, Flag, StrictBlock
@@ -42,8 +42,6 @@ _TYPES: dict[str, Any] = {
 # Given by the engine.
 _NOT_OPTIONS = {"self", "model", "backend"}
 
-OurOptimizer = CompactOptimizer | ShardedOptimizer
-
 
 class OptimizerParams(StrictBlock):
     """The arguments of one of :mod:`narrowgauge.optimizers`."""
@@ -59,7 +57,7 @@ class OptimizerParams(StrictBlock):
         return found
 
 
-def _schema_of(cls: type[OurOptimizer]) -> type[OptimizerParams]:
+def _schema_of(cls: type[OwnOptimizer]) -> type[OptimizerParams]:
     hints = get_type_hints(cls.__init__)
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(cls).parameters.items():
@@ -88,7 +86,7 @@ OUR_ONLY = {key for schema in OUR_OPTIMIZERS.values() for key in schema.model_fi
 }
 
 
-def make_optimizer(name: str, model: torch.nn.Module, arguments: dict[str, Any], backend: Any = None) -> OurOptimizer:
+def make_optimizer(name: str, model: torch.nn.Module, arguments: dict[str, Any], backend: Any = None) -> OwnOptimizer:
     """An optimizer of ours on ``model``.
 
     Args:
@@ -101,4 +99,4 @@ def make_optimizer(name: str, model: torch.nn.Module, arguments: dict[str, Any],
     return cls(model, **arguments, **({"backend": backend} if issubclass(cls, CompactOptimizer) else {}))
 
 
-__all__ = ["OUR_ONLY", "OUR_OPTIMIZERS", "OptimizerParams", "OurOptimizer", "make_optimizer"]
+__all__ = ["OUR_ONLY", "OUR_OPTIMIZERS", "OptimizerParams", "make_optimizer"]

@@ -2,14 +2,14 @@
 
 from typing import Any
 
+from narrowgauge.optimizers import OwnOptimizer
 from torch import nn
 
 from .config import Config
-from .optimizer_schema import OurOptimizer
 
 
 def check_supported(
-    config: Config, model: nn.Module | None = None, mpu: Any = None, *, client: OurOptimizer | None = None
+    config: Config, model: nn.Module | None = None, mpu: Any = None, *, client: OwnOptimizer | None = None
 ) -> None:
     """Refuse combinations in which one of our optimizers would train wrongly, or has never been tested.
 

@@ -25,14 +25,33 @@ from narrowgauge.optimizers.shards import ShardMap
 from torch import Tensor
 
 
-class PartitionedStateBackend(LocalBackend):
+class _OverRanks:
+    """What all stages do over DeepSpeed's process ranks."""
+
+    def __init__(self, zero_optimizer: Any, shards: Callable[[], ShardMap]) -> None:
+        self._zero, self._make_shards = zero_optimizer, shards
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            comm.all_reduce(tensor)
+            tensor.div_(comm.get_world_size())
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            comm.broadcast(tensor, 0)
+
+    def shards(self) -> ShardMap:
+        return self._make_shards()
+
+
+class PartitionedStateBackend(_OverRanks, LocalBackend):
     """ZeRO-1 and ZeRO-2: weights and compact values whole on every rank, masters and moments in flat partitions.
 
     After a step every rank has the compact values of all ranks, so folding needs no traffic.
     """
 
     def __init__(self, zero_optimizer: Any, shards: Callable[[], ShardMap]) -> None:
-        self._zero, self._make_shards = zero_optimizer, shards
+        super().__init__(zero_optimizer, shards)
         # DeepSpeed's BF16_Optimizer (ZeRO-1, bf16 with fp32 gradient accumulation) has other names for the same things.
         bf16_optimizer = hasattr(zero_optimizer, "bf16_groups_flat")
         self._flat = zero_optimizer.bf16_groups_flat if bf16_optimizer else zero_optimizer.bit16_groups_flat
@@ -63,15 +82,6 @@ class PartitionedStateBackend(LocalBackend):
             mapping = _compact(layer)._hp_mapping
             if mapping is not None:
                 mapping.hp_fragment.zero_()
-
-    def average_(self, tensors: Sequence[Tensor]) -> None:
-        _average_(tensors)
-
-    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        _broadcast_(tensors)
-
-    def shards(self) -> ShardMap:
-        return self._make_shards()
 
     def _round_masters(self, layers: Sequence[CompactLayer], seed: int) -> None:
         """Round this rank's fp32 masters stochastically into the bf16 compact values, and gather all ranks'."""
@@ -123,7 +133,7 @@ class _FillUnderZeroInit:
             self._module.weight.convert_to_zero_parameters(param_list=[self._module.compact])  # pyright: ignore
 
 
-class PartitionedWeightBackend:
+class PartitionedWeightBackend(_OverRanks):
     """ZeRO-3: weights, compact values, masters and moments all in flat shards.
 
     Between changes of subspace nothing is folded: DeepSpeed gathers ``compact`` together with ``weight`` in forward
@@ -132,7 +142,7 @@ class PartitionedWeightBackend:
     """
 
     def __init__(self, zero_optimizer: Any, layers: Sequence[CompactLayer], shards: Callable[[], ShardMap]) -> None:
-        self._zero, self._make_shards = zero_optimizer, shards
+        super().__init__(zero_optimizer, shards)
         for layer in layers:
             layer.module.overlay = not layer.module.is_delta
 
@@ -168,12 +178,6 @@ class PartitionedWeightBackend:
             safe_set_local_fp32_param(compact, compact.ds_tensor)
         gather_again([p for layer in layers for p in (layer.module.weight, layer.module.compact)])
 
-    def average_(self, tensors: Sequence[Tensor]) -> None:
-        _average_(tensors)
-
-    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        _broadcast_(tensors)
-
     @torch.no_grad()
     def change_subspace(
         self, layers: Sequence[CompactLayer], indices: Sequence[Tensor], decays: Sequence[float], *, seed: int
@@ -197,20 +201,6 @@ class PartitionedWeightBackend:
         for sub_group, group_id in self._zero.sub_group_to_group_id.items():
             if self._zero.optimizer.param_groups[group_id] is group:
                 yield self._zero.fp32_partitioned_groups_flat[sub_group]
-
-    def shards(self) -> ShardMap:
-        return self._make_shards()
-
-
-def _average_(tensors: Sequence[Tensor]) -> None:
-    for tensor in tensors:
-        comm.all_reduce(tensor)
-        tensor.div_(comm.get_world_size())
-
-
-def _broadcast_(tensors: Sequence[Tensor]) -> None:
-    for tensor in tensors:
-        comm.broadcast(tensor, 0)
 
 
 def _compact(layer: CompactLayer) -> Any:

@@ -5,12 +5,11 @@ from typing import Any, Literal
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from narrowgauge.optimizers import CompactOptimizer
+from narrowgauge.optimizers import CompactOptimizer, OwnOptimizer, ShardedOptimizer
 from narrowgauge.optimizers.backend import LocalBackend, SubspaceBackend
 
 from .checkpoint import load_checkpoint, save_checkpoint, together
 from .fragments import EngineShards
-from .optimizer_schema import OurOptimizer
 from .zero_backends import PartitionedStateBackend, PartitionedWeightBackend
 
 
@@ -22,15 +21,15 @@ class Engine(DeepSpeedEngine):
     once per applied step.
     """
 
-    own_optimizer: OurOptimizer
+    own_optimizer: OwnOptimizer
     module: torch.nn.Module
 
-    def __init__(self, *, optimizer: OurOptimizer, **kwargs: Any) -> None:
+    def __init__(self, *, optimizer: OwnOptimizer, **kwargs: Any) -> None:
         self.__dict__["own_optimizer"] = optimizer
         super().__init__(optimizer=optimizer, **kwargs)
         if isinstance(optimizer, CompactOptimizer):
             optimizer.defer_to_engine(self._make_backend(optimizer))
-        else:
+        elif isinstance(optimizer, ShardedOptimizer):
             optimizer.defer_to_engine(EngineShards(self) if self.zero_optimization_stage() else optimizer.shards)
 
     def _make_backend(self, optimizer: CompactOptimizer) -> SubspaceBackend:
@@ -47,7 +46,7 @@ class Engine(DeepSpeedEngine):
         super().step(lr_kwargs)
         if self.was_step_applied():
             own.after_step(learning_rates)
-        elif self.skipped_steps > num_skipped and isinstance(own, CompactOptimizer):
+        elif self.skipped_steps > num_skipped:
             own.forget_observed()
 
     def write_back(self) -> None:
@@ -128,6 +127,5 @@ class Engine(DeepSpeedEngine):
         """
         self.write_back()
         state = super()._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
-        layers = self.own_optimizer.layers if isinstance(self.own_optimizer, CompactOptimizer) else ()
-        compact = {f"{layer.name}.compact" for layer in layers}
+        compact = {f"{layer.name}.compact" for layer in self.own_optimizer.layers}
         return {k: v for k, v in state.items() if k not in compact} if state is not None else None

@@ -9,12 +9,11 @@ from .galore import GaLore
 from .grass import Grass
 from .lamb import Lamb
 from .lars import Lars
+from .own_optimizer import OwnOptimizer
 from .sharded import ShardedOptimizer
 
 # By the names that configurations use.
-OPTIMIZERS: dict[str, type[CompactOptimizer] | type[ShardedOptimizer]] = {
-    cls.__name__: cls for cls in (Grass, GaLore, Frugal, Apollo, Lamb, Lars)
-}
+OPTIMIZERS: dict[str, type[OwnOptimizer]] = {cls.__name__: cls for cls in (Grass, GaLore, Frugal, Apollo, Lamb, Lars)}
 
 __all__ = [
     "OPTIMIZERS",
@@ -27,5 +26,6 @@ __all__ = [
     "Grass",
     "Lamb",
     "Lars",
+    "OwnOptimizer",
     "ShardedOptimizer",
 ]

@@ -1,8 +1,8 @@
 """What the optimizers of compact parameters have in common: base, fold, refresh, state."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +11,20 @@ from .backend import LocalBackend, SubspaceBackend
 from .bases import BaseName, dense_state, make_base, quantize_state_
 from .conversion import CompactLayer
 from .groups import build_groups
-from .shards import StatePiece
-
-STATE_VERSION = 2
+from .own_optimizer import OwnOptimizer
 
 
-class CompactOptimizer(torch.optim.Optimizer):
+class CompactOptimizer(OwnOptimizer):
     """Trains the compact parameters of converted layers, and all others, with a base optimizer.
 
     Parameter groups and state are shared with the base, so that whoever replaces the groups' parameters (ZeRO does)
     replaces the base's. A subclass converts the layers and says in :meth:`_change_subspace` what a refresh does.
 
     Attributes:
-        layers: the converted layers.
-        num_steps, num_refreshes: finished so far.
-        in_engine: an engine calls :meth:`after_step`.
+        num_refreshes: changes of subspace so far.
     """
+
+    state_version: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -64,10 +62,8 @@ class CompactOptimizer(torch.optim.Optimizer):
         self.backend: SubspaceBackend = backend or LocalBackend()
         self.refresh_interval = refresh_interval
         self.seed = seed
-        self.num_steps = 0
         self.num_refreshes = 0
         self.base: BaseName = base
-        self.in_engine = False
         try:
             self._fill_compact()
             groups = build_groups(
@@ -97,15 +93,8 @@ class CompactOptimizer(torch.optim.Optimizer):
         owner = {id(layer.module.compact): layer.name for layer in self.layers}
         # By position: engines replace the parameters of the groups, and loading a state replaces the groups.
         self._group_of = {owner[id(p)]: i for i, g in enumerate(groups) for p in g["params"] if id(p) in owner}
-        self._step_hook = self.register_step_post_hook(CompactOptimizer._after_own_step)
-
-    @staticmethod
-    def check_options(**options: Any) -> None:
-        """Check the constructor's options that need no model.
-
-        Raises:
-            ValueError: ``option: what was found, what is needed``.
-        """
+        self._begin()
+        self._observe_next_step()
 
     def _fill_compact(self) -> None:
         for layer in self.layers:
@@ -127,8 +116,7 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     def defer_to_engine(self, backend: SubspaceBackend) -> None:
         """Hand fold and refresh to an engine that will call :meth:`after_step` itself, once per optimizer step."""
-        self._step_hook.remove()
-        self.in_engine = True
+        self._leave_to_engine()
         self.backend = backend
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -139,7 +127,6 @@ class CompactOptimizer(torch.optim.Optimizer):
             self.forget_observed()
 
     def forget_observed(self) -> None:
-        """Forget the full gradients observed since the last step: it was skipped, they may not be finite."""
         for layer in self.layers:
             layer.module.forget_observed()
 
@@ -150,22 +137,15 @@ class CompactOptimizer(torch.optim.Optimizer):
                 f"another library replaced the parameters of {type(self).__name__} (DeepSpeed ZeRO and FSDP do): under"
                 " DeepSpeed use narrowgauge.engine.initialize; FSDP is not supported"
             )
-        self.after_step(self.learning_rates())
-
-    def learning_rates(self) -> list[float]:
-        """The current learning rate of each parameter group."""
-        return [group["lr"] for group in self.param_groups]
+        super()._after_own_step(args, kwargs)
 
     def after_step(self, learning_rates: Sequence[float]) -> None:
-        """Fold the compact values into the weights, count the step, and refresh when it is due.
-
-        Args:
-            learning_rates: those the step was taken with (a scheduler may have moved on since).
-        """
+        """Fold the compact values into the weights, count the step, and refresh when it is due."""
         self._fold(learning_rates)
-        self.num_steps += 1
+        super().after_step(learning_rates)
         if self.is_refresh_due():
             self.refresh()
+        self._observe_next_step()
 
     def is_refresh_due(self) -> bool:
         """Whether the subspace changes after the step that was just counted."""
@@ -194,6 +174,9 @@ class CompactOptimizer(torch.optim.Optimizer):
     def _change_subspace(self) -> None:
         raise NotImplementedError
 
+    def _observe_next_step(self) -> None:
+        """Begin to observe full gradients if the change of subspace after the coming step needs them."""
+
     def _reset_moments(self) -> None:
         """Forget m, v and the step count: were the count kept, bias correction would make the next updates too
         large.
@@ -209,16 +192,17 @@ class CompactOptimizer(torch.optim.Optimizer):
                         # Made anew by the next step.
                         state.clear()
 
-    def state_pieces(self, flat: Tensor) -> Iterable[StatePiece]:
-        """The state of ``flat`` that is not shaped like it: none."""
-        return ()
-
     def dense_state(self, flat: Tensor) -> dict[str, Any]:
-        """The state of ``flat`` as numbers and tensors shaped like it, 8-bit moments in fp32: for checkpoints."""
+        """As in every optimizer; 8-bit moments in fp32."""
         return dense_state(self.state.get(flat, {}))
 
+    def expect_dense_state(self, flat: Tensor) -> None:
+        if self.base == "AdamW8bit":
+            # Its moments are not dense, and if they had just been forgotten when it was saved, there are none to read.
+            self.state.pop(flat, None)
+
     def accept_dense_state(self, flat: Tensor) -> None:
-        """Bring a :meth:`dense_state` that was read into ``state[flat]`` into the base's form.
+        """Bring what was read into ``state[flat]`` into the base's form.
 
         8-bit moments are quantised anew: those of a resumed run differ from the saved ones by the rounding that every
         step does anyway. ``state_dict`` keeps them bit for bit.
@@ -231,14 +215,8 @@ class CompactOptimizer(torch.optim.Optimizer):
         return sum(value.nbytes for layer in self.layers for value in layer.module.subspace().values())
 
     def subspace_state(self) -> dict[str, Any]:
-        """JSON values, and under ``tensors`` what describes the subspaces; with the parameters, moments and groups, all
-        that a resume needs.
-        """
         return {
-            "version": STATE_VERSION,
-            "type": type(self).__name__,
-            "base": self.base,
-            "num_steps": self.num_steps,
+            **super().subspace_state(),
             "num_refreshes": self.num_refreshes,
             "tensors": {
                 f"{layer.name}.{key}": value.cpu()
@@ -248,22 +226,18 @@ class CompactOptimizer(torch.optim.Optimizer):
         }
 
     def load_subspace_state(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`subspace_state`; the compact values are the caller's to restore.
-
-        Raises:
-            ValueError: it was saved by another version, type, side, set of layers or ranks; nothing has changed then.
-        """
-        self._check_subspace_state(state)
+        super().load_subspace_state(state)
         for layer in self.layers:
             keys = layer.module.subspace()
             layer.module.set_subspace({key: state["tensors"][f"{layer.name}.{key}"] for key in keys})
-        self.num_steps, self.num_refreshes = state["num_steps"], state["num_refreshes"]
+        self.num_refreshes = state["num_refreshes"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "base": self.base}
 
     def _check_subspace_state(self, state: dict[str, Any]) -> None:
+        super()._check_subspace_state(state)
         name = type(self).__name__
-        for key, own in (("version", STATE_VERSION), ("type", name), ("base", self.base)):
-            if state.get(key) != own:
-                raise ValueError(f"{name} state: {key} {state.get(key)!r} found, {own!r} expected")
         saved: dict[str, Tensor] = state["tensors"]
         own = {f"{layer.name}.{key}": value for layer in self.layers for key, value in layer.module.subspace().items()}
         if set(saved) != set(own):
@@ -288,10 +262,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it is not this optimizer's state, or belongs to another configuration; nothing has changed then.
         """
-        if "subspace" not in state_dict:
-            raise ValueError(f"not a state of {type(self).__name__}: it has no 'subspace'")
-        subspace = state_dict["subspace"]
-        self._check_subspace_state(subspace)
+        subspace = self._subspace_of(state_dict)
         self._base.param_groups, self._base.state = self.param_groups, self.state
         self._base.load_state_dict({key: value for key, value in state_dict.items() if key != "subspace"})
         self.param_groups, self.state = self._base.param_groups, self._base.state

@@ -143,14 +143,17 @@ class CompactLinear(CompactWeight, nn.Linear):
 
     plain: ClassVar[type[nn.Module]] = nn.Linear
 
-    def _probe_input(self, x_2d: Tensor) -> Tensor | None:
-        """What a probe needs of the input in backward."""
+    def _probe_arguments(
+        self, input: Tensor, compute_dtype: torch.dtype
+    ) -> tuple[Tensor | None, ProbeKind | None, Tensor | None, Tensor | None]:
+        """The probe, its kind, what it needs of the input in backward, and its directions; nothing without one."""
         if self.probe is None:
-            return None
+            return None, None, None, None
+        x_2d = input.detach().reshape(-1, input.shape[-1]).to(compute_dtype)
         if self.probe_kind == "rows":
             assert self.omega is not None
-            return x_2d @ self.omega.to(x_2d.dtype)
-        return x_2d
+            x_2d = x_2d @ self.omega.to(x_2d.dtype)
+        return self.probe, self.probe_kind, x_2d, self.omega
 
     def _compute_dtype(self, input: Tensor) -> torch.dtype:
         """The dtype of the matrix products: the input's, or autocast's.
@@ -166,11 +169,31 @@ class CompactLinear(CompactWeight, nn.Linear):
         return input.dtype
 
 
-def probe_gradient(
-    kind: ProbeKind, grad_y_2d: Tensor, probe_input: Tensor, omega: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """The gradient of a probe, from what :meth:`CompactLinear._probe_input` kept."""
-    if kind == "columns":
-        assert omega is not None
-        grad_y_2d = grad_y_2d @ omega.to(grad_y_2d.dtype)
-    return grad_y_2d.t().mm(probe_input).to(dtype)
+def keep_dtypes(
+    ctx: Any, x: Tensor, bias: Tensor | None, compact: Tensor, probe: Tensor | None, probe_kind: ProbeKind | None
+) -> None:
+    """In the forward of a compact linear layer's autograd function: what its gradients have to be."""
+    ctx.x_dtype, ctx.compact_dtype = x.dtype, compact.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.probe_kind, ctx.probe_dtype = probe_kind, None if probe is None else probe.dtype
+
+
+def other_gradients(
+    ctx: Any, grad_y: Tensor, grad_y_2d: Tensor, weight: Tensor, probe_input: Tensor | None, omega: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """In its backward: the gradients of input, bias and probe, all but that of ``compact``.
+
+    The function's first arguments are ``x, weight, bias, compact``; :func:`keep_dtypes` was called in forward.
+    """
+    grad_x = grad_bias = grad_probe = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad_y.matmul(weight.to(grad_y.dtype)).to(ctx.x_dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad_y_2d.sum(0).to(ctx.bias_dtype)
+    if probe_input is not None:
+        observed = grad_y_2d
+        if ctx.probe_kind == "columns":
+            assert omega is not None
+            observed = observed @ omega.to(observed.dtype)
+        grad_probe = observed.t().mm(probe_input).to(ctx.probe_dtype)
+    return grad_x, grad_bias, grad_probe

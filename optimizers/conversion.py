@@ -28,11 +28,14 @@ def rank_of(dim: int, *, rank: int | None, density: float | None) -> int:
     return max(1, round(density * dim))
 
 
-def refuse_wrapped(model: nn.Module) -> None:
+def refuse_wrapped(model: nn.Module, *, in_engine: bool) -> None:
     """Raise if DDP, FSDP, DeepSpeed or ``torch.compile`` already holds the model's old parameters.
 
     Parameters made after the wrapping would be invisible to it: DDP then leaves each rank with its own gradient and
-        says nothing.
+    says nothing.
+
+    Args:
+        in_engine: an engine makes the optimizer, and can deal with parameters made under ``deepspeed.zero.Init``.
 
     Raises:
         ValueError: naming the wrapper.
@@ -45,6 +48,8 @@ def refuse_wrapped(model: nn.Module) -> None:
             f"the model is already wrapped by {wrapper}: create the optimizer first, then wrap the model with"
             " DistributedDataParallel or torch.compile; under DeepSpeed use narrowgauge.engine.initialize"
         )
+    if not in_engine and any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError("the model was built under deepspeed.zero.Init: use narrowgauge.engine.initialize")
 
 
 def wrappers_of(model: nn.Module) -> Iterator[str]:

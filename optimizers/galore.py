@@ -11,7 +11,7 @@ from .backend import SubspaceBackend, projected
 from .bases import BaseName, check_base
 from .compact import CompactOptimizer
 from .conversion import CompactLayer, find_targets, rank_of, refuse_wrapped
-from .options import check_adam, check_choice, check_count, check_number
+from .options import check_adam, check_choice, check_count, check_number, check_one_given, check_share
 from .projected_linear import ProjectedLinear
 from .selection import derive_seed
 from .statistics import aligned, directions, iterated_basis, leading_basis, random_basis
@@ -119,9 +119,7 @@ class GaLore(CompactOptimizer):
             base=base,
             reference_compatible=reference_compatible,
         )
-        refuse_wrapped(model)
-        if backend is None and any(hasattr(p, "ds_id") for p in model.parameters()):
-            raise ValueError("the model was built under deepspeed.zero.Init: use narrowgauge.engine.initialize")
+        refuse_wrapped(model, in_engine=backend is not None)
         self.projector, self.oversampling, self.moments = projector, oversampling, moments
         self.reference_compatible = reference_compatible
         layers, full_rank = _convert(
@@ -144,16 +142,12 @@ class GaLore(CompactOptimizer):
             fused=fused,
             backend=backend,
         )
-        self._observe_next_step()
 
     @staticmethod
     def check_options(**options: Any) -> None:
-        rank, density = options["rank"], options["density"]
-        if (rank is None) == (density is None):
-            raise ValueError(f"give exactly one of rank and density; found rank={rank}, density={density}")
+        check_one_given(options, ("rank", "density"))
         check_count(options, "rank", optional=True)
-        if density is not None and not 0.0 < density <= 1.0:
-            raise ValueError(f"density: {density} found, a number in (0, 1] is needed")
+        check_share(options, "density")
         check_count(options, "refresh_interval", optional=True)
         check_number(options, "scale", above=0.0)
         check_choice(options, "side", ("std", "left", "right", "full"))
@@ -177,10 +171,6 @@ class GaLore(CompactOptimizer):
 
     def _is_observed(self, step: int) -> bool:
         return self.refresh_interval is not None and bool(self.layers) and step % self.refresh_interval == 0
-
-    def after_step(self, learning_rates: Sequence[float]) -> None:
-        super().after_step(learning_rates)
-        self._observe_next_step()
 
     def load_subspace_state(self, state: dict[str, Any]) -> None:
         super().load_subspace_state(state)

@@ -13,7 +13,7 @@ from .carry import carry_moments
 from .compact import CompactOptimizer
 from .conversion import find_targets, refuse_wrapped
 from .norm_statistics import NormStatistics, Statistics
-from .options import check_adam, check_choice, check_count
+from .options import check_adam, check_choice, check_count, check_one_given, check_share
 from .selected_layers import SelectedTarget, convert_selected, dim_of, index_of, ranks_of
 from .selected_weight import Side
 from .selection import SELECTION_RULES, derive_seed, replacement_scales, select_index
@@ -151,9 +151,7 @@ class Grass(CompactOptimizer):
             foreach=foreach,
             fused=fused,
         )
-        refuse_wrapped(model)
-        if backend is None and any(hasattr(p, "ds_id") for p in model.parameters()):
-            raise ValueError("the model was built under deepspeed.zero.Init: use narrowgauge.engine.initialize")
+        refuse_wrapped(model, in_engine=backend is not None)
         self.rule = SELECTION_RULES[selection]
         self.side, self.moments = side, moments
         self.decay: Decay = decay or ("all" if self.rule.repeats else "active")
@@ -194,7 +192,6 @@ class Grass(CompactOptimizer):
             fused=fused,
             backend=backend,
         )
-        self._observe_next_step()
 
     @staticmethod
     def check_options(**options: Any) -> None:
@@ -203,13 +200,10 @@ class Grass(CompactOptimizer):
         Raises:
             ValueError: naming the option, what was found and what is allowed.
         """
-        sizes = {key: options[key] for key in ("rank", "density", "budget")}
-        if sum(value is not None for value in sizes.values()) != 1:
-            found = ", ".join(f"{key}={value}" for key, value in sizes.items())
-            raise ValueError(f"give exactly one of rank, density and budget; found {found}")
+        check_one_given(options, ("rank", "density", "budget"))
         check_count(options, "rank", optional=True)
         check_count(options, "budget", optional=True)
-        _check_share(options, "density")
+        check_share(options, "density")
         for key, allowed in _CHOICES.items():
             check_choice(options, key, allowed)
         check_count(options, "sketch_size")
@@ -237,10 +231,6 @@ class Grass(CompactOptimizer):
         if self._interval is not None:
             return step == self._interval.next_refresh
         return step % self.refresh_interval == 0
-
-    def after_step(self, learning_rates: Sequence[float]) -> None:
-        super().after_step(learning_rates)
-        self._observe_next_step()
 
     def _observe_next_step(self) -> None:
         if self.rule.uses_norms and self._is_refreshed_after(self.num_steps + 1):
@@ -343,13 +333,6 @@ _CHOICES = {
 }
 
 
-def _check_share(options: dict[str, Any], key: str) -> None:
-    value = options[key]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (number and 0.0 < value <= 1.0):
-        raise ValueError(f"{key}: {value} found, a number in (0, 1] is needed")
-
-
 def _check_refresh(options: dict[str, Any]) -> None:
     selection, interval, longest = (options[key] for key in ("selection", "refresh_interval", "max_refresh_interval"))
     repeats = selection == "multinomial_replacement"
@@ -358,7 +341,7 @@ def _check_refresh(options: dict[str, Any]) -> None:
     if options["decay"] == "active" and repeats:
         raise ValueError(f"decay: 'active' found, 'all' is needed with selection {selection!r}")
     check_count(options, "max_refresh_interval", optional=True)
-    _check_share(options, "adaptive_refresh")
+    check_share(options, "adaptive_refresh")
     if options["adaptive_refresh"] is None:
         if longest is not None:
             raise ValueError(f"max_refresh_interval: {longest} found, but adaptive_refresh is None")

@@ -1,7 +1,7 @@
 """Checks of options that several optimizers have."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -37,6 +37,29 @@ def check_count(options: Mapping[str, Any], key: str, *, optional: bool = False)
         return
     if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         raise ValueError(f"{key}: {value!r} found, an integer of at least 1{' or None' if optional else ''} is needed")
+
+
+def check_share(options: Mapping[str, Any], key: str) -> None:
+    """Raise unless ``options[key]`` is a number in (0, 1] or None.
+
+    Raises:
+        ValueError: naming the option, what was found and what is needed.
+    """
+    value = options[key]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0.0 < value <= 1.0):
+        raise ValueError(f"{key}: {value} found, a number in (0, 1] is needed")
+
+
+def check_one_given(options: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Raise unless exactly one of ``options[key]`` is not None.
+
+    Raises:
+        ValueError: naming the options and what was found.
+    """
+    if sum(options[key] is not None for key in keys) != 1:
+        found = ", ".join(f"{key}={options[key]}" for key in keys)
+        raise ValueError(f"give exactly one of {', '.join(keys[:-1])} and {keys[-1]}; found {found}")
 
 
 def check_choice(options: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact_linear import CompactLinear, ProbeKind, probe_gradient
+from .compact_linear import CompactLinear, ProbeKind, keep_dtypes, other_gradients
 
 
 def project(x: Tensor, basis: Tensor | None, selected: Tensor | None) -> Tensor:
@@ -72,13 +72,11 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         probe_input: Tensor | None,
         omega: Tensor | None,
     ) -> Tensor:
-        ctx.x_dtype, ctx.compact_dtype = x.dtype, compact.dtype
+        keep_dtypes(ctx, x, bias, compact, probe, probe_kind)
         x = x.to(compute_dtype)
         y = F.linear(x, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
         projected = project(x.reshape(-1, x.shape[-1]), right, right_index)
         ctx.save_for_backward(projected, weight, left, left_index, probe_input, omega)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.probe_kind, ctx.probe_dtype = probe_kind, None if probe is None else probe.dtype
         return y
 
     @staticmethod
@@ -86,16 +84,10 @@ class _ProjectedLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_y,) = grad_outputs
         projected, weight, left, left_index, probe_input, omega = ctx.saved_tensors
-        grad_x = grad_bias = grad_compact = grad_probe = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y.matmul(weight.to(grad_y.dtype)).to(ctx.x_dtype)
-        grad_y_2d = grad_y.reshape(-1, grad_y.shape[-1])
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad_y_2d.sum(0).to(ctx.bias_dtype)
+        grad_y_2d, grad_compact = grad_y.reshape(-1, grad_y.shape[-1]), None
+        grad_x, grad_bias, grad_probe = other_gradients(ctx, grad_y, grad_y_2d, weight, probe_input, omega)
         if ctx.needs_input_grad[3]:
             grad_compact = project(grad_y_2d, left, left_index).t().mm(projected).to(ctx.compact_dtype)
-        if probe_input is not None:
-            grad_probe = probe_gradient(ctx.probe_kind, grad_y_2d, probe_input, omega, ctx.probe_dtype)
         return grad_x, None, grad_bias, grad_compact, *(None,) * 5, grad_probe, None, None, None
 
 
@@ -179,10 +171,7 @@ class ProjectedLinear(CompactLinear):
             self.right,
             self.right_index,
             compute_dtype,
-            self.probe,
-            self.probe_kind if self.probe is not None else None,
-            self._probe_input(input.detach().reshape(-1, input.shape[-1]).to(compute_dtype)),
-            self.omega,
+            *self._probe_arguments(input, compute_dtype),
         )
 
     def extra_repr(self) -> str:

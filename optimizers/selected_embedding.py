@@ -66,7 +66,6 @@ class SelectedEmbedding(SelectedWeight, nn.Embedding):
     Tokens of other rows get no gradient. The weight is ``(m, n)``: ``num_embeddings`` and ``embedding_dim``.
     """
 
-    is_delta: ClassVar[bool] = False
     plain: ClassVar[type[nn.Module]] = nn.Embedding
 
     @staticmethod

@@ -10,14 +10,14 @@ For ``y = x W^T + b`` with ``W`` of shape ``(m, n)``, ``W`` is frozen and ``comp
 held as values instead of as a delta.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact_linear import CompactLinear, ProbeKind, probe_gradient
+from .compact_linear import CompactLinear, ProbeKind, keep_dtypes, other_gradients
 from .selected_weight import SelectedWeight, Side, read_selected, write_selected_
 from .shared_copy import SharedCopy
 
@@ -43,7 +43,7 @@ class _SelectedLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         if overlay:
             write_selected_(weight.data, compact.data, index, start, dim=1 if columns else 0)
-        ctx.x_dtype = x.dtype
+        keep_dtypes(ctx, x, bias, compact, probe, probe_kind)
         x = x.to(compute_dtype)
         y = F.linear(x, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
         saved_x = shared_x if shared_x is not None else x
@@ -52,9 +52,6 @@ class _SelectedLinearFunction(torch.autograd.Function):
         # The weight is saved as it is, not its cast: autocast must not keep a second copy of the model alive.
         ctx.save_for_backward(saved_x, weight, index, compact if overlay else None, probe_input, omega)
         ctx.start, ctx.columns = start, columns
-        ctx.compact_dtype = compact.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.probe_kind, ctx.probe_dtype = probe_kind, None if probe is None else probe.dtype
         return y
 
     @staticmethod
@@ -64,12 +61,8 @@ class _SelectedLinearFunction(torch.autograd.Function):
         saved_x, weight, index, compact, probe_input, omega = ctx.saved_tensors
         if compact is not None:
             write_selected_(weight.data, compact.data, index, ctx.start, dim=1 if ctx.columns else 0)
-        grad_x = grad_bias = grad_compact = grad_probe = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y.matmul(weight.to(grad_y.dtype)).to(ctx.x_dtype)
-        grad_y_2d = grad_y.reshape(-1, grad_y.shape[-1])
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad_y_2d.sum(0).to(ctx.bias_dtype)
+        grad_y_2d, grad_compact = grad_y.reshape(-1, grad_y.shape[-1]), None
+        grad_x, grad_bias, grad_probe = other_gradients(ctx, grad_y, grad_y_2d, weight, probe_input, omega)
         if ctx.needs_input_grad[3]:
             if ctx.columns:
                 grad_compact = grad_y_2d.t().mm(saved_x)
@@ -77,8 +70,6 @@ class _SelectedLinearFunction(torch.autograd.Function):
                 x_2d = saved_x.reshape(-1, saved_x.shape[-1])
                 grad_compact = read_selected(grad_y_2d, index, ctx.start, dim=1).t().mm(x_2d)
             grad_compact = grad_compact.to(ctx.compact_dtype)
-        if probe_input is not None:
-            grad_probe = probe_gradient(ctx.probe_kind, grad_y_2d, probe_input, omega, ctx.probe_dtype)
         return grad_x, None, grad_bias, grad_compact, *(None,) * 5, grad_probe, *(None,) * 4
 
 
@@ -89,7 +80,6 @@ class SelectedLinear(SelectedWeight, CompactLinear):
         shared: the copy of the selected inputs that is shared with other layers; columns only.
     """
 
-    is_delta: ClassVar[bool] = False
     shared: SharedCopy | None
 
     @staticmethod
@@ -120,10 +110,7 @@ class SelectedLinear(SelectedWeight, CompactLinear):
             self.side == "columns",
             self.overlay,
             compute_dtype,
-            self.probe,
-            self.probe_kind if self.probe is not None else None,
-            self._probe_input(input.detach().reshape(-1, input.shape[-1]).to(compute_dtype)),
-            self.omega,
+            *self._probe_arguments(input, compute_dtype),
             self._shared_input(input, compute_dtype),
         )
 

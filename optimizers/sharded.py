@@ -1,7 +1,7 @@
 """What the optimizers on full gradients have in common: groups, shards, counting, state."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,12 +11,11 @@ from torch.distributed.tensor import DTensor
 
 from .conversion import find_targets
 from .groups import build_groups
-from .shards import LocalShards, ShardMap, StatePiece
+from .own_optimizer import OwnOptimizer
+from .shards import LocalShards, ShardMap
 
-STATE_VERSION = 1
 
-
-class ShardedOptimizer(torch.optim.Optimizer):
+class ShardedOptimizer(OwnOptimizer):
     """An optimizer on the whole averaged gradient that works on shards of parameters.
 
     In plain PyTorch, under DDP and at ZeRO stage 0 a shard is a whole parameter. ZeRO replaces the parameters of the
@@ -30,7 +29,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         needs_matrices: ``target_modules`` must match something.
         saves_traffic: less than the whole gradient is reduced.
         shards: how the parameters are cut.
-        num_steps: optimizer steps finished.
     """
 
     needs_matrices: ClassVar[bool] = True
@@ -74,22 +72,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         groups = build_groups(model, [], matrices, param_groups, lr=lr, matrix_lr_scale=matrix_lr_scale)
         super().__init__(groups, {"lr": lr, **defaults})
         self.shards: ShardMap = LocalShards(model)
-        self.num_steps = 0
-        self._step_hook = self.register_step_post_hook(ShardedOptimizer._after_own_step)
+        self._begin()
         self._warned = False
         self._warn_of_traffic()
 
-    @staticmethod
-    def check_options(**options: Any) -> None:
-        """Check the constructor's options that need no model.
-
-        Raises:
-            ValueError: ``option: what was found, what is needed``.
-        """
-
     def defer_to_engine(self, shards: ShardMap) -> None:
         """Work on these shards, for an engine that will call :meth:`after_step` itself, once per optimizer step."""
-        self._step_hook.remove()
+        self._leave_to_engine()
         self.shards = shards
         self._warn_of_traffic()
 
@@ -114,13 +103,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 stacklevel=3,
             )
 
-    def _after_own_step(self, args: Any, kwargs: Any) -> None:
-        self.after_step(self.learning_rates())
-
-    def learning_rates(self) -> list[float]:
-        """The current learning rate of each parameter group."""
-        return [group["lr"] for group in self.param_groups]
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update the parameters of all groups; under ZeRO, of those that DeepSpeed has put into the groups."""
@@ -141,40 +123,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
-    def after_step(self, learning_rates: Sequence[float]) -> None:
-        """Count a finished step.
-
-        Args:
-            learning_rates: those the step was taken with.
-        """
-        self.num_steps += 1
-
-    def state_pieces(self, flat: Tensor) -> Iterable[StatePiece]:
-        """The state of ``flat`` that is not shaped like it, allocated if there is none yet: for checkpoints."""
-        return ()
-
-    def subspace_bytes(self) -> int:
-        """Bytes of what describes the subspaces and is whole on every process rank."""
-        return 0
-
-    def subspace_state(self) -> dict[str, Any]:
-        """The counters; with the parameters, states and groups, all that a resume needs."""
-        return {"version": STATE_VERSION, "type": type(self).__name__, "num_steps": self.num_steps}
-
-    def load_subspace_state(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`subspace_state`.
-
-        Raises:
-            ValueError: it was saved by another version or type of optimizer; nothing has changed then.
-        """
-        self._check_subspace_state(state)
-        self.num_steps = state["num_steps"]
-
-    def _check_subspace_state(self, state: dict[str, Any]) -> None:
-        for key, own in (("type", type(self).__name__), ("version", STATE_VERSION)):
-            if state.get(key) != own:
-                raise ValueError(f"{type(self).__name__} state: {key} {state.get(key)!r} found, {own!r} expected")
-
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and the counters under ``subspace``."""
         return {**super().state_dict(), "subspace": self.subspace_state()}
@@ -185,15 +133,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it is not this optimizer's state; nothing has changed then.
         """
-        if "subspace" not in state_dict:
-            raise ValueError(f"not a state of {type(self).__name__}: it has no 'subspace'")
-        self._check_subspace_state(state_dict["subspace"])
+        subspace = self._subspace_of(state_dict)
         saved, own = ([len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], self.param_groups))
         if saved != own:
             raise ValueError(
                 f"{type(self).__name__} state: parameter groups of {saved} parameters found, this optimizer has {own}"
             )
-        self.load_subspace_state(state_dict["subspace"])
+        self.load_subspace_state(subspace)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "subspace"})
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, flat in zip(numbers, (p for group in self.param_groups for p in group["params"]), strict=True):

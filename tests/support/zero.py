@@ -1,6 +1,7 @@
 """Running Grass under DeepSpeed ZeRO inside a pool of process ranks."""
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -92,17 +93,29 @@ def reference_run(steps: int, dtype: torch.dtype = torch.float32, **params: Any)
     block = options.pop("selection", "uniform") == "block"
     model = tiny(dtype=dtype)
     reference = ReferenceGrass(model, is_matrix=is_matrix, options_of=options_of, block=block, **options)
-    losses = []
-    for step in range(steps):
-        total = 0.0
-        for micro_batch in token_batch(step, 8).chunk(ACCUMULATION):
-            loss = model(micro_batch) / ACCUMULATION
-            loss.backward()
-            total += float(loss.detach())
-        reference.step(CLIP)
-        model.zero_grad()
-        losses.append(total)
-    return losses, model.state_dict()
+    return plain_steps(model, steps, lambda: reference.step(CLIP)), model.state_dict()
+
+
+def plain_steps(model: torch.nn.Module, steps: int, update: Callable[[], object]) -> list[float]:
+    """The losses of one process on the whole batches; ``update`` clips and makes the step."""
+    return [plain_step(model, step, update) for step in range(steps)]
+
+
+def plain_step(model: torch.nn.Module, step: int, update: Callable[[], object]) -> float:
+    total = 0.0
+    for micro_batch in token_batch(step, 8).chunk(ACCUMULATION):
+        loss = model(micro_batch) / ACCUMULATION
+        loss.backward()
+        total += float(loss.detach())
+    update()
+    model.zero_grad()
+    return total
+
+
+def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of a parameter."""
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - value).norm() / value.norm()) for name, value in expected.items())
 
 
 def finish(engine: Any) -> None:

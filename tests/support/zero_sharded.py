@@ -8,40 +8,29 @@ import torch
 from narrowgauge.optimizers import OPTIMIZERS, ShardedOptimizer
 from torch import Tensor
 
-from tests.support.models import tiny, token_batch
-from tests.support.zero import ACCUMULATION, CLIP, ds_config, finish, full_weights, make_engine, train_step
+from tests.support.models import tiny
+from tests.support.zero import CLIP, ds_config, finish, full_weights, make_engine, plain_steps, train_step, worst
 
 
 def one_process(kind: str, params: dict[str, Any], steps: int) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and weights on the whole batch, with accumulation and clipping."""
     model = tiny()
+    cls: Any = OPTIMIZERS[kind]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of more than one process rank
-        optimizer = OPTIMIZERS[kind](model, **params)
-    losses = []
-    for step in range(steps):
-        total = 0.0
-        for micro_batch in token_batch(step, 8).chunk(ACCUMULATION):
-            loss = model(micro_batch) / ACCUMULATION
-            loss.backward()
-            total += float(loss.detach())
+        optimizer = cls(model, **params)
+
+    def update() -> None:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         assert float(norm) > CLIP, "clipping must take part"
         optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-    return losses, model.state_dict()
+
+    return plain_steps(model, steps, update), model.state_dict()
 
 
 def engine_of(kind: str, params: dict[str, Any], stage: int, *, zero_init: bool = False, **overrides: Any) -> Any:
     optimizer = {"type": kind, "params": params}
     return make_engine(ds_config(stage, optimizer=optimizer, **overrides), zero_init=zero_init)
-
-
-def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest relative difference of a parameter."""
-    assert found.keys() == expected.keys()
-    return max(float((found[name] - value).norm() / value.norm()) for name, value in expected.items())
 
 
 def compare_with_one_process(
