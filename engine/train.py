@@ -27,6 +27,7 @@ from .metrics import MetricsLog, step_records
 from .model import build_model
 from .offload_metrics import OffloadMeter, summarize_offload
 from .plan import Plan, plan_together
+from .preemption import Preempted, StopRequest
 from .preflight import ensure_environment, process_rank, world_size
 from .progress import ProgressView
 from .run_folder import (
@@ -71,29 +72,33 @@ def train(
 
     Raises:
         UserError: the configuration, data, run folder or a checkpoint does not hold; the same on every process rank.
+        Preempted: SIGTERM or SIGUSR1 came; a checkpoint has been saved. The same on every process rank.
     """
     ensure_environment()
     console = console or Console()
-    plan, lock = plan_together(config, overrides, fresh, console)
-    ensure_extensions(plan.config, console)
-    init_distributed()
-    run = _Run(plan, console)
-    try:
-        run.execute()
-    finally:
-        if run.offload is not None:
-            run.offload.close()
-        dist.destroy_process_group()
-        if lock is not None:
-            lock.release()
+    with StopRequest() as stop:
+        plan, lock = plan_together(config, overrides, fresh, console)
+        ensure_extensions(plan.config, console)
+        init_distributed()
+        run = _Run(plan, console, stop)
+        try:
+            run.execute()
+        finally:
+            if run.offload is not None:
+                run.offload.close()
+            dist.destroy_process_group()
+            if lock is not None:
+                lock.release()
     return plan.run_dir
 
 
 class _Run:
     """One process rank's side of a run."""
 
-    def __init__(self, plan: Plan, console: Console) -> None:
+    def __init__(self, plan: Plan, console: Console, stop: StopRequest) -> None:
         self.plan, self.console = plan, console
+        # What this rank was asked, and whether any rank was by the end of the last step.
+        self.stop, self.must_stop = stop, False
         self.is_first_rank = process_rank() == 0
         self.timer, self.traffic = PhaseTimer(), TrafficCounter()
         self.tokens_per_step = plan.batches.total * plan.data.sequence_length
@@ -223,8 +228,13 @@ class _Run:
             last = step == training.steps
             if last or (training.eval_interval and step % training.eval_interval == 0):
                 self.history["eval_loss"] = self._evaluate(step, view, metrics)
-            if last or (training.checkpoint_interval and step % training.checkpoint_interval == 0):
+            is_due = last or (training.checkpoint_interval and step % training.checkpoint_interval == 0)
+            if is_due or self.must_stop:
                 self._save(step)
+            if self.must_stop and not last:
+                raise Preempted(
+                    f"asked to end: saved after step {step} of {training.steps}; the same command goes on from there"
+                )
 
     def _step(self, step: int, batches: Iterator[torch.Tensor]) -> dict[str, Any]:
         engine, plan = self.engine, self.plan
@@ -233,7 +243,8 @@ class _Run:
         before = self.traffic.reduced, self.traffic.gathered
         started = time.perf_counter()
         learning_rates = _learning_rates(engine)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+        # The loss, and the number of ranks that were asked to end.
+        sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
         waited = 0.0
         for _ in range(plan.batches.accumulation_steps):
             asked = time.perf_counter()
@@ -245,13 +256,16 @@ class _Run:
                 engine.backward(loss)
             with self.timer.phase("optimizer"):
                 engine.step()
-            loss_sum += loss.detach()
+            sums[0] += loss.detach()
         sent = {
             "reduced": round(self.traffic.reduced - before[0]),
             "gathered": round(self.traffic.gathered - before[1]),
         }
-        dist.all_reduce(loss_sum)
-        mean = float(loss_sum) / (plan.batches.accumulation_steps * world_size())
+        sums[1] = self.stop.received is not None
+        dist.all_reduce(sums)
+        loss_sum, num_asked = sums.tolist()
+        self.must_stop = num_asked > 0
+        mean = loss_sum / (plan.batches.accumulation_steps * world_size())
         moved, stalled = self.offload_meter.step()
         seconds = {**self.timer.collect(), "data_wait": waited, **stalled}
         seconds["step"] = time.perf_counter() - started

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from narrowgauge.engine.errors import UserError
+from narrowgauge.engine.preemption import EXIT_PREEMPTED, Preempted
 from rich.console import Console
 
 app = typer.Typer(
@@ -132,10 +133,14 @@ _KNOWN_TO_US = (
 
 
 def main() -> None:
-    """Run the command; bad input ends with its message on stderr and exit code 2."""
+    """Run the command; bad input ends with its message on stderr and exit code 2, a preempted run with 75."""
     try:
         app()
     except UserError as error:
         if not error.on_all_ranks or int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
+    except Preempted as reason:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(reason, file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_PREEMPTED)

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import DataError
+from ..preemption import ignore_stop_signals
 from .order import sample_order
 
 
@@ -92,4 +93,5 @@ def training_loader(dataset: PackedTokens, sampler: RankSampler, num_workers: in
         multiprocessing_context="fork" if num_workers else None,
         prefetch_factor=8 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_stop_signals,
     )

@@ -50,14 +50,14 @@ def run(*words: str, ranks: int = 1, launcher: str = "torchrun", **extra: str) -
     )
 
 
-def start(*words: str, ranks: int = 1) -> "subprocess.Popen[str]":
+def start(*words: str, ranks: int = 1, stderr: Any = subprocess.DEVNULL) -> "subprocess.Popen[str]":
     """Start and return at once."""
     return subprocess.Popen(  # noqa: S603
         arguments(*words, ranks=ranks),
         env=environment(),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
         text=True,
     )
 
