@@ -25,9 +25,10 @@ from .deepspeed_schema import (
 )
 from .errors import ConfigError, did_you_mean
 from .json_file import apply_overrides, read_json
+from .launch_block import LaunchBlock
 from .optimizer_schema import OUR_ONLY, OUR_OPTIMIZERS, OptimizerParams
 
-OWN_BLOCKS = ("model", "data", "training", "logging", "activation_offload")
+OWN_BLOCKS = ("model", "data", "training", "logging", "launch", "activation_offload")
 
 
 class ModelBlock(StrictBlock):
@@ -154,6 +155,7 @@ class RunConfig(DeepSpeedKeys):
     data: DataBlock | None = None
     training: TrainingBlock | None = None
     logging: LoggingBlock | None = None
+    launch: LaunchBlock | None = None
 
 
 @dataclass(frozen=True)

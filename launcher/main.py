@@ -57,6 +57,25 @@ def train(
 
 
 @app.command()
+def launch(
+    config: _CONFIG,
+    set_: _SET = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="As of train.")] = False,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option(help="Lines of 'NAME slots=N', reached over ssh; default /job/hostfile where there is one."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the commands.")] = False,
+) -> None:
+    """Train on all GPUs of this machine, of a SLURM allocation or of the machines in a hostfile."""
+    _quieten()
+    from .launch import launch as run
+
+    code = run(config, overrides=set_ or [], fresh=fresh, hostfile=hostfile, dry_run=dry_run, console=_console())
+    raise typer.Exit(code)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     folder: Annotated[Path, typer.Argument(help="Where the Hugging Face model goes; made if it does not exist.")],

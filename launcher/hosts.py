@@ -1,0 +1,71 @@
+"""Hosts: read from DeepSpeed's hostfile or SLURM's environment, and checked before anything is started on them."""
+
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from narrowgauge.engine.errors import UserError
+
+_LINE = re.compile(r"(?P<name>[A-Za-z0-9_.:-]+)(?:\s+slots=(?P<slots>\d+))?")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine and the process ranks it takes; None where the hostfile does not say."""
+
+    name: str
+    slots: int | None
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """Read ``NAME slots=N`` lines, as DeepSpeed's; blank lines and ``#`` comments are skipped.
+
+    Raises:
+        UserError: the file cannot be read, a line is not of this form, a host stands twice, there is none, or the
+            slots differ.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--hostfile {path}: cannot be read: {error}") from error
+    hosts: list[Host] = []
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        match = _LINE.fullmatch(text)
+        if match is None:
+            raise UserError(f"{path}, line {number}: {text!r} found, 'NAME slots=N' is needed")
+        slots = int(match["slots"]) if match["slots"] is not None else None
+        if slots == 0:
+            raise UserError(f"{path}, line {number}: {match['name']} has 0 slots, at least 1 is needed")
+        if any(host.name == match["name"] for host in hosts):
+            raise UserError(f"{path}, line {number}: {match['name']} stands twice")
+        hosts.append(Host(match["name"], slots))
+    if not hosts:
+        raise UserError(f"{path}: no host found")
+    first = hosts[0]
+    for host in hosts:
+        if host.slots != first.slots:
+            raise UserError(
+                f"{path}: {first.name} has {first.slots} slots and {host.name} has {host.slots}; all hosts need the"
+                " same number"
+            )
+    return hosts
+
+
+def check_resolve(hosts: list[Host]) -> None:
+    """Check that every name leads to an address.
+
+    Raises:
+        UserError: naming the hosts that do not.
+    """
+    unknown = []
+    for host in hosts:
+        try:
+            socket.getaddrinfo(host.name, None)
+        except OSError:
+            unknown.append(host.name)
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: no address found for {'this host' if len(unknown) == 1 else 'these'}")

@@ -1,0 +1,183 @@
+"""``narrowgauge launch --hostfile`` over ssh, on hosts with networks of their own."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.network import Network, missing
+from tests.support.command import ROOT, environment, losses, run, tiny_config
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+MORE = ["--set", "launch.interface=eth0", "--set", "launch.threads_per_process=1"]
+LAUNCH = [sys.executable, "-m", "narrowgauge.launcher", "launch"]
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    with Network(tmp_path_factory.mktemp("network"), 2) as made:
+        yield made
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> Path:
+    path = tmp_path / "hostfile"
+    path.write_text("# two hosts\nh1 slots=1\nh2 slots=1\n")
+    return path
+
+
+def launch(network: Network, *words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(  # noqa: S603
+        network.words("h1", *LAUNCH, *words),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def start(network: Network, *words: str, stderr: Path) -> "subprocess.Popen[str]":
+    with stderr.open("w") as file:
+        return subprocess.Popen(  # noqa: S603
+            network.words("h1", *LAUNCH, *words),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            text=True,
+        )
+
+
+def wait_for_step(run_dir: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 180
+    while max(losses(run_dir), default=0) < step:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended too early"
+        time.sleep(0.01)
+
+
+def left_over(network: Network) -> list[str]:
+    return [line for host in network.names for line in network.processes(host)]
+
+
+def test_two_hosts_train_as_two_ranks_of_one_do(network: Network, hostfile: Path, corpus: Path, tmp_path: Path) -> None:
+    config = str(tiny_config(corpus, tmp_path))
+    result = launch(network, config, *MORE, "--hostfile", str(hostfile))
+    assert result.returncode == 0, result.stderr
+    assert "--rdzv-endpoint h1:29500" in result.stdout
+    alone = tmp_path / "alone"
+    assert run("train", config, "--set", f"logging.run_dir={alone}", ranks=2).returncode == 0
+    assert losses(tmp_path / "run") == losses(alone)
+    assert left_over(network) == []
+
+
+def test_a_dry_run_prints_and_starts_nothing(network: Network, hostfile: Path, corpus: Path, tmp_path: Path) -> None:
+    config = str(tiny_config(corpus, tmp_path))
+    result = launch(network, config, *MORE, "--hostfile", str(hostfile), "--dry-run")
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first.startswith("h1: OMP_NUM_THREADS=1 NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0 ")
+    assert first.replace("h1: ", "h2: ").replace("--local-addr h1", "--local-addr h2") == second
+    assert "--nproc-per-node 1 --max-restarts 0" in first
+    assert first.endswith(
+        f"-m narrowgauge.launcher train {config} --set launch.interface=eth0 --set launch.threads_per_process=1"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_asked_to_end_it_saves_and_goes_on_later(
+    network: Network, hostfile: Path, corpus: Path, tmp_path: Path
+) -> None:
+    config, run_dir = str(tiny_config(corpus, tmp_path)), tmp_path / "run"
+    more = [*MORE, "--set", "training.steps=60", "--hostfile", str(hostfile)]
+    process = start(network, config, *more, stderr=tmp_path / "stderr")
+    wait_for_step(run_dir, 6, process)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(90) == 75, (tmp_path / "stderr").read_text()
+    assert left_over(network) == []
+    reached = max(losses(run_dir))
+    assert reached < 60
+    assert (run_dir / "checkpoints" / f"step-{reached}").is_dir()
+    result = launch(network, config, *more)
+    assert result.returncode == 0, result.stderr
+    assert f"resumed after step {reached}" in result.stdout + result.stderr
+    assert sorted(losses(run_dir)) == list(range(1, 61))
+
+
+def test_a_cut_link_ends_all_processes_and_a_restart_resumes(
+    network: Network, hostfile: Path, corpus: Path, tmp_path: Path
+) -> None:
+    config, run_dir = str(tiny_config(corpus, tmp_path)), tmp_path / "run"
+    more = [*MORE, "--set", "training.steps=400", "--hostfile", str(hostfile)]
+    process = start(network, config, *more, stderr=tmp_path / "stderr")
+    wait_for_step(run_dir, 10, process)
+    begin = time.monotonic()
+    network.cut("h2")
+    try:
+        assert process.wait(75) == 1
+        while left_over(network) and time.monotonic() - begin < 75:
+            time.sleep(0.5)
+        assert left_over(network) == []
+    finally:
+        network.mend("h2")
+    assert "h2" in (tmp_path / "stderr").read_text()
+    reached = max(losses(run_dir))
+    assert reached < 400
+    result = launch(network, config, *more, "--set", f"training.steps={reached + 4}")
+    assert result.returncode == 0, result.stderr
+    assert "resumed after step" in result.stdout + result.stderr
+
+
+def test_a_configuration_that_one_host_lacks(hostfile: Path, corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    config = tiny_config(corpus, folder)
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    with Network(keys, 2, hide={"h2": folder}) as network:
+        result = launch(network, str(config), *MORE, "--hostfile", str(hostfile))
+        assert result.returncode == 2
+        assert result.stderr.splitlines() == [f"error: h2: {config}: No such file or directory"]
+        assert left_over(network) == []
+
+
+def test_a_port_in_use(network: Network, hostfile: Path, corpus: Path, tmp_path: Path) -> None:
+    config = str(tiny_config(corpus, tmp_path))
+    listen = "import socket, time; s = socket.create_server(('', 29500)); print(flush=True); time.sleep(100)"
+    taken = subprocess.Popen(network.words("h1", sys.executable, "-c", listen), stdout=subprocess.PIPE)  # noqa: S603
+    try:
+        assert taken.stdout is not None
+        taken.stdout.readline()
+        result = launch(network, config, *MORE, "--hostfile", str(hostfile))
+    finally:
+        taken.kill()
+        taken.wait()
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == ["error: h1: port 29500 is in use; set launch.port"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no host found"),
+        ("h1 slots=1\nh1 slots=1\n", "line 2: h1 stands twice"),
+        ("h1 slots=1\nh2 slots=2\n", "h1 has 1 slots and h2 has 2; all hosts need the same number"),
+        ("h1 slots=one\n", "line 1: 'h1 slots=one' found, 'NAME slots=N' is needed"),
+        ("h1 slots=0\n", "line 1: h1 has 0 slots, at least 1 is needed"),
+        ("h1 slots=1\nnowhere slots=1\n", "nowhere: no address found for this host"),
+    ],
+)
+def test_hostfiles_that_do_not_hold(network: Network, corpus: Path, tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text(text)
+    result = launch(network, str(tiny_config(corpus, tmp_path)), *MORE, "--hostfile", str(path))
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
