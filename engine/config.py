@@ -95,6 +95,8 @@ class TrainingBlock(StrictBlock):
     checkpoint_interval: Count | None = None
     """Steps between checkpoints; there is always one at the end."""
     keep_checkpoints: Count = 2
+    hang_timeout: float | None = Field(1800.0, gt=0.0, allow_inf_nan=False)
+    """Seconds in which something must get done, a micro-batch or a whole checkpoint, else all ranks end."""
     sample_prompt: str | None = None
     """Text the trained model continues at the end of the run."""
     sample_tokens: Count = 64

@@ -51,6 +51,7 @@ from .summary import (
 from .summary_table import print_summary
 from .timing import PhaseTimer
 from .traffic import TrafficCounter
+from .watchdog import Watchdog
 
 
 def train(
@@ -82,7 +83,8 @@ def train(
         init_distributed()
         run = _Run(plan, console, stop)
         try:
-            run.execute()
+            with Watchdog(plan.training.hang_timeout, plan.run_dir) as run.watchdog:
+                run.execute()
         finally:
             if run.offload is not None:
                 run.offload.close()
@@ -102,6 +104,7 @@ class _Run:
         self.is_first_rank = process_rank() == 0
         self.timer, self.traffic = PhaseTimer(), TrafficCounter()
         self.tokens_per_step = plan.batches.total * plan.data.sequence_length
+        self.watchdog: Watchdog
         self.engine: Any = None
         self.offload: ActivationOffload | None = None
         self.offload_meter = OffloadMeter(None)
@@ -112,6 +115,7 @@ class _Run:
         self.engine = self._make_engine()
         self.offload = getattr(self.engine, "activation_offload", None)
         self.offload_meter = OffloadMeter(self.offload)
+        self.watchdog.beat("loading the checkpoint")
         first_step = self._resume()
         if self.is_first_rank:
             self._write_head()
@@ -248,12 +252,16 @@ class _Run:
         waited = 0.0
         for _ in range(plan.batches.accumulation_steps):
             asked = time.perf_counter()
+            self.watchdog.beat(f"step {step}, waiting for data")
             tokens = next(batches).to(engine.device, non_blocking=True)
             waited += time.perf_counter() - asked
+            self.watchdog.beat(f"step {step}, forward")
             with self.timer.phase("forward"):
                 loss = engine(input_ids=tokens, labels=tokens).loss
+            self.watchdog.beat(f"step {step}, backward")
             with self.timer.phase("backward"):
                 engine.backward(loss)
+            self.watchdog.beat(f"step {step}, optimizer")
             with self.timer.phase("optimizer"):
                 engine.step()
             sums[0] += loss.detach()
@@ -292,6 +300,7 @@ class _Run:
             self.plan.eval_data,
             num_sequences=self.plan.training.eval_sequences,
             micro_batch_size=self.plan.batches.micro,
+            beat=lambda: self.watchdog.beat(f"evaluation after step {step}"),
         )
         if metrics is not None:
             metrics.write(step, {"eval_loss": loss})
@@ -301,6 +310,7 @@ class _Run:
 
     def _save(self, step: int) -> None:
         folder = self.plan.run_dir / CHECKPOINTS
+        self.watchdog.beat(f"saving after step {step}")
         state = {"step": step, "data_fingerprint": self.plan.prepared.fingerprint, "history": self.history}
         save_checkpoint(self.engine, folder / f"step-{step}", state)
         if self.is_first_rank:
@@ -310,6 +320,7 @@ class _Run:
     def _finish(self) -> None:
         plan, engine = self.plan, self.engine
         training = plan.training
+        self.watchdog.beat("the end of the run")
         sample = None
         if training.sample_prompt is not None:
             sample = sample_text(
