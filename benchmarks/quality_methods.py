@@ -190,7 +190,7 @@ def _adamw8bit_state(shapes: Shapes) -> float:
     return sum(2 * (size + _FP32 * -(-size // 256)) if size >= 4096 else _moments(size) for size in sizes)
 
 
-def _grass_state(shapes: Shapes, *, density: float, side: str) -> float:
+def _grass_state(shapes: Shapes, *, density: float, side: str, **options: Any) -> float:
     total = _moments(sum(shapes.dense))
     for m, n in shapes.matrices:
         chosen, kept = (n, m) if side == "columns" else (m, n)
@@ -224,18 +224,21 @@ def _lora_state(shapes: Shapes, *, share: float) -> float:
     return _moments(sum(rank * (m + n) for m, n in shapes.matrices) + sum(shapes.dense))
 
 
-def _grass(side: str, density: float) -> Method:
-    return Method(make=_own("Grass"), state=_grass_state, options={"density": density, "side": side})
+def _grass(side: str, density: float, **options: Any) -> Method:
+    # Each entry is trained for a share of the steps, and wants to move as far as in AdamW.
+    return Method(
+        make=_own("Grass"), state=_grass_state, options={"density": density, "side": side, **options}, start=1 / density
+    )
 
 
 def _galore(share: float) -> Method:
     options = {"share": share, "scale": 0.25}
-    return Method(make=_own("GaLore"), state=_galore_state, traffic=_galore_traffic, options=options, start=4.0)
+    return Method(make=_own("GaLore"), state=_galore_state, traffic=_galore_traffic, options=options, start=16.0)
 
 
 def _galore_torch(share: float) -> Method:
     options = {"share": share, "scale": 0.25}
-    return Method(make=_make_galore_torch, state=_galore_state, options=options, start=4.0)
+    return Method(make=_make_galore_torch, state=_galore_state, options=options, start=16.0)
 
 
 METHODS: dict[str, Method] = {
@@ -243,6 +246,7 @@ METHODS: dict[str, Method] = {
     "grass-columns-1/8": _grass("columns", 1 / 8),
     "grass-columns-1/4": _grass("columns", 1 / 4),
     "grass-columns-1/16": _grass("columns", 1 / 16),
+    "grass-columns-1/8-siblings": _grass("columns", 1 / 8, shared_inputs="siblings"),
     "grass-rows-1/8": _grass("rows", 1 / 8),
     "adamw8bit": Method(make=_make_adamw8bit, state=_adamw8bit_state),
     "lora-1/8": Method(make=_make_lora, state=_lora_state, options={"share": 1 / 8}, start=2.0),

@@ -62,9 +62,10 @@ class Grass(CompactOptimizer):
             kept for backward at that step. ``exact``: the averaged gradient itself, formed and reduced at that step.
             ``local``: the first process rank's gradient, formed there and not reduced.
         sketch_size: the relative error of a norm is about ``1 / sqrt(2 * sketch_size)``.
-        shared_inputs: layers that share an input share the choice of columns, and keep one copy of them for backward.
-            ``siblings`` finds them by their names (q, k and v; gate and up) where it applies; a list of lists of globs
-            over module names says which siblings; None shares nothing. Not for rows or ``multinomial_replacement``.
+        shared_inputs: layers that share an input share the choice of columns, and keep one copy of them for backward,
+            which saves memory and costs about 1 % of loss (``benchmarks/quality.py``). ``siblings`` finds them by their
+            names (q, k and v; gate and up) where it applies; a list of lists of globs over module names says which
+            siblings; None shares nothing. Not for rows or ``multinomial_replacement``.
         refresh_interval: optimizer steps between changes of subspace; None keeps the first one.
         adaptive_refresh: a threshold in (0, 1], for selections by norms: the interval doubles whenever the
             choices of the last five refreshes overlapped this much, on average and above chance (0.4 in Q-GaLore, see
@@ -108,7 +109,7 @@ class Grass(CompactOptimizer):
         selection: Selection = "uniform",
         statistics: Statistics = "sketch",
         sketch_size: int = 32,
-        shared_inputs: SharedInputs = "siblings",
+        shared_inputs: SharedInputs = None,
         refresh_interval: int | None = 100,
         adaptive_refresh: float | None = None,
         max_refresh_interval: int | None = None,

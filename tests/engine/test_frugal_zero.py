@@ -125,6 +125,7 @@ def load_and_go_on(stage: int, params: dict[str, Any], folder: str) -> list[floa
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("selection", "written", "read"), [("randk", 1, 3), ("svd", 3, 2), ("columns", 2, 0)])
 def test_a_run_continues_on_other_ranks_and_stages(
     two_ranks: RankPool, one_rank: RankPool, tmp_path: Path, selection: str, written: int, read: int

@@ -66,6 +66,7 @@ def test_two_ranks_equal_one_process_in_fp32(
             assert torch.equal(result["subspace"]["tensors"][key], basis)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saved_at", "loaded_at", "saved_after"),
     [
@@ -95,6 +96,7 @@ def in_bf16(stage: int) -> tuple[list[float], dict[str, Tensor]]:
     return losses, weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_follows_fp32_and_the_ranks_agree_bit_for_bit(two_ranks: RankPool, stage: int) -> None:
     """Means over ten steps, relative: single losses carry bf16's rounding of the logits."""

@@ -75,6 +75,7 @@ def losses_in_bf16(stage: int, side: str, overrides: dict[str, Any]) -> list[flo
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["columns", "rows"])
 @pytest.mark.parametrize(
     ("stage", "overrides"),

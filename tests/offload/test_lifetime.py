@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from _thread import interrupt_main
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ from torch import Tensor, nn
 
 from tests.offload.faults import open_descriptors
 from tests.offload.support import GatedBackend, assert_nothing_left, new_offload, settle, wait_until
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where a shell started the tests in the background and had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def lane_count() -> int:
@@ -55,6 +64,7 @@ def test_dropped_where_warnings_are_errors(tmp_path: Path) -> None:
     wait_until(lambda: (lane_count(), open_descriptors()) == (lanes, before), "threads or descriptors are left")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_while_closing_gives_the_space_back(tmp_path: Path) -> None:
     backend, before = GatedBackend(), open_descriptors()
     offload = new_offload(tmp_path, backend=backend)
@@ -130,6 +140,7 @@ def test_cannot_be_copied(tmp_path: Path, how: Any) -> None:
     offload.close()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupts_in_backward_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception of a signal handler that arises in a finalizer is printed and forgotten."""
     lost: list[Any] = []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -374,7 +374,10 @@ def test_grass_parity(side: Side, granularity: str, tmp_path: Path) -> None:
     assert min(stats.written, stats.read) >= 0.8 * LAYERS * HIDDEN_BYTES * steps / 2
 
 
-def test_compact_columns_write_only_the_selected_columns(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shared_inputs", "writes"), [(None, 6), ("siblings", 3)])
+def test_compact_columns_write_only_the_selected_columns(
+    tmp_path: Path, shared_inputs: Literal["siblings"] | None, writes: int
+) -> None:
     batch = batch_of("llama", 0)
     spy = SpyBackend()
     model = build("llama")
@@ -384,7 +387,7 @@ def test_compact_columns_write_only_the_selected_columns(tmp_path: Path) -> None
             nn.init.uniform_(parameter, 0.5, 1.5)
     with offloading(tmp_path, backend=spy, min_tensor_bytes=512) as offload:
         dense_bytes = written_by_step(model, batch, offload)
-        optimizer = Grass(model, density=1 / 8, side="columns", refresh_interval=7)
+        optimizer = Grass(model, density=1 / 8, side="columns", shared_inputs=shared_inputs, refresh_interval=7)
         inputs: dict[str, Tensor] = {}
 
         def keep(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -406,10 +409,9 @@ def test_compact_columns_write_only_the_selected_columns(tmp_path: Path) -> None
         assert len(found[0]) == blocks_of(len(selected))
         if name.endswith(("q_proj", "gate_proj", "down_proj")):
             assert not any(piece.startswith(to_bytes(inputs[name])) for piece in written), f"{name}: X was written"
-    # q, k and v share one input and one selection of it, gate and up another; that of down is its own; o's whole
-    # input is saved by attention in any case.
+    # Dense: q, k and v share one input, gate and up another; that of down is its own; o's is saved by attention too.
     dense = LAYERS * (2 * blocks_of(HIDDEN_BYTES) + blocks_of(2 * HIDDEN_BYTES))
-    compact = LAYERS * (3 * blocks_of(HIDDEN_BYTES // 8) + blocks_of(2 * HIDDEN_BYTES // 8))
+    compact = LAYERS * (writes * blocks_of(HIDDEN_BYTES // 8) + blocks_of(2 * HIDDEN_BYTES // 8))
     assert dense_bytes - compact_bytes == dense - compact
 
 

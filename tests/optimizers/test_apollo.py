@@ -246,6 +246,7 @@ def test_cut_over_two_ranks_in_fp32_and_as_the_reference(two_ranks: RankPool) ->
     check_partitioned(two_ranks.run(train_partitioned, compatible, [0.61], torch.float64), 3, 1e-11)
 
 
+@pytest.mark.slow
 def test_cut_over_three_ranks_equals_one_process(three_ranks: RankPool) -> None:
     """In the second case the middle rank has no element of any parameter."""
     for cuts in ([0.213, 0.641], [0.5, 0.5]):

@@ -203,6 +203,7 @@ def joined(of_ranks: list[Pieces]) -> dict[tuple[str, str], Tensor]:
     return {key: torch.cat([parts[start] for start in sorted(parts)]) for key, parts in pieces.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Grass", "GaLore"])
 @pytest.mark.parametrize(("saved_at", "loaded_at", "saved_after"), [(1, 1, 7), (1, 3, 7), (3, 1, 7), (1, 0, 5)])
 def test_a_checkpoint_holds_the_moments_for_any_number_of_ranks(

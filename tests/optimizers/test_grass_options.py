@@ -69,7 +69,7 @@ def test_shared_columns_are_kept_once_and_the_gradients_are_the_same_bit_for_bit
     def run(share: bool) -> tuple[Any, dict[int, tuple[int, tuple[int, ...]]]]:
         model = llama()
         # The same choice in both, so that the gradients can be compared.
-        optimizer = Grass(model, density=0.25)
+        optimizer = Grass(model, density=0.25, shared_inputs="siblings")
         if not share:
             for layer in optimizer.layers:
                 setattr(layer.module, "shared", None)  # noqa: B010
@@ -88,7 +88,7 @@ def test_shared_columns_are_kept_once_and_the_gradients_are_the_same_bit_for_bit
 
 def test_siblings_choose_the_same_columns_at_every_refresh_and_others_do_not() -> None:
     model = llama()
-    optimizer = Grass(model, density=0.25, refresh_interval=1, selection="multinomial")
+    optimizer = Grass(model, density=0.25, refresh_interval=1, selection="multinomial", shared_inputs="siblings")
     for step in range(3):
         index = {layer.name: layer.module.subspace()["index"] for layer in optimizer.layers}
         for block in ("model.layers.0", "model.layers.1"):
@@ -112,7 +112,7 @@ class Three(nn.Module):
 
 def three(**options: Any) -> tuple[Any, Grass]:
     model = nn.ModuleList([Three()])
-    optimizer = Grass(model, rank=4, **options)
+    optimizer = Grass(model, rank=4, shared_inputs="siblings", **options)
     return model[0], optimizer
 
 
@@ -235,7 +235,7 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool, whole: bool) 
 
 def test_autocast_shares_a_copy_in_its_dtype() -> None:
     model = nn.ModuleList([Three()]).float()
-    Grass(model, rank=4)
+    Grass(model, rank=4, shared_inputs="siblings")
     x = torch.randn(5, 12)
     block: Any = model[0]
     with torch.autocast("cpu", torch.bfloat16):
@@ -246,7 +246,7 @@ def test_autocast_shares_a_copy_in_its_dtype() -> None:
 def test_a_compiled_group_trains_alike() -> None:
     torch._dynamo.reset()
     model, twin = tiny(blocks=1), tiny(blocks=1)
-    optimizers = [Grass(m, density=0.3, refresh_interval=2, lr=1e-3) for m in (model, twin)]
+    optimizers = [Grass(m, density=0.3, refresh_interval=2, lr=1e-3, shared_inputs="siblings") for m in (model, twin)]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for step in range(4):
         for trained, optimizer in zip((compiled, twin), optimizers, strict=True):
