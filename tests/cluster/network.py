@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces on a bridge, each with a host name, a PID namespace and an sshd of its own."""
+"""Hosts on one machine: network namespaces on a bridge, each with a host name, PID namespace and sshd of its own."""
 
 import os
 import shlex

@@ -1,0 +1,108 @@
+"""``narrowgauge slurm``: batch scripts filled in from a configuration, their submission, and a run's progress."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from narrowgauge.engine.config import Config, load_config
+from narrowgauge.engine.errors import UserError
+from narrowgauge.engine.launch_block import LaunchBlock
+from narrowgauge.engine.metrics import step_records
+from narrowgauge.engine.run_folder import METRICS, STARTS, SUMMARY
+from rich.console import Console
+from rich.table import Table
+
+SCRIPTS = ("pretrain", "finetune_1node", "sweep")
+
+
+def render(config: Path, overrides: Sequence[str], script: str) -> str:
+    """The batch script, with the values of ``launch.slurm`` in its ``#SBATCH`` lines.
+
+    Raises:
+        UserError: the configuration does not hold, or there is no such script.
+    """
+    if script not in SCRIPTS:
+        raise UserError(f"--script: {script!r} found, one of {', '.join(SCRIPTS)} is needed")
+    options = (load_config(config, overrides).parsed.launch or LaunchBlock()).slurm
+    lines = files("narrowgauge.slurm").joinpath(f"{script}.sbatch").read_text().splitlines()
+    for key, value in options.items():
+        line = f"#SBATCH --{key}={value}"
+        places = [
+            i for i, text in enumerate(lines) if text == f"#SBATCH --{key}" or text.startswith(f"#SBATCH --{key}=")
+        ]
+        if places:
+            lines[places[0]] = line
+        else:
+            last = max(i for i, text in enumerate(lines) if text.startswith("#SBATCH"))
+            lines.insert(last + 1, line)
+    return "\n".join(lines) + "\n"
+
+
+def submit(config: Path, overrides: Sequence[str], script: str) -> str:
+    """Submit the batch script; returns the job's number.
+
+    Raises:
+        UserError: the configuration does not hold, there is no SLURM, or it refuses the job.
+    """
+    words = [_program("sbatch"), "--parsable", "/dev/stdin", str(config)]
+    words += [word for text in overrides for word in ("--set", text)]
+    done = subprocess.run(  # noqa: S603
+        words, input=render(config, overrides, script), capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise UserError(f"sbatch: {done.stderr.strip()}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def show_status(config: Path, overrides: Sequence[str], console: Console) -> None:
+    """Print how far the run of a configuration is.
+
+    Raises:
+        UserError: the configuration does not hold, or its run has not begun.
+    """
+    checked = load_config(config, overrides)
+    run_dir = _run_dir(checked)
+    starts = [json.loads(line) for line in _lines(run_dir / STARTS)]
+    if not starts:
+        raise UserError(f"{run_dir}: no run has begun there")
+    records = step_records(run_dir) if (run_dir / METRICS).is_file() else []
+    assert checked.parsed.training is not None
+    table = Table(show_header=False)
+    last = records[-1] if records else None
+    step = last["step"] if last is not None else 0
+    table.add_row("step", f"{step} of {checked.parsed.training.steps}")
+    if last is not None:
+        table.add_row("loss", f"{last['loss']:.4f}")
+        table.add_row("tokens/s", f"{last['tokens_per_second']:,.0f}")
+    table.add_row("restarts", str(len(starts) - 1))
+    job = starts[-1]["slurm_job"]
+    state = "finished" if (run_dir / SUMMARY).is_file() else _job_state(job) if job else "not known: not a SLURM job"
+    table.add_row("state", f"{state} (job {job})" if job else state)
+    console.print(table)
+
+
+def _run_dir(config: Config) -> Path:
+    if config.parsed.logging is None or config.parsed.training is None:
+        raise config.error("logging and training: these blocks are needed")
+    return Path(config.parsed.logging.run_dir).expanduser()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def _job_state(job: str) -> str:
+    found = subprocess.run(  # noqa: S603
+        [_program("squeue"), "--noheader", "--format=%T", "--jobs", job], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip().lower() or "not in the queue"
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise UserError(f"there is no {name} on PATH: SLURM is needed")
+    return found
