@@ -1,8 +1,9 @@
 """The ``launch`` block: how the process ranks of a run are started."""
 
-from typing import Literal
+import re
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from .deepspeed_schema import Count, StrictBlock
 
@@ -24,5 +25,17 @@ class LaunchBlock(StrictBlock):
     """Times that torchrun starts all ranks anew after a failure; they resume from the newest checkpoint."""
     shutdown_timeout: Count = 600
     """Seconds that the ranks have to save when they are asked to end."""
+    slurm: dict[str, str | int] = {}
+    """Options of sbatch without their dashes, such as ``{"nodes": 4, "partition": "gpu"}``."""
     environment: dict[str, str] = {}
     """More variables for the ranks."""
+
+    @field_validator("slurm")
+    @classmethod
+    def _one_line_each(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, text in value.items():
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
+                raise ValueError(f"{key!r} found, an option of sbatch without its dashes is needed")
+            if not re.fullmatch(r"[^\s#'\"`$\\]+", str(text)):
+                raise ValueError(f"{key}: {text!r} found, a word without spaces and quotes is needed")
+        return value

@@ -12,7 +12,7 @@ from typing import Any
 from .errors import UserError
 from .json_file import digest, flatten
 
-CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+CONFIG, METRICS, SUMMARY, STARTS = "config.json", "metrics.jsonl", "summary.json", "starts.jsonl"
 CHECKPOINTS, TOKENIZER, TENSORBOARD = "checkpoints", "tokenizer", "tensorboard"
 _LOCK = ".lock"
 

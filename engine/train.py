@@ -1,7 +1,10 @@
 """``narrowgauge train``: one run from a configuration to a summary."""
 
+import json
 import math
+import os
 import shutil
+import socket
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +37,7 @@ from .run_folder import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
+    STARTS,
     SUMMARY,
     TOKENIZER,
     write_json,
@@ -118,7 +122,7 @@ class _Run:
         self.watchdog.beat("loading the checkpoint")
         first_step = self._resume()
         if self.is_first_rank:
-            self._write_head()
+            self._write_head(first_step)
         self.traffic.attach()
         metrics = (
             MetricsLog(plan.run_dir, first_step=first_step, tensorboard=plan.logging.tensorboard)
@@ -134,8 +138,17 @@ class _Run:
                 metrics.close()
         self._finish()
 
-    def _write_head(self) -> None:
+    def _write_head(self, first_step: int) -> None:
         plan = self.plan
+        start = {
+            "time": time.time(),
+            "host": socket.gethostname(),
+            "world_size": world_size(),
+            "after_step": first_step,
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        }
+        with (plan.run_dir / STARTS).open("a") as file:
+            file.write(json.dumps(start) + "\n")
         resolved = {
             "config": plan.config.raw,
             "world_size": world_size(),

@@ -101,6 +101,38 @@ def build(
     _console().print(f"ready: {', '.join(built) if built else 'nothing to build on this machine'}", highlight=False)
 
 
+slurm_app = typer.Typer(no_args_is_help=True, help="Train as a SLURM job.")
+app.add_typer(slurm_app, name="slurm")
+_SCRIPT = Annotated[str, typer.Option(help="pretrain, finetune_1node or sweep.")]
+
+
+@slurm_app.command()
+def render(config: _CONFIG, set_: _SET = None, script: _SCRIPT = "pretrain") -> None:
+    """Print the batch script of a configuration."""
+    _quieten()
+    from .slurm import render as run
+
+    typer.echo(run(config, set_ or [], script), nl=False)
+
+
+@slurm_app.command()
+def submit(config: _CONFIG, set_: _SET = None, script: _SCRIPT = "pretrain") -> None:
+    """Submit the batch script of a configuration; prints the job's number."""
+    _quieten()
+    from .slurm import submit as run
+
+    typer.echo(run(config, set_ or [], script))
+
+
+@slurm_app.command()
+def status(config: _CONFIG, set_: _SET = None) -> None:
+    """Show the progress of a configuration's run: step, loss, tokens/s, restarts."""
+    _quieten()
+    from .slurm import show_status
+
+    show_status(config, set_ or [], _console())
+
+
 bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 app.add_typer(bench_app, name="bench")
 
