@@ -25,8 +25,10 @@ class LaunchBlock(StrictBlock):
     """Times that torchrun starts all ranks anew after a failure; they resume from the newest checkpoint."""
     shutdown_timeout: Count = 600
     """Seconds that the ranks have to save when they are asked to end."""
-    slurm: dict[str, str | int] = {}
-    """Options of sbatch without their dashes, such as ``{"nodes": 4, "partition": "gpu"}``."""
+    rendezvous_host: str | None = Field(default=None, min_length=1)
+    """Where the hosts meet; default the first host's name."""
+    slurm: dict[str, str | int | None] = {}
+    """Options of sbatch without their dashes, such as ``{"nodes": 4, "partition": "gpu"}``; null leaves one out."""
     environment: dict[str, str] = {}
     """More variables for the ranks."""
 
@@ -36,6 +38,6 @@ class LaunchBlock(StrictBlock):
         for key, text in value.items():
             if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
                 raise ValueError(f"{key!r} found, an option of sbatch without its dashes is needed")
-            if not re.fullmatch(r"[^\s#'\"`$\\]+", str(text)):
+            if text is not None and not re.fullmatch(r"[^\s#'\"`$\\]+", str(text)):
                 raise ValueError(f"{key}: {text!r} found, a word without spaces and quotes is needed")
         return value

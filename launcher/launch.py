@@ -75,7 +75,9 @@ def _slurm_command(block: LaunchBlock, words: Sequence[str]) -> list[str]:
         check=True,
     )
     job = os.environ["SLURM_JOB_ID"]
-    rendezvous = Rendezvous(f"{listed.stdout.split()[0]}:{block.port + int(job) % 10000}", job, num_hosts)
+    rendezvous = Rendezvous(
+        f"{block.rendezvous_host or listed.stdout.split()[0]}:{block.port + int(job) % 1000}", job, num_hosts
+    )
     gpus = os.environ.get("SLURM_GPUS_ON_NODE")
     num_processes = block.processes_per_node or (int(gpus) if gpus and gpus.isdigit() else 0) or _num_gpus() or 2
     command = torchrun_command(
@@ -137,7 +139,7 @@ def _run_over_ssh(
 ) -> int:
     check_resolve(hosts)
     num_processes = block.processes_per_node or hosts[0].slots or _num_gpus() or 2
-    rendezvous = Rendezvous(f"{hosts[0].name}:{block.port}", uuid.uuid4().hex[:8], len(hosts))
+    rendezvous = Rendezvous(f"{block.rendezvous_host or hosts[0].name}:{block.port}", uuid.uuid4().hex[:8], len(hosts))
     environment = own_environment(block, num_processes)
     commands = [
         torchrun_command(

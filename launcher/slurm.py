@@ -29,11 +29,13 @@ def render(config: Path, overrides: Sequence[str], script: str) -> str:
     options = (load_config(config, overrides).parsed.launch or LaunchBlock()).slurm
     lines = files("narrowgauge.slurm").joinpath(f"{script}.sbatch").read_text().splitlines()
     for key, value in options.items():
-        line = f"#SBATCH --{key}={value}"
+        line = f"#SBATCH --{key}={value}" if value is not None else None
         places = [
             i for i, text in enumerate(lines) if text == f"#SBATCH --{key}" or text.startswith(f"#SBATCH --{key}=")
         ]
-        if places:
+        if line is None:
+            lines = [text for i, text in enumerate(lines) if i not in places]
+        elif places:
             lines[places[0]] = line
         else:
             last = max(i for i, text in enumerate(lines) if text.startswith("#SBATCH"))

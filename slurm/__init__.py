@@ -1,0 +1,1 @@
+"""Batch scripts; `narrowgauge slurm` fills them in."""

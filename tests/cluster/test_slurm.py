@@ -1,0 +1,127 @@
+"""``narrowgauge slurm`` and the batch scripts on a real SLURM of two nodes."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.slurm import Slurm, missing
+from tests.support.command import BIN, losses, records, run, tiny_config
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+LAUNCH: dict[str, Any] = {
+    "processes_per_node": 1,
+    "threads_per_process": 1,
+    # Both nodes are this machine.
+    "rendezvous_host": "127.0.0.1",
+    "slurm": {"nodes": 2, "gpus-per-node": None, "cpus-per-task": 1, "mem": None, "time": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    with pytest.MonkeyPatch.context() as patch, Slurm(tmp_path_factory.mktemp("slurm"), 2) as made:
+        patch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield made
+
+
+def submit(config: Path, folder: Path, *words: str, **launch: Any) -> str:
+    """Submit with the log in ``folder``; returns the job's number."""
+    done = run("slurm", "submit", str(config), "--set", f"launch.slurm.output={folder}/job.log", *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def config_of(corpus: Path, folder: Path, **changes: Any) -> Path:
+    slurm = {**LAUNCH["slurm"], **changes.pop("slurm", {})}
+    return tiny_config(corpus, folder, launch={**LAUNCH, "slurm": slurm}, **changes)
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 180
+    while max(losses(run_dir), default=0) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on two ranks of this machine, without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = tiny_config(corpus, folder)
+    assert run("train", str(config), "--set", "training.steps=120", ranks=2).returncode == 0
+    return folder / "run"
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    assert losses(found) == losses(expected)
+    evaluations = [{r["step"]: r["eval_loss"] for r in records(d) if "eval_loss" in r} for d in (found, expected)]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_a_job_of_two_nodes_trains_and_shows_its_progress(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+    config = config_of(corpus, tmp_path)
+    number = submit(config, tmp_path)
+    job = slurm.wait(number)
+    log = (tmp_path / "job.log").read_text()
+    assert job["JobState"] == "COMPLETED", log
+    assert "srun --nodes 2 --ntasks-per-node 1" in log
+    alone = tmp_path / "alone"
+    assert run("train", str(config), "--set", f"logging.run_dir={alone}", ranks=2).returncode == 0
+    assert losses(tmp_path / "run") == losses(alone)
+    shown = run("slurm", "status", str(config)).stdout
+    for text in ("12 of 12", f"{losses(alone)[12]:.4f}", "restarts", "finished", number):
+        assert text in shown
+
+
+@pytest.mark.parametrize("how", ["scancel --signal", "time limit"])
+def test_asked_to_end_a_job_requeues_itself_and_resumes_bit_equal(
+    slurm: Slurm, corpus: Path, tmp_path: Path, whole: Path, how: str
+) -> None:
+    limit = {"time": 1, "signal": "B:USR1@50"} if how == "time limit" else {}
+    config = config_of(corpus, tmp_path, slurm=limit)
+    number = submit(config, tmp_path, "--set", "training.steps=120")
+    run_dir = tmp_path / "run"
+    if how == "scancel --signal":
+        wait_for_step(run_dir, 20)
+        assert slurm.run("scancel", "--signal=USR1", "--batch", number).returncode == 0
+    job = slurm.wait(number)
+    log = (tmp_path / "job.log").read_text()
+    assert job["JobState"] == "COMPLETED", log
+    if how == "scancel --signal":
+        assert job["Restarts"] == "1"
+        assert "resumed after step" in log
+    assert_same(run_dir, whole)
+
+
+def test_a_requeued_job_resumes_bit_equal(slurm: Slurm, corpus: Path, tmp_path: Path, whole: Path) -> None:
+    config = config_of(corpus, tmp_path)
+    number = submit(config, tmp_path, "--set", "training.steps=120")
+    wait_for_step(tmp_path / "run", 20)
+    assert slurm.run("scontrol", "requeue", number).returncode == 0
+    job = slurm.wait(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), (tmp_path / "job.log").read_text()
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_script_holds_the_configurations_options(corpus: Path, tmp_path: Path) -> None:
+    config = config_of(corpus, tmp_path, slurm={"partition": "main", "nodes": 3})
+    lines = run("slurm", "render", str(config)).stdout.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    assert lines.count("#SBATCH --nodes=3") == 1
+    assert lines.count("#SBATCH --partition=main") == 1
+    assert not any(line.startswith(("#SBATCH --gpus-per-node", "#SBATCH --mem")) for line in lines)
+    assert [line for line in lines if line.startswith("#SBATCH --signal")] == ["#SBATCH --signal=B:USR1@120"]
+
+
+@pytest.mark.parametrize("value", ['"a b"', '"x;$(id)"', '"`id`"'])
+def test_an_option_that_is_no_word_is_refused(corpus: Path, tmp_path: Path, value: str) -> None:
+    done = run("slurm", "render", str(config_of(corpus, tmp_path)), "--set", f"launch.slurm.comment={value}")
+    assert done.returncode == 2
+    assert "launch.slurm: " in done.stderr
+    assert "a word without spaces and quotes is needed" in done.stderr
