@@ -130,7 +130,7 @@ def write_markdown(path: Path, search: Search, found: dict[str, dict[str, Any]])
 
 
 def plot(path: Path, search: Search, found: dict[str, dict[str, Any]]) -> None:
-    """Loss against memory, one point per method."""
+    """Loss against memory, one point per method, hollow where the search is not finished."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -140,7 +140,8 @@ def plot(path: Path, search: Search, found: dict[str, dict[str, Any]]) -> None:
     families = sorted({method.split("-")[0] for method in found})
     for method, result in found.items():
         x, y = memory_of(result) / _MIB, result["loss"]
-        axes.scatter(x, y, color=f"C{families.index(method.split('-')[0])}")
+        color = f"C{families.index(method.split('-')[0])}"
+        axes.scatter(x, y, edgecolors=color, facecolors=color if result["finished"] else "none")
         axes.annotate(method, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
     if BASELINE in found:
         axes.axhline(found[BASELINE]["loss"], color="grey", linewidth=0.8, linestyle="--")
