@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.models import is_matrix, tiny, token_batch, train_steps
 from tests.support.ranks import RankPool
-from tests.support.reference import choice_name
 from tests.support.selected_reference import SelectedReference, projection, projections
 
 INTERVAL, STEPS = 4, 18
@@ -25,7 +24,7 @@ SIDES = ["columns", "rows"]
 
 def choice_of(parameter: str, side: str, rule: str) -> str:
     """Repeats are not shared."""
-    return parameter if rule == "multinomial_replacement" else choice_name(parameter, side)
+    return parameter
 
 
 def norms_of(model: nn.Module, side: str, rule: str) -> dict[str, Tensor]:
