@@ -36,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--steps", type=int, help="of a run; default 500")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the data")
+    parser.add_argument(
+        "--repeats", type=int, default=0, help="more runs of each method at its best rates, other seeds"
+    )
     parser.add_argument("--small", action="store_true", help="a tiny model and text, to see that everything works")
     parser.add_argument("--report", action="store_true", help="print the table instead of sweeping")
     parser.add_argument("--markdown", type=Path, help="write the table here instead of sweeping")
@@ -84,7 +87,7 @@ def main(words: Sequence[str] | None = None) -> int:
         time_methods(task, methods, rounds=arguments.rounds, folder=arguments.out)
         compare_main(rounds=arguments.rounds, interval=arguments.interval, small=arguments.small, json=arguments.json)
         return 0
-    search = Search(task, Text(task).fingerprint, arguments.out)
+    search = Search(task, Text(task).fingerprint, arguments.out, repeats=arguments.repeats)
     if not (arguments.report or arguments.markdown or arguments.plot):
         sweep = Sweep(search, methods, jobs=arguments.jobs, threads=arguments.threads)
         count = sweep.execute()

@@ -1,6 +1,7 @@
 """The best run of each method: as a table, as Markdown, and as a plot of loss against memory."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ _COLUMNS = (
     "method",
     "validation loss",
     "against AdamW",
+    "mean of seeds",
     "lr, others",
     "lr, matrices",
     "optimizer state",
@@ -32,7 +34,9 @@ _COLUMNS = (
 
 
 def best_results(search: Search, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Of each method with a result, the one of lowest loss, with ``runs`` and ``finished`` added."""
+    """Of each method with a result, the one of lowest loss, with ``runs``, ``finished`` and ``repeated`` added: the
+    losses at its rates with other seeds.
+    """
     found = {}
     for method in methods:
         template = _without_rates(search.run(method, Rates(1.0, 1.0, 1.0)).settings())
@@ -42,7 +46,9 @@ def best_results(search: Search, methods: Sequence[str]) -> dict[str, dict[str, 
         if whole:
             best = min(whole, key=lambda result: result["loss"])
             finished = search.progress(method).best is not None
-            found[method] = {**best, "runs": len(results), "finished": finished}
+            repeated = [search.loss_of(run) for run in search.repeated(method, Rates(**best["settings"]["rates"]))]
+            losses = [loss for loss in repeated if loss is not None]
+            found[method] = {**best, "runs": len(results), "finished": finished, "repeated": losses}
     return found
 
 
@@ -65,6 +71,7 @@ def _rows(folder: Path, found: dict[str, dict[str, Any]]) -> list[list[str]]:
                 method if result["finished"] else f"{method} (unfinished)",
                 f"{result['loss']:.4f}",
                 f"{100 * (result['loss'] / base - 1):+.2f} %" if base is not None else "",
+                _over_seeds([result["loss"], *result["repeated"]]),
                 f"{rates['lr']:.3g}",
                 f"{rates['matrix_lr']:.3g}",
                 _size(size["optimizer"]),
@@ -78,6 +85,11 @@ def _rows(folder: Path, found: dict[str, dict[str, Any]]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _over_seeds(losses: list[float]) -> str:
+    spread = f"{statistics.fmean(losses):.4f} ({min(losses):.4f}-{max(losses):.4f})"
+    return spread if len(losses) > 1 else ""
 
 
 def _ratio(figures: dict[str, Any] | None) -> str:
@@ -100,10 +112,10 @@ def _title(search: Search, found: dict[str, dict[str, Any]]) -> str:
 def show_table(search: Search, found: dict[str, dict[str, Any]]) -> None:
     table = Table(title=_title(search, found), title_justify="left")
     for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for row in _rows(search.folder, found):
         table.add_row(*row)
-    Console(width=220).print(table)
+    Console(width=260).print(table)
 
 
 def write_markdown(path: Path, search: Search, found: dict[str, dict[str, Any]]) -> None:
@@ -118,7 +130,7 @@ def write_markdown(path: Path, search: Search, found: dict[str, dict[str, Any]])
 
 
 def plot(path: Path, search: Search, found: dict[str, dict[str, Any]]) -> None:
-    """Loss against memory, one point per method."""
+    """Loss against memory, one point per method, hollow where the search is not finished."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -128,7 +140,8 @@ def plot(path: Path, search: Search, found: dict[str, dict[str, Any]]) -> None:
     families = sorted({method.split("-")[0] for method in found})
     for method, result in found.items():
         x, y = memory_of(result) / _MIB, result["loss"]
-        axes.scatter(x, y, color=f"C{families.index(method.split('-')[0])}")
+        color = f"C{families.index(method.split('-')[0])}"
+        axes.scatter(x, y, edgecolors=color, facecolors=color if result["finished"] else "none")
         axes.annotate(method, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
     if BASELINE in found:
         axes.axhline(found[BASELINE]["loss"], color="grey", linewidth=0.8, linestyle="--")

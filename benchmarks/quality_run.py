@@ -106,7 +106,7 @@ def _train(run: Run, text: Text) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"step": [], "optimizer": []}
     losses: dict[int, float | None] = {}
     evaluations = {task.steps * (i + 1) // task.num_evaluations for i in range(task.num_evaluations)}
-    gradients = 0
+    gradients = state = 0
     for step, batch in enumerate(text.batches(task), start=1):
         begin = time.perf_counter()
         tokens = batch.to(model.device)
@@ -122,13 +122,15 @@ def _train(run: Run, text: Text) -> dict[str, Any]:
         seconds["step"].append(end - begin)
         seconds["optimizer"].append(end - middle)
         schedule.step()
+        if step == task.steps - 1:
+            # Not after the last one: what observes the gradient for a change of subspace is there at that step alone.
+            state = _bytes(_tensors(optimizer.state)) + _bytes(_held(model)) - held
         if step in evaluations or not finite:
             found = _evaluate(model, text, task) if finite else math.nan
             losses[step] = found if math.isfinite(found) else None
             if losses[step] is None:
                 break
     extra = method.traffic(shapes, **method.options) / task.interval
-    state = _bytes(_tensors(optimizer.state)) + _bytes(_held(model)) - held
     return {
         "loss": losses.get(task.steps),
         "losses": losses,

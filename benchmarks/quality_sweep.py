@@ -25,17 +25,26 @@ BASELINE = "adamw"
 
 
 class Search:
-    """The state of the sweep, as the result files tell it."""
+    """The state of the sweep, as the result files tell it.
 
-    def __init__(self, task: Task, text: str, folder: Path) -> None:
-        self.task, self.text, self.folder = task, text, folder
+    Attributes:
+        repeats: of each method at its best rates, with other seeds.
+    """
+
+    def __init__(self, task: Task, text: str, folder: Path, *, repeats: int = 0) -> None:
+        self.task, self.text, self.folder, self.repeats = task, text, folder, repeats
         self._known: dict[Path, float] = {}
 
     def run(self, method: str, rates: Rates) -> Run:
         return Run(method, rates, self.task, self.text)
 
-    def _loss(self, method: str, rates: Rates) -> float | None:
-        run = self.run(method, rates)
+    def repeated(self, method: str, rates: Rates) -> list[Run]:
+        """The runs at these rates with other seeds."""
+        tasks = [replace(self.task, seed=self.task.seed + 1 + number) for number in range(self.repeats)]
+        return [Run(method, rates, task, self.text) for task in tasks]
+
+    def loss_of(self, run: Run) -> float | None:
+        """The loss of a run: None if it was not made, infinity if training diverged."""
         path = run.path(self.folder)
         if path not in self._known:
             result = read_result(run, self.folder)
@@ -47,16 +56,22 @@ class Search:
     def progress(self, method: str) -> Progress:
         """What ``method`` still needs, or its best rates; neither while AdamW's are not known."""
         baseline = search_baseline(
-            lambda rates: self._loss(BASELINE, rates), self.task.grid_lr, self.task.grid_matrix_lr
+            lambda rates: self.loss_of(self.run(BASELINE, rates)), self.task.grid_lr, self.task.grid_matrix_lr
         )
         if method == BASELINE or baseline.best is None:
             return baseline if method == BASELINE else Progress()
         start = replace(baseline.best, matrix_lr=baseline.best.matrix_lr * METHODS[method].start)
-        return search_rates(lambda rates: self._loss(method, rates), start)
+        return search_rates(lambda rates: self.loss_of(self.run(method, rates)), start)
 
     def missing(self, methods: Sequence[str]) -> list[Run]:
-        """The runs that are needed next, in the order of the methods."""
-        return [self.run(method, rates) for method in methods for rates in self.progress(method).missing]
+        """The runs that are needed next, in the order of the methods; repetitions last."""
+        found, repetitions = [], []
+        for method in methods:
+            progress = self.progress(method)
+            found += [self.run(method, rates) for rates in progress.missing]
+            if progress.best is not None:
+                repetitions += [r for r in self.repeated(method, progress.best) if self.loss_of(r) is None]
+        return found + repetitions
 
 
 @contextmanager
@@ -143,7 +158,7 @@ class Sweep:
         rates = run.rates
         print(
             f"{time.strftime('%H:%M:%S')} {run.method}: lr {rates.lr:.3g}, matrices {rates.matrix_lr:.3g},"
-            f" beta2 {rates.beta2}: {outcome} ({seconds:.0f} s)",
+            f" beta2 {rates.beta2}, seed {run.task.seed}: {outcome} ({seconds:.0f} s)",
             flush=True,
         )
         return result is not None

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .conversion import CompactLayer
+from .options import is_number, is_pair_of_betas
 
 GROUP_OPTIONS = ("lr", "betas", "eps", "weight_decay")
 
@@ -44,14 +45,12 @@ def build_groups(
         if isinstance(spec["params"], str) or not all(isinstance(glob, str) for glob in spec["params"]):
             raise ValueError(f"param_groups[{position}].params: {spec['params']!r} found, a list of globs is needed")
         for key in ("lr", "eps", "weight_decay"):
-            if not (_is_number(spec.get(key, 0.0)) and spec.get(key, 0.0) >= 0.0):
+            if not (is_number(spec.get(key, 0.0)) and spec.get(key, 0.0) >= 0.0):
                 raise ValueError(
                     f"param_groups[{position}].{key}: {spec[key]!r} found, a number of at least 0 is needed"
                 )
         betas = spec.get("betas", (0.0, 0.0))
-        if not (
-            isinstance(betas, list | tuple) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
-        ):
+        if not is_pair_of_betas(betas):
             raise ValueError(f"param_groups[{position}].betas: {betas!r} found, two numbers in [0, 1) are needed")
     compact_names = {f"{layer.name}.compact": f"{layer.name}.weight" for layer in layers}
     matrices = {f"{name}.weight" for name in full_rank}
@@ -77,7 +76,3 @@ def build_groups(
             group["pending_decay"] = 1.0
         groups.append(group)
     return groups
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

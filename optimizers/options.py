@@ -5,6 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or float; True and False are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_pair_of_betas(value: Any) -> bool:
+    """Whether a value is two numbers in [0, 1)."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(is_number(b) and 0.0 <= b < 1.0 for b in value)
+
+
 def check_number(
     options: Mapping[str, Any],
     key: str,
@@ -19,8 +29,7 @@ def check_number(
         ValueError: naming the option, what was found and what is needed.
     """
     value = options[key]
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (number and value >= at_least and above < value < below):
+    if not (is_number(value) and math.isfinite(value) and value >= at_least and above < value < below):
         bounds = {"at least": at_least, "above": above, "below": below}
         needed = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
         raise ValueError(f"{key}: {value!r} found, a number {needed} is needed")
@@ -46,8 +55,7 @@ def check_share(options: Mapping[str, Any], key: str) -> None:
         ValueError: naming the option, what was found and what is needed.
     """
     value = options[key]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (number and 0.0 < value <= 1.0):
+    if value is not None and not (is_number(value) and 0.0 < value <= 1.0):
         raise ValueError(f"{key}: {value} found, a number in (0, 1] is needed")
 
 
@@ -80,8 +88,6 @@ def check_adam(options: Mapping[str, Any]) -> None:
     """
     for key in ("lr", "eps", "weight_decay"):
         check_number(options, key, at_least=0.0)
-    betas = options["betas"]
-    pair = isinstance(betas, list | tuple) and len(betas) == 2
-    if not pair or not all(isinstance(beta, int | float) and 0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas: {betas!r} found, two numbers in [0, 1) are needed")
+    if not is_pair_of_betas(options["betas"]):
+        raise ValueError(f"betas: {options['betas']!r} found, two numbers in [0, 1) are needed")
     check_number(options, "matrix_lr_scale", above=0.0)

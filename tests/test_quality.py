@@ -185,6 +185,21 @@ def test_the_best_run_is_the_one_of_lowest_loss(out: Path) -> None:
         assert best["loss"] == result["loss"]
 
 
+def test_repetitions_with_other_seeds_are_averaged_and_do_not_compete(out: Path, tmp_path: Path) -> None:
+    table, name = tmp_path / "table.md", "adamw"
+    before = best_results(small_search(out), [name])[name]
+    assert sweep(out, "--repeats", "2", methods=[name]) == 2
+    assert sweep(out, "--repeats", "2", methods=[name]) == 0
+    search = Search(SMALL, Text(SMALL).fingerprint, out, repeats=2)
+    found = best_results(search, [name])[name]
+    assert found["settings"] == before["settings"]
+    losses = [before["loss"], *found["repeated"]]
+    assert len(set(losses)) == 3
+    sweep(out, "--repeats", "2", "--markdown", str(table), methods=[name])
+    assert f"| {sum(losses) / 3:.4f} ({min(losses):.4f}-{max(losses):.4f}) |" in table.read_text()
+    assert small_search(out).progress(name).best == Rates(**before["settings"]["rates"])
+
+
 class Landscape:
     """A loss with one minimum, in steps of factor 2, that notes what was asked for."""
 

@@ -70,8 +70,16 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"selection": "multinomial", "side": "columns", "moments": "carry"},
         SUB_GROUPS,
     ),
-    "zero1-multinomial-vocabulary": (1, {"selection": "multinomial", "side": "columns", "vocabulary": "rows"}, {}),
-    "zero3-multinomial-vocabulary": (3, {"selection": "multinomial", "side": "columns", "vocabulary": "rows"}, {}),
+    "zero1-multinomial-vocabulary": (
+        1,
+        {"selection": "multinomial", "vocabulary": "rows", "side": "columns", "shared_inputs": "siblings"},
+        {},
+    ),
+    "zero3-multinomial-vocabulary": (
+        3,
+        {"selection": "multinomial", "vocabulary": "rows", "side": "columns", "shared_inputs": "siblings"},
+        {},
+    ),
 }
 
 

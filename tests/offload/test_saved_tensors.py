@@ -519,7 +519,7 @@ def test_addresses_that_are_used_again_are_not_mixed_up(offload: ActivationOfflo
         del factor
         if step % 3:
             settle(offload)
-    assert len(set(addresses)) < 150
+    assert len(set(addresses)) < len(addresses), "the allocator used no address twice: nothing was tested"
     torch.stack(losses).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, expected)

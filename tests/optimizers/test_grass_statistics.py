@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.models import is_matrix, tiny, token_batch, train_steps
 from tests.support.ranks import RankPool
-from tests.support.reference import choice_name
 from tests.support.selected_reference import SelectedReference, projection, projections
 
 INTERVAL, STEPS = 4, 18
@@ -23,21 +22,14 @@ RULES = ["top", "multinomial", "multinomial_replacement"]
 SIDES = ["columns", "rows"]
 
 
-def choice_of(parameter: str, side: str, rule: str) -> str:
-    """Repeats are not shared."""
-    return parameter if rule == "multinomial_replacement" else choice_name(parameter, side)
-
-
-def norms_of(model: nn.Module, side: str, rule: str) -> dict[str, Tensor]:
-    """Of the full gradients, by what the choice is named after."""
-    squares: dict[str, Tensor] = {}
+def norms_of(model: nn.Module, side: str) -> dict[str, Tensor]:
+    """Of the columns or rows of the full gradients."""
+    norms: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if is_matrix(name):
             assert parameter.grad is not None
-            own = parameter.grad.square().sum(0 if side == "columns" else 1)
-            choice = choice_of(name, side, rule)
-            squares[choice] = squares.get(choice, torch.zeros(())) + own
-    return {name: own.sqrt() for name, own in squares.items()}
+            norms[name] = parameter.grad.norm(dim=0 if side == "columns" else 1)
+    return norms
 
 
 def train_against_reference(
@@ -75,12 +67,12 @@ def train_against_reference(
         if optimizer.num_refreshes > result["refreshes"]:
             result["refreshes"] = optimizer.num_refreshes
             assert (step + 1) % INTERVAL == 0
-            norms, found = norms_of(twin, side, rule), projections(optimizer)
+            norms, found = norms_of(twin, side), projections(optimizer)
             for name, p in found.items():
                 chosen = p.sum(1).nonzero().squeeze(1)
                 result["repeats"] += p.shape[1] - chosen.numel()
                 if rule == "top":
-                    largest = norms[choice_of(name, side, rule)].topk(p.shape[1]).indices
+                    largest = norms[name].topk(p.shape[1]).indices
                     overlap = float(torch.isin(chosen, largest).double().mean())
                     result["top"] = min(result["top"], overlap)
                 if rule == "multinomial_replacement" and statistics == "exact":

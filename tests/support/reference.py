@@ -6,7 +6,6 @@ dtype.
 
 import hashlib
 import math
-import re
 from collections.abc import Callable
 
 import torch
@@ -21,12 +20,6 @@ def reference_index(dim: int, rank: int, seed: int, refresh: int, name: str, blo
         start = min(start, dim - rank)
         return torch.tensor(range(start, start + rank))
     return torch.randperm(dim, generator=generator)[:rank].sort().values
-
-
-def choice_name(parameter: str, side: str) -> str:
-    """What a matrix's choice is named after: q, k and v read the same input, and choose the same columns of it."""
-    layer = parameter.removesuffix(".weight")
-    return re.sub(r"\.[kv]$", ".q", layer) if side == "columns" else layer
 
 
 class ReferenceGrass:
@@ -71,7 +64,7 @@ class ReferenceGrass:
                 dim = parameter.shape[1 if self.side == "columns" else 0]
                 rank = max(1, round(self.density * dim))
                 self.index[name] = reference_index(
-                    dim, rank, self.seed, self.refreshes, choice_name(name, self.side), self.block
+                    dim, rank, self.seed, self.refreshes, name.removesuffix(".weight"), self.block
                 )
             if first or name in self.matrices:
                 self.m[name] = torch.zeros_like(self.take(name, parameter))
