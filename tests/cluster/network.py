@@ -1,5 +1,6 @@
 """Hosts on one machine: network namespaces on a bridge, each with a host name, PID namespace and sshd of its own."""
 
+import itertools
 import os
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 NEEDED = ("ip", "tc", "unshare", "sshd", "ssh-keygen")
 _SSH_PORT = 2222
+_numbers = itertools.count()
 
 
 def missing() -> str | None:
@@ -47,10 +49,12 @@ class Network:
         """
         self.folder, self.rate, self._hide = folder, rate, hide or {}
         self.names = [f"h{number + 1}" for number in range(num_hosts)]
-        self._tag = f"ng{os.getpid() % 100000}"
+        number = next(_numbers)
+        # Interface names have at most 15 characters.
+        self._tag = f"ng{os.getpid() % 100000}n{number}"
         self._bridge = f"{self._tag}b"
         self._daemons: list[subprocess.Popen[bytes]] = []
-        self._subnet = f"10.{77 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
+        self._subnet = f"10.{77 + number % 100}.{os.getpid() % 250}"
 
     def namespace(self, host: str) -> str:
         return f"{self._tag}{host}"

@@ -20,6 +20,12 @@ LAUNCH: dict[str, Any] = {
     "rendezvous_host": "127.0.0.1",
     "slurm": {"nodes": 2, "gpus-per-node": None, "cpus-per-task": 1, "mem": None, "time": 5},
 }
+# Longer than what a job of one minute has left when it is asked to end.
+LONG = [
+    word
+    for key, value in (("steps", 500), ("checkpoint_interval", 100), ("eval_interval", 100))
+    for word in ("--set", f"training.{key}={value}")
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on two ranks of this machine, without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     config = tiny_config(corpus, folder)
-    assert run("train", str(config), "--set", "training.steps=120", ranks=2).returncode == 0
+    assert run("train", str(config), *LONG, ranks=2).returncode == 0
     return folder / "run"
 
 
@@ -79,13 +85,14 @@ def test_a_job_of_two_nodes_trains_and_shows_its_progress(slurm: Slurm, corpus: 
         assert text in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["scancel --signal", "time limit"])
 def test_asked_to_end_a_job_requeues_itself_and_resumes_bit_equal(
     slurm: Slurm, corpus: Path, tmp_path: Path, whole: Path, how: str
 ) -> None:
-    limit = {"time": 1, "signal": "B:USR1@50"} if how == "time limit" else {}
+    limit = {"time": 1, "signal": "B:USR1@40"} if how == "time limit" else {}
     config = config_of(corpus, tmp_path, slurm=limit)
-    number = submit(config, tmp_path, "--set", "training.steps=120")
+    number = submit(config, tmp_path, *LONG)
     run_dir = tmp_path / "run"
     if how == "scancel --signal":
         wait_for_step(run_dir, 20)
@@ -93,15 +100,15 @@ def test_asked_to_end_a_job_requeues_itself_and_resumes_bit_equal(
     job = slurm.wait(number)
     log = (tmp_path / "job.log").read_text()
     assert job["JobState"] == "COMPLETED", log
-    if how == "scancel --signal":
-        assert job["Restarts"] == "1"
-        assert "resumed after step" in log
+    assert int(job["Restarts"]) >= 1
+    assert "resumed after step" in log
     assert_same(run_dir, whole)
 
 
+@pytest.mark.slow
 def test_a_requeued_job_resumes_bit_equal(slurm: Slurm, corpus: Path, tmp_path: Path, whole: Path) -> None:
     config = config_of(corpus, tmp_path)
-    number = submit(config, tmp_path, "--set", "training.steps=120")
+    number = submit(config, tmp_path, *LONG)
     wait_for_step(tmp_path / "run", 20)
     assert slurm.run("scontrol", "requeue", number).returncode == 0
     job = slurm.wait(number)
