@@ -84,6 +84,8 @@ class Network:
             call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / name))
         for host in self.names:
             self._add(host)
+        if self.rate is not None:
+            self.limit(self.rate)
         self._write_client()
         for host in self.names:
             self._start_sshd(host)
@@ -98,10 +100,6 @@ class Network:
         call("ip", "-n", namespace, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
         call("ip", "-n", namespace, "link", "set", "eth0", "up")
         call("ip", "-n", namespace, "link", "set", "lo", "up")
-        if self.rate is not None:
-            shape = ("root", "tbf", "rate", self.rate, "burst", "256kb", "latency", "50ms")
-            call("tc", "qdisc", "add", "dev", link, *shape)
-            call("ip", "netns", "exec", namespace, find("tc") or "tc", "qdisc", "add", "dev", "eth0", *shape)
         hosts = Path("/etc/netns") / namespace / "hosts"
         hosts.parent.mkdir(parents=True, exist_ok=True)
         hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{self.address(name)} {name}\n" for name in self.names))
@@ -167,6 +165,14 @@ class Network:
         return subprocess.run(  # noqa: S603
             self.words(host, *command), capture_output=True, text=True, timeout=timeout, check=False
         )
+
+    def limit(self, rate: str | None) -> None:
+        """Limit all links, both ways, to a rate in tc's syntax, or not at all."""
+        shape = ["tbf", "rate", rate, "burst", "1mb", "latency", "50ms"] if rate is not None else ["noqueue"]
+        for host in self.names:
+            inside = ["ip", "netns", "exec", self.namespace(host), find("tc") or "tc"]
+            call("tc", "qdisc", "replace", "dev", self.link(host), "root", *shape)
+            call(*inside, "qdisc", "replace", "dev", "eth0", "root", *shape)
 
     def cut(self, host: str) -> None:
         """Cut a host off."""
