@@ -27,6 +27,7 @@ from .errors import ConfigError, did_you_mean
 from .json_file import apply_overrides, read_json
 from .launch_block import LaunchBlock
 from .optimizer_schema import OUR_ONLY, OUR_OPTIMIZERS, OptimizerParams
+from .redaction import HIDDEN, redact
 
 OWN_BLOCKS = ("model", "data", "training", "logging", "launch", "activation_offload")
 
@@ -359,7 +360,8 @@ def _describe(item: Any, schema: type[BaseModel]) -> str:
         return f"{path}: this key is needed"
     message = item["msg"].removeprefix("Value error, ")
     found = item["input"]
-    shown = "" if isinstance(found, dict | BaseModel) else f" {json.dumps(found, default=str)[:60]} found;"
+    is_secret = HIDDEN in str(redact(found, tuple(map(str, keys))))
+    shown = "" if is_secret or isinstance(found, dict | BaseModel) else f" {json.dumps(found, default=str)[:60]} found;"
     return f"{path}:{shown} {message[0].lower()}{message[1:]}"
 
 

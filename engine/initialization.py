@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
 from narrowgauge.optimizers import OwnOptimizer
@@ -20,7 +21,7 @@ from .config import Config, load_config, within
 from .errors import ConfigError, UserError
 from .extensions import ensure_extensions
 from .optimizer_schema import make_optimizer
-from .preflight import agree, ensure_environment, process_rank
+from .preflight import agree, ensure_environment, make_process_group, process_rank
 from .support import check_supported
 from .zero_backends import GatherOnceBackend
 from .zero_engine import Engine
@@ -163,6 +164,7 @@ def _offload_for(config: Config, model: nn.Module) -> Iterator[Callable[[_Made],
 def init_distributed(dist_init_required: bool | None = None) -> None:
     """Make DeepSpeed's process group, if there is none, without its notice of an extension that was built ahead."""
     backend = get_accelerator().communication_backend_name()  # pyright: ignore[reportOptionalMemberAccess]
+    make_process_group(str(backend), default_pg_timeout)
     with redirect_stdout(StringIO()):
         deepspeed.init_distributed(dist_backend=backend, dist_init_required=dist_init_required, verbose=False)
 

@@ -18,6 +18,7 @@ from .errors import UserError
 from .model import abstract_model, model_config
 from .optimizer_schema import make_optimizer
 from .preflight import agree, process_rank, world_size
+from .redaction import redact
 from .run_folder import RunLock, check_same_run, check_shared, check_writable, folder_beside
 from .sample import check_prompt
 from .support import check_supported
@@ -59,7 +60,7 @@ def plan_together(
         if process_rank() == 0:
             plan.run_dir.mkdir(parents=True, exist_ok=True)
             lock = RunLock(plan.run_dir)
-        settings = {"config": checked.raw, "data": plan.prepared.fingerprint}
+        settings = {"config": redact(checked.raw), "data": plan.prepared.fingerprint}
     except (UserError, OSError) as found:
         error = str(found)
     except Exception as found:

@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import UserError
 from .json_file import digest, flatten
+from .redaction import redact
 
 CONFIG, METRICS, SUMMARY, STARTS = "config.json", "metrics.jsonl", "summary.json", "starts.jsonl"
 CHECKPOINTS, TOKENIZER, TENSORBOARD = "checkpoints", "tokenizer", "tensorboard"
@@ -128,7 +129,7 @@ def check_same_run(run_dir: Path, raw: dict[str, Any], train_batch_size: int) ->
         saved, saved_batch_size = flatten(resolved["config"]), resolved["train_batch_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read: {error}; use --fresh or another logging.run_dir") from error
-    now = flatten(raw)
+    now = flatten(redact(raw))
     changed = [
         f"{key} (was {saved.get(key, 'not given')}, now {now.get(key, 'not given')})"
         for key in sorted(saved.keys() | now.keys())

@@ -33,6 +33,7 @@ from .plan import Plan, plan_together
 from .preemption import Preempted, StopRequest
 from .preflight import ensure_environment, process_rank, world_size
 from .progress import ProgressView
+from .redaction import redact
 from .run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -150,12 +151,12 @@ class _Run:
         with (plan.run_dir / STARTS).open("a") as file:
             file.write(json.dumps(start) + "\n")
         resolved = {
-            "config": plan.config.raw,
+            "config": redact(plan.config.raw),
             "world_size": world_size(),
             "train_batch_size": plan.batches.total,
             "train_micro_batch_size_per_gpu": plan.batches.micro,
             "gradient_accumulation_steps": plan.batches.accumulation_steps,
-            "resolved": plan.config.parsed.model_dump(mode="json", exclude_unset=False, exclude_none=True),
+            "resolved": redact(plan.config.parsed.model_dump(mode="json", exclude_unset=False, exclude_none=True)),
             "model": {**self.engine.module.config.to_dict(), "use_cache": True},
             "data_fingerprint": plan.prepared.fingerprint,
         }

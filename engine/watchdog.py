@@ -72,7 +72,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(self._limit + 2 * _PATIENCE, file=self._file, exit=True)
 
     def _stacks_path(self) -> Path:
-        return self._folder / f"rank-{process_rank()}-{socket.gethostname()}.txt"
+        return self._folder / f"rank-{process_rank()}-{socket.gethostname()}-{os.getpid()}.txt"
 
     def _report_path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank}.json"

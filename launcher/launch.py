@@ -20,6 +20,8 @@ from narrowgauge.engine.config import load_config
 from narrowgauge.engine.errors import UserError
 from narrowgauge.engine.launch_block import LaunchBlock
 from narrowgauge.engine.preemption import EXIT_PREEMPTED
+from narrowgauge.engine.redaction import HIDDEN, redact_text
+from narrowgauge.engine.versions import installed_versions
 from rich.console import Console
 
 from .hosts import Host, check_resolve, read_hostfile
@@ -46,7 +48,12 @@ def launch(
         UserError: the configuration, the hosts or a host's state does not hold; nothing was started.
     """
     block = load_config(config, overrides).parsed.launch or LaunchBlock()
-    words = ["train", str(config), *(word for text in overrides for word in ("--set", text))]
+    # What only concerns the launch stays here: it may hold secrets, and command lines are seen by all users.
+    words = [
+        "train",
+        str(config),
+        *(word for text in overrides if not text.startswith("launch.") for word in ("--set", text)),
+    ]
     words += ["--fresh"] if fresh else []
     if hostfile is None and DEFAULT_HOSTFILE.is_file():
         hostfile = DEFAULT_HOSTFILE
@@ -83,7 +90,12 @@ def _slurm_command(block: LaunchBlock, words: Sequence[str]) -> list[str]:
     command = torchrun_command(
         block, words, num_processes=num_processes, rendezvous=rendezvous, with_gpus=_num_gpus() > 0
     )
-    return [_program("srun"), "--nodes", str(num_hosts), "--ntasks-per-node", "1", "--kill-on-bad-exit=0", *command]
+    words = [_program("srun"), "--nodes", str(num_hosts), "--ntasks-per-node", "1", "--kill-on-bad-exit=0"]
+    if num_hosts > 1:
+        # A log per node, beside the job's.
+        log = Path(str(block.slurm.get("output") or "%x-%j.log"))
+        words += [f"--output={log.with_name(f'{log.stem}-%N{log.suffix}')}", "--open-mode=append"]
+    return [*words, *command]
 
 
 def _program(name: str) -> str:
@@ -95,7 +107,7 @@ def _program(name: str) -> str:
 
 def _run_here(command: list[str], block: LaunchBlock, num_processes: int, dry_run: bool, console: Console) -> int:
     environment = own_environment(block, num_processes)
-    _show(console, None, environment, command)
+    _show(console, None, block, environment, command)
     if dry_run:
         return 0
     process = subprocess.Popen(command, env={**os.environ, **environment})  # noqa: S603
@@ -129,9 +141,13 @@ def _forwarding(receivers: Sequence[Any]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _show(console: Console, host: str | None, environment: dict[str, str], command: Sequence[str]) -> None:
-    shown = " ".join([*(f"{key}={shlex.quote(value)}" for key, value in environment.items()), shlex.join(command)])
-    console.print(f"{host}: {shown}" if host is not None else shown, highlight=False, markup=False, soft_wrap=True)
+def _show(
+    console: Console, host: str | None, block: LaunchBlock, environment: dict[str, str], command: Sequence[str]
+) -> None:
+    """Print a command as it could be typed, but for the values of the user's own variables."""
+    shown = {key: HIDDEN if key in block.environment else shlex.quote(value) for key, value in environment.items()}
+    text = redact_text(" ".join([*(f"{key}={value}" for key, value in shown.items()), shlex.join(command)]))
+    console.print(f"{host}: {text}" if host is not None else text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _run_over_ssh(
@@ -153,7 +169,7 @@ def _run_over_ssh(
         for host in hosts
     ]
     for host, command in zip(hosts, commands, strict=True):
-        _show(console, host.name, environment, command)
+        _show(console, host.name, block, environment, command)
     if dry_run:
         return 0
     exported = {key: value for key, value in os.environ.items() if key.startswith(_EXPORTED)}
@@ -166,6 +182,8 @@ def _run_over_ssh(
                 "folder": str(Path.cwd()),
                 "environment": exported | environment,
                 "files": files,
+                "versions": installed_versions(),
+                "gpus": num_processes if _num_gpus() else 0,
                 "listen": block.port if number == 0 else None,
                 "silence": _SILENCE,
             },

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from narrowgauge.engine.errors import UserError
 from narrowgauge.engine.preemption import EXIT_PREEMPTED, Preempted
+from narrowgauge.engine.redaction import redact_text
 from rich.console import Console
 
 app = typer.Typer(
@@ -189,7 +190,7 @@ def main() -> None:
         app()
     except UserError as error:
         if not error.on_all_ranks or int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+            print(f"error: {redact_text(str(error))}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except Preempted as reason:
         if int(os.environ.get("RANK", "0")) == 0:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from narrowgauge.engine.versions import installed_versions
 
 _POLL = 0.1
 
@@ -45,6 +46,14 @@ def _problem(order: dict[str, Any]) -> str | None:
             return f"{path}: {error.strerror}"
         if found != expected:
             return f"{path}: its contents differ from those on the launching host"
+    for name, found in installed_versions().items():
+        if found != order["versions"][name]:
+            return f"{name} {found} is installed, the launching host has {order['versions'][name]}"
+    if order["gpus"]:
+        import torch
+
+        if torch.cuda.device_count() < order["gpus"]:
+            return f"{torch.cuda.device_count()} GPUs found, {order['gpus']} are needed"
     if order["listen"] is not None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

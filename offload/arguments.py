@@ -19,7 +19,7 @@ _MAY_BE_FRACTIONS = ("io_timeout", "rated_tbw", "max_drive_writes_per_day")
 
 
 def to_folders(path: Any) -> list[Path]:
-    """The folders that ``path`` names, with ``~`` expanded; each exists.
+    """The folders that ``path`` names, with ``~`` and environment variables expanded; each exists.
 
     Raises:
         TypeError, ValueError: it is not a path or a sequence of paths, or names none.
@@ -33,7 +33,7 @@ def to_folders(path: Any) -> list[Path]:
     folders = []
     for part in parts:
         try:
-            folder = Path(part).expanduser()
+            folder = Path(os.path.expandvars(part)).expanduser()
             is_folder, exists = folder.is_dir(), folder.exists()
         except OSError as error:
             raise OffloadError(f"{part}: cannot be used: {error.strerror}") from error

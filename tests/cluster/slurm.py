@@ -1,14 +1,16 @@
 """A SLURM of this machine: controller and node daemons without systemd, taken down afterwards."""
 
+import contextlib
 import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.cluster.network import call, find
 
@@ -83,7 +85,7 @@ class Slurm:
         call("slurmctld", "-f", str(self.conf))
         for node in self.nodes:
             (self.folder / "spool" / node).mkdir()
-            call("slurmd", "-f", str(self.conf), "-N", node)
+            self.start_node(node)
         deadline = time.monotonic() + 30
         while self.run("sinfo", "-h", "-N", "-o", "%T").stdout.split() != ["idle"] * len(self.nodes):
             assert time.monotonic() < deadline, (self.folder / "log" / "slurmctld").read_text()[-2000:]
@@ -148,6 +150,18 @@ class Slurm:
                 except ProcessLookupError:
                     continue
 
+    def start_node(self, node: str) -> None:
+        call("slurmd", "-f", str(self.conf), "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """As if its power had failed: SIGKILL to its daemon and to all processes of its jobs."""
+        daemon = psutil.Process(int((self.folder / f"slurmd.{node}.pid").read_text()))
+        of_jobs = [process for process in psutil.process_iter() if _node_of(process) == node]
+        steps = [parent for process in of_jobs if (parent := process.parent()) and parent.name() == "slurmstepd"]
+        for victim in {daemon, *of_jobs, *steps}:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+
     def run(self, *words: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(  # noqa: S603
             [find(words[0]) or words[0], *words[1:]],
@@ -172,5 +186,9 @@ class Slurm:
         return found
 
 
-def quoted(words: list[str]) -> str:
-    return shlex.join(words)
+def _node_of(process: psutil.Process) -> str | None:
+    """The node that a job's process runs on."""
+    try:
+        return process.environ().get("SLURMD_NODENAME")
+    except psutil.Error:
+        return None

@@ -1,10 +1,12 @@
 """``narrowgauge launch --hostfile`` over ssh, on hosts with networks of their own."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -86,9 +88,7 @@ def test_a_dry_run_prints_and_starts_nothing(network: Network, hostfile: Path, c
     assert first.startswith("h1: OMP_NUM_THREADS=1 NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0 ")
     assert first.replace("h1: ", "h2: ").replace("--local-addr h1", "--local-addr h2") == second
     assert "--nproc-per-node 1 --max-restarts 0" in first
-    assert first.endswith(
-        f"-m narrowgauge.launcher train {config} --set launch.interface=eth0 --set launch.threads_per_process=1"
-    )
+    assert first.endswith(f"-m narrowgauge.launcher train {config}")
     assert not (tmp_path / "run").exists()
 
 
@@ -145,6 +145,22 @@ def test_a_configuration_that_one_host_lacks(hostfile: Path, corpus: Path, tmp_p
         result = launch(network, str(config), *MORE, "--hostfile", str(hostfile))
         assert result.returncode == 2
         assert result.stderr.splitlines() == [f"error: h2: {config}: No such file or directory"]
+        assert left_over(network) == []
+
+
+def test_another_version_on_one_host(hostfile: Path, corpus: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older" / "transformers-0.0.1.dist-info"
+    older.mkdir(parents=True)
+    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.0.1\n")
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    path = os.pathsep.join([str(older.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with Network(keys, 2, environment={"h2": {"PYTHONPATH": path}}) as network:
+        result = launch(network, str(tiny_config(corpus, tmp_path)), *MORE, "--hostfile", str(hostfile))
+        assert result.returncode == 2
+        here = version("transformers")
+        expected = f"error: h2: transformers 0.0.1 is installed, the launching host has {here}"
+        assert result.stderr.splitlines() == [expected]
         assert left_over(network) == []
 
 

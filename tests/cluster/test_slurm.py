@@ -1,5 +1,6 @@
 """``narrowgauge slurm`` and the batch scripts on a real SLURM of two nodes."""
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -43,6 +44,11 @@ def submit(config: Path, folder: Path, *words: str, **launch: Any) -> str:
     return done.stdout.strip()
 
 
+def logs(folder: Path) -> str:
+    """The job's log and its nodes'."""
+    return "".join(path.read_text() for path in sorted(folder.glob("job*.log")))
+
+
 def config_of(corpus: Path, folder: Path, **changes: Any) -> Path:
     slurm = {**LAUNCH["slurm"], **changes.pop("slurm", {})}
     return tiny_config(corpus, folder, launch={**LAUNCH, "slurm": slurm}, **changes)
@@ -74,9 +80,10 @@ def test_a_job_of_two_nodes_trains_and_shows_its_progress(slurm: Slurm, corpus: 
     config = config_of(corpus, tmp_path)
     number = submit(config, tmp_path)
     job = slurm.wait(number)
-    log = (tmp_path / "job.log").read_text()
-    assert job["JobState"] == "COMPLETED", log
-    assert "srun --nodes 2 --ntasks-per-node 1" in log
+    assert job["JobState"] == "COMPLETED", logs(tmp_path)
+    assert "srun --nodes 2 --ntasks-per-node 1" in (tmp_path / "job.log").read_text()
+    assert "12 steps, 3,072 tokens" in (tmp_path / "job-n1.log").read_text()
+    assert (tmp_path / "job-n2.log").is_file()
     alone = tmp_path / "alone"
     assert run("train", str(config), "--set", f"logging.run_dir={alone}", ranks=2).returncode == 0
     assert losses(tmp_path / "run") == losses(alone)
@@ -98,7 +105,7 @@ def test_asked_to_end_a_job_requeues_itself_and_resumes_bit_equal(
         wait_for_step(run_dir, 20)
         assert slurm.run("scancel", "--signal=USR1", "--batch", number).returncode == 0
     job = slurm.wait(number)
-    log = (tmp_path / "job.log").read_text()
+    log = logs(tmp_path)
     assert job["JobState"] == "COMPLETED", log
     assert int(job["Restarts"]) >= 1
     assert "resumed after step" in log
@@ -112,8 +119,46 @@ def test_a_requeued_job_resumes_bit_equal(slurm: Slurm, corpus: Path, tmp_path: 
     wait_for_step(tmp_path / "run", 20)
     assert slurm.run("scontrol", "requeue", number).returncode == 0
     job = slurm.wait(number)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), (tmp_path / "job.log").read_text()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(tmp_path)
     assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_after_a_node_has_died_the_job_goes_on_when_it_is_back(
+    slurm: Slurm, corpus: Path, tmp_path: Path, whole: Path
+) -> None:
+    config = config_of(corpus, tmp_path)
+    number = submit(config, tmp_path, *LONG)
+    # Past the first checkpoint.
+    wait_for_step(tmp_path / "run", 120)
+    slurm.kill_node("n2")
+    deadline = time.monotonic() + 120
+    while slurm.job(number).get("Restarts") != "1":
+        assert time.monotonic() < deadline, logs(tmp_path)
+        time.sleep(0.2)
+    assert len(losses(tmp_path / "run")) < 500
+    slurm.start_node("n2")
+    job = slurm.wait(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(tmp_path)
+    assert "resumed after step 100" in logs(tmp_path)
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_an_array_trains_each_rate_in_a_folder_of_its_own(
+    slurm: Slurm, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(corpus, tmp_path, slurm={"nodes": 1, "array": "1-2"})
+    monkeypatch.setenv("RUNS", str(tmp_path / "sweep"))
+    number = submit(config, tmp_path, "--script", "sweep")
+    for task in ("1", "2"):
+        job = slurm.wait(f"{number}_{task}")
+        assert job["JobState"] == "COMPLETED", logs(tmp_path)
+    for rate in ("0.002", "0.005"):
+        run_dir = tmp_path / f"sweep-lr-{rate}"
+        assert len(losses(run_dir)) == 12
+        assert json.loads((run_dir / "config.json").read_text())["config"]["optimizer"]["params"]["lr"] == float(rate)
+    assert losses(tmp_path / "sweep-lr-0.002") != losses(tmp_path / "sweep-lr-0.005")
 
 
 def test_a_script_holds_the_configurations_options(corpus: Path, tmp_path: Path) -> None:

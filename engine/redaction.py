@@ -1,0 +1,31 @@
+"""Keeps secrets out of what is printed and saved. Light to import."""
+
+import re
+from typing import Any
+
+HIDDEN = "***"
+
+_SECRET_KEY = re.compile(
+    r"(.*[_-])?(api[_-]?key|access[_-]?key|private[_-]?key|token|secret|password|passwd|credentials?)", re.IGNORECASE
+)
+_URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s@\"']+@")
+# Its values are environment variables, of which nobody knows what they hold.
+_ENVIRONMENT = ("launch", "environment")
+
+
+def redact(value: Any, path: tuple[str, ...] = ()) -> Any:
+    """A copy of a configuration with ``***`` for all environment variables, for the values of keys that are named as
+    secrets are (``api_key``, ``hf_token``, ``password``, ...), and for user and password in URLs.
+    """
+    if isinstance(value, dict):
+        return {key: redact(child, (*path, str(key))) for key, child in value.items()}
+    if isinstance(value, list):
+        return [redact(child, path) for child in value]
+    if path[:2] == _ENVIRONMENT or (path and isinstance(value, str) and _SECRET_KEY.fullmatch(path[-1])):
+        return HIDDEN
+    return redact_text(value) if isinstance(value, str) else value
+
+
+def redact_text(text: str) -> str:
+    """The text with ``***`` for user and password in URLs."""
+    return _URL_CREDENTIALS.sub(f"{HIDDEN}@", text)
