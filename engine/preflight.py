@@ -8,7 +8,6 @@ import json
 import os
 import socket
 from datetime import timedelta
-from importlib.metadata import version
 from typing import Any
 
 import torch.distributed
@@ -17,9 +16,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
 from .json_file import flatten
+from .versions import installed_versions
 
 _REPORT_TIMEOUT = timedelta(minutes=30)
-_VERSIONED = ("narrowgauge", "torch", "deepspeed", "transformers")
 _meetings = 0
 # Rank 0 may host the store's server: other ranks go on to make a process group on the same address and would meet a
 # server that is just closing, were it not kept.
@@ -73,7 +72,7 @@ def agree(settings: dict[str, Any], *, error: str | None = None, choice: str | N
     else:
         _store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))
     store = PrefixStore(f"narrowgauge/{_meetings}", _store)
-    versions = {f"version of {name}": version(name) for name in _VERSIONED}
+    versions = {f"version of {name}": found for name, found in installed_versions().items()}
     report = {"error": error, "choice": choice, "settings": {**flatten(settings), **versions}}
     store.set(str(rank), json.dumps(report))
     reports = []
