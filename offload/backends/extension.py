@@ -8,6 +8,7 @@ removed.
 import ctypes
 import fcntl
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ def outdated(root: Path) -> list[Path]:
     found = []
     for command in root.glob("*/build.ninja"):
         library = command.parent / f"{command.parent.name}.so"
-        if f"{torch_folder}/include" in command.read_text() and library.exists():
+        if _names(command.read_text(), f"{torch_folder}/include") and library.exists():
             found += [command.parent] if library.stat().st_mtime < installed else []
     return sorted(found)
 
@@ -53,7 +54,12 @@ def is_compiled(name: str, sources: Path) -> bool:
         is_last = (folder / f"{name}.so").stat().st_mtime >= max(file.stat().st_mtime for file in before)
     except OSError:
         return False
-    return is_last and f"{torch_folder}/include" in command and f"{sources}/" in command
+    return is_last and _names(command, f"{torch_folder}/include") and _names(command, f"{sources}/")
+
+
+def _names(command: str, path: str) -> bool:
+    """Whether a build names a path, and not only one that ends alike (``/other`` before it)."""
+    return re.search(rf"(\s|-I){re.escape(path)}", command) is not None
 
 
 def import_compiled(name: str, *, symbols_for_others: bool = False) -> Any:
