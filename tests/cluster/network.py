@@ -40,14 +40,21 @@ class Network:
     """
 
     def __init__(
-        self, folder: Path, num_hosts: int, *, rate: str | None = None, hide: dict[str, Path] | None = None
+        self,
+        folder: Path,
+        num_hosts: int,
+        *,
+        rate: str | None = None,
+        hide: dict[str, Path] | None = None,
+        environment: dict[str, dict[str, str]] | None = None,
     ) -> None:
         """
         Args:
             folder: for keys and logs.
             hide: by host, a folder that is empty there.
+            environment: by host, what its sshd sets; no spaces.
         """
-        self.folder, self.rate, self._hide = folder, rate, hide or {}
+        self.folder, self.rate, self._hide, self._environment = folder, rate, hide or {}, environment or {}
         self.names = [f"h{number + 1}" for number in range(num_hosts)]
         number = next(_numbers)
         # Interface names have at most 15 characters.
@@ -130,8 +137,9 @@ class Network:
             "UsePAM no",
             f"PidFile {self.folder}/sshd-{host}.pid",
         ]
-        kept = [f"{key}={os.environ[key]}" for key in ("PYTHONPATH", "TORCH_EXTENSIONS_DIR") if key in os.environ]
-        lines += [f"SetEnv {' '.join(kept)}"] if kept else []
+        kept = {key: os.environ[key] for key in ("PYTHONPATH", "TORCH_EXTENSIONS_DIR") if key in os.environ}
+        kept |= self._environment.get(host, {})
+        lines += [f"SetEnv {' '.join(f'{key}={value}' for key, value in kept.items())}"] if kept else []
         config.write_text("\n".join(lines) + "\n")
         Path("/run/sshd").mkdir(exist_ok=True)
         hide = f"mount -t tmpfs none {shlex.quote(str(self._hide[host]))} && " if host in self._hide else ""
