@@ -1,11 +1,15 @@
 """Building DeepSpeed's extensions before they are needed."""
 
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import installed_ops
 from narrowgauge.offload.backends import aio as aio_backend
-from narrowgauge.offload.backends.extension import build_extension
+from narrowgauge.offload.backends.extension import build_extension, is_compiled
 from rich.console import Console
 
 from .config import Config
@@ -22,18 +26,29 @@ def ensure_extensions(config: Config | None = None, console: Console | None = No
         console: where a build that is about to start is announced.
         aio: also what activation offload can use instead of its own threads (minutes, once; needs libaio-dev).
     """
-    accelerator: Any = get_accelerator()
-    wanted = ["ShareMemCommBuilder"] if accelerator.device_name() == "cpu" else []
-    wanted += _of_optimizer(config) if config is not None else []
     offload = config.offload() if config is not None else None
     names = []
-    for builder in filter(None, map(accelerator.create_op_builder, wanted)):
+    for builder in _builders(_of_optimizer(config) if config is not None else []):
         build_extension(builder, announce=partial(_announce, console))
         names.append(builder.name)
     if aio or (offload is not None and offload.backend == "aio"):
         aio_backend.build(partial(_announce, console))
         names.append("async_io")
     return names
+
+
+def uncompiled_extensions() -> list[str]:
+    """Of the extensions that every run loads on this machine, those that are not compiled for this environment."""
+    package = Path(deepspeed.__file__).parent
+    names = [builder.name for builder in _builders() if not installed_ops.get(builder.name)]
+    return [name for name in names if not is_compiled(name, package)]
+
+
+def _builders(more: Sequence[str] = ()) -> list[Any]:
+    """DeepSpeed's builders of what every run loads, and of ``more``, as far as this accelerator has them."""
+    accelerator: Any = get_accelerator()
+    wanted = ["ShareMemCommBuilder"] if accelerator.device_name() == "cpu" else []
+    return [builder for name in (*wanted, *more) if (builder := accelerator.create_op_builder(name)) is not None]
 
 
 def _of_optimizer(config: Config) -> list[str]:

@@ -1,10 +1,17 @@
-"""The packages whose versions must be the same on all process ranks. Light to import."""
+"""The packages whose versions must be the same wherever a run has process ranks. Light to import."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 VERSIONED = ("narrowgauge", "torch", "deepspeed", "transformers")
 
 
 def installed_versions() -> dict[str, str]:
-    """By package, the version installed here."""
-    return {name: version(name) for name in VERSIONED}
+    """The version of each, or ``not installed``."""
+    return {name: _version(name) for name in VERSIONED}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

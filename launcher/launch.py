@@ -25,6 +25,7 @@ from narrowgauge.engine.versions import installed_versions
 from rich.console import Console
 
 from .hosts import Host, check_resolve, read_hostfile
+from .ssh import ssh_command
 from .torchrun import Rendezvous, own_environment, torchrun_command
 
 DEFAULT_HOSTFILE = Path("/job/hostfile")
@@ -224,12 +225,8 @@ class _Remote:
 
     def __init__(self, host: str, order: dict[str, Any]) -> None:
         self.host = host
-        inner = f"cd / && exec {shlex.quote(sys.executable)} -m narrowgauge.launcher.node"
-        ssh = shutil.which("ssh")
-        if ssh is None:
-            raise UserError("a hostfile needs ssh, and there is none on PATH")
         self.process = subprocess.Popen(  # noqa: S603
-            [ssh, "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", host, inner],
+            ssh_command(host, "narrowgauge.launcher.node"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -102,6 +102,20 @@ def build(
     _console().print(f"ready: {', '.join(built) if built else 'nothing to build on this machine'}", highlight=False)
 
 
+@app.command()
+def doctor(
+    path: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder whose disk is measured.")] = Path("."),
+    hostfile: Annotated[Path | None, typer.Option(help="Also check these hosts, and what is between them.")] = None,
+    build: Annotated[bool, typer.Option("--build", help="First compile DeepSpeed's extensions (minutes).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """Check this machine: what a run needs, what is missing, and what to type about it; exit code 1 on an error."""
+    _quieten()
+    from .doctor import doctor as run
+
+    raise typer.Exit(run(path, hostfile=hostfile, build=build, as_json=as_json, console=_console()))
+
+
 slurm_app = typer.Typer(no_args_is_help=True, help="Train as a SLURM job.")
 app.add_typer(slurm_app, name="slurm")
 _SCRIPT = Annotated[str, typer.Option(help="pretrain, finetune_1node or sweep.")]

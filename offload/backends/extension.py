@@ -8,7 +8,9 @@ removed.
 import ctypes
 import fcntl
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,21 @@ from torch.utils.cpp_extension import _get_build_directory, _import_module_from_
 def build_folder(name: str) -> Path:
     """Where PyTorch compiles the extension of that name."""
     return Path(_get_build_directory(name, verbose=False))
+
+
+def outdated(root: Path) -> list[Path]:
+    """The folders in ``root`` of extensions compiled for this environment before its PyTorch was installed.
+
+    PyTorch would load them all the same: its headers are not among the files that decide for ninja.
+    """
+    torch_folder = Path(torch.__file__).parent
+    installed = (torch_folder / "__init__.py").stat().st_mtime
+    found = []
+    for command in root.glob("*/build.ninja"):
+        library = command.parent / f"{command.parent.name}.so"
+        if _names(command.read_text(), f"{torch_folder}/include") and library.exists():
+            found += [command.parent] if library.stat().st_mtime < installed else []
+    return sorted(found)
 
 
 def is_compiled(name: str, sources: Path) -> bool:
@@ -37,7 +54,12 @@ def is_compiled(name: str, sources: Path) -> bool:
         is_last = (folder / f"{name}.so").stat().st_mtime >= max(file.stat().st_mtime for file in before)
     except OSError:
         return False
-    return is_last and f"{torch_folder}/include" in command and f"{sources}/" in command
+    return is_last and _names(command, f"{torch_folder}/include") and _names(command, f"{sources}/")
+
+
+def _names(command: str, path: str) -> bool:
+    """Whether a build names a path, and not only one that ends alike (``/other`` before it)."""
+    return re.search(rf"(\s|-I){re.escape(path)}", command) is not None
 
 
 def import_compiled(name: str, *, symbols_for_others: bool = False) -> Any:
@@ -75,12 +97,7 @@ def build_extension(
         ImportError, OSError, RuntimeError: it cannot be compiled or loaded here.
     """
     folders = [build_folder(name) for name in (*needs, builder.name)]
-    with (folders[0].parent / "narrowgauge.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            announce("waiting for another process that builds DeepSpeed's extensions")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with _one_at_a_time(folders[0].parent, announce):
         for folder in folders:
             _remove_stale_lock(folder / "lock")
             if is_current is not None and not is_current():
@@ -91,10 +108,38 @@ def build_extension(
         builder.load(verbose=False)
 
 
+def stale_locks(root: Path) -> list[Path]:
+    """The locks of builds that were killed, of all extensions whose folders are in ``root``."""
+    return sorted(filter(_is_stale, root.glob("*/lock")))
+
+
+def remove_stale_locks(root: Path, announce: Callable[[str], None] = lambda _: None) -> None:
+    """Remove :func:`stale_locks`; waits while another process builds."""
+    with _one_at_a_time(root, announce):
+        for lock in root.glob("*/lock"):
+            _remove_stale_lock(lock)
+
+
+@contextmanager
+def _one_at_a_time(root: Path, announce: Callable[[str], None]) -> Iterator[None]:
+    """Only one process of the machine builds extensions in ``root``."""
+    with (root / "narrowgauge.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            announce("waiting for another process that builds DeepSpeed's extensions")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _remove_stale_lock(lock: Path) -> None:
-    """Remove the lock of a build that was killed: a live one keeps the file open."""
-    if lock.exists() and not _is_open(lock):
+    if _is_stale(lock):
         lock.unlink(missing_ok=True)
+
+
+def _is_stale(lock: Path) -> bool:
+    """A live build keeps its lock file open."""
+    return lock.exists() and not _is_open(lock)
 
 
 def _is_open(path: Path) -> bool:
