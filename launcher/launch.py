@@ -31,6 +31,8 @@ from .torchrun import Rendezvous, own_environment, torchrun_command
 DEFAULT_HOSTFILE = Path("/job/hostfile")
 # Seconds without a line after which a host's supervisor ends its ranks.
 _SILENCE = 30.0
+# ssh's own exit code when it cannot go on.
+_SSH_LOST = 255
 # Seconds that the other hosts have to end by themselves after one has failed.
 _GRACE = 15.0
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -212,6 +214,10 @@ def _wait(remotes: Sequence["_Remote"]) -> list[int]:
             remote.say("")
         if failed_at is None and any(codes):
             failed_at = time.monotonic()
+            for remote, code in zip(remotes, codes, strict=True):
+                if code:
+                    reason = "the connection is lost" if code == _SSH_LOST else f"ended with exit code {code}"
+                    print(f"error: {remote.host}: {reason}", file=sys.stderr)  # noqa: T201
         if failed_at is not None and time.monotonic() - failed_at > _GRACE:
             late = [remote.host for remote, code in zip(remotes, codes, strict=True) if code is None]
             print(f"error: {', '.join(late)}: still running {_GRACE:.0f} s after another host failed", file=sys.stderr)  # noqa: T201
