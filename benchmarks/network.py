@@ -1,14 +1,15 @@
 """A training step over slow networks: dense AdamW at ZeRO-2 against Grass at ZeRO-1, 2 and 3, on emulated hosts.
 
 Each host is a network namespace of this machine with a rate-limited link, so this needs root and iproute2, sshd not.
-The methods take turns within one process per host, and the links' rate changes between rounds. ``--report`` only reads
-what earlier runs have left in ``--out``.
+The methods take turns within one process per host. The hosts share ``--cores-per-host`` cores each, so that a host is as
+fast among two as among four. ``--report`` only reads what earlier runs have left in ``--out``.
 
 python -m benchmarks.network --hosts 2 4 --rates 100mbit 1gbit 10gbit --out runs/network
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,12 +17,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compare import machine
 from benchmarks.network_rank import METHODS, Shape
 from benchmarks.network_report import plot, predict, show
 from tests.cluster.network import Network, missing
 
 UNLIMITED = "unlimited"
 _PORT = 29400
+_CORES = os.sched_getaffinity(0)
 
 
 class _Ranks:
@@ -73,13 +76,15 @@ class _Ranks:
                 process.wait()
 
 
-def measure(num_hosts: int, rates: list[str], shape: Shape, *, rounds: int) -> dict[str, Any]:
+def measure(num_hosts: int, rates: list[str], shape: Shape, *, rounds: int, num_cores: int) -> dict[str, Any]:
     """Time every method at every rate, and without a limit.
 
     Returns:
         By rate and method: ``seconds`` per round (of the slowest rank), ``sent`` and ``counted`` bytes per step of the
         busiest host, by its interface and as the collectives' sizes say.
     """
+    # The ranks inherit it.
+    os.sched_setaffinity(0, sorted(_CORES)[:num_cores])
     with tempfile.TemporaryDirectory() as folder, Network(Path(folder), num_hosts) as network:
         ranks = _Ranks(network, shape)
         try:
@@ -91,7 +96,7 @@ def measure(num_hosts: int, rates: list[str], shape: Shape, *, rounds: int) -> d
                 print(f"{num_hosts} hosts, {rate}: " + ", ".join(_brief(found[rate])), flush=True)
         finally:
             ranks.close()
-    return {"hosts": num_hosts, "facts": facts, "rates": found}
+    return {"hosts": num_hosts, "cores": num_cores, "machine": machine(), "facts": facts, "rates": found}
 
 
 def _measure_rate(ranks: _Ranks, *, rounds: int) -> dict[str, Any]:
@@ -114,7 +119,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit", "10gbit"], help="in tc's syntax")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--cores-per-host", type=float, default=0.5)
     parser.add_argument("--out", type=Path, default=Path("runs/network"))
     parser.add_argument("--report", action="store_true", help="measure nothing, show what is in --out")
     parser.add_argument("--plot", type=Path, help="write a PNG here")
@@ -128,7 +134,10 @@ def main() -> None:
             sys.exit(f"error: {reason}")
         arguments.out.mkdir(parents=True, exist_ok=True)
         for num_hosts in arguments.hosts:
-            found = measure(num_hosts, arguments.rates, shape, rounds=arguments.rounds)
+            num_cores = math.ceil(num_hosts * arguments.cores_per_host)
+            if num_cores > len(_CORES):
+                sys.exit(f"error: {num_cores} cores are needed for {num_hosts} hosts, {len(_CORES)} are there")
+            found = measure(num_hosts, arguments.rates, shape, rounds=arguments.rounds, num_cores=num_cores)
             (arguments.out / f"hosts-{num_hosts}.json").write_text(json.dumps(found, indent=1) + "\n")
     results = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("hosts-*.json"))]
     rows = [row for result in results for row in predict(result, UNLIMITED)]
