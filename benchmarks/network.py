@@ -1,8 +1,8 @@
 """A training step over slow networks: dense AdamW at ZeRO-2 against Grass at ZeRO-1, 2 and 3, on emulated hosts.
 
 Each host is a network namespace of this machine with a rate-limited link, so this needs root and iproute2, sshd not.
-The methods take turns within one process per host. The hosts share ``--cores-per-host`` cores each, so that a host is as
-fast among two as among four. ``--report`` only reads what earlier runs have left in ``--out``.
+The methods take turns within one process per host. Each host has ``--cores-per-host`` of this machine's cores, so that
+it is as fast among two as among four. ``--report`` only reads what earlier runs have left in ``--out``.
 
 python -m benchmarks.network --hosts 2 4 --rates 100mbit 1gbit 10gbit --out runs/network
 """
