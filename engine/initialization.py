@@ -22,6 +22,7 @@ from .errors import ConfigError, UserError
 from .extensions import ensure_extensions
 from .optimizer_schema import make_optimizer
 from .preflight import agree, ensure_environment, make_process_group, process_rank
+from .redaction import redact
 from .support import check_supported
 from .zero_backends import GatherOnceBackend
 from .zero_engine import Engine
@@ -144,10 +145,10 @@ def _offload_for(config: Config, model: nn.Module) -> Iterator[Callable[[_Made],
     except Exception as fault:
         # A fault of ours: this rank shows where it is, the others would wait for it.
         with suppress(UserError):
-            agree(config.raw, error=f"{type(fault).__name__}: {fault}")
+            agree(redact(config.raw), error=f"{type(fault).__name__}: {fault}")
         raise
     try:
-        agree(config.raw, error=problem)
+        agree(redact(config.raw), error=problem)
 
         def attach(made: _Made) -> _Made:
             if offload is not None:

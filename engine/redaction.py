@@ -6,9 +6,11 @@ from typing import Any
 HIDDEN = "***"
 
 _SECRET_KEY = re.compile(
-    r"(.*[_-])?(api[_-]?key|access[_-]?key|private[_-]?key|token|secret|password|passwd|credentials?)", re.IGNORECASE
+    r"(.*[_-])?(api[_-]?keys?|access[_-]?keys?|private[_-]?keys?|auth[_-]token|token|secrets?|passwords?|passwd|credentials?)",
+    re.IGNORECASE,
 )
-_URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s@\"']+@")
+# To the last @ before the path: a password may hold one.
+_URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s\"']+@")
 # Its values are environment variables, of which nobody knows what they hold.
 _ENVIRONMENT = ("launch", "environment")
 
@@ -21,7 +23,7 @@ def redact(value: Any, path: tuple[str, ...] = ()) -> Any:
         return {key: redact(child, (*path, str(key))) for key, child in value.items()}
     if isinstance(value, list):
         return [redact(child, path) for child in value]
-    if path[:2] == _ENVIRONMENT or (path and isinstance(value, str) and _SECRET_KEY.fullmatch(path[-1])):
+    if value is not None and (path[:2] == _ENVIRONMENT or (path and _SECRET_KEY.fullmatch(path[-1]))):
         return HIDDEN
     return redact_text(value) if isinstance(value, str) else value
 

@@ -84,6 +84,12 @@ class Watchdog:
 
     def _end(self) -> None:
         rank, host = process_rank(), socket.gethostname()
+        message = f"no progress for {self._limit:g} s at {self._place}; stacks in {self._stacks_path()}"
+        self._say(f"error: process rank {rank} on {host}: {message}")
+        # What hangs may be the disk that the stacks go to.
+        end = threading.Timer(3 * _PATIENCE, os._exit, (EXIT_HUNG,))
+        end.daemon = True
+        end.start()
         try:
             faulthandler.dump_traceback(file=self._file)
             self._file.flush()
@@ -91,8 +97,6 @@ class Watchdog:
             aside = self._report_path(rank).with_suffix(".tmp")
             aside.write_text(json.dumps(report))
             aside.replace(self._report_path(rank))
-            message = f"no progress for {self._limit:g} s at {self._place}; stacks in {self._stacks_path()}"
-            self._say(f"error: process rank {rank} on {host}: {message}")
             time.sleep(_PATIENCE)
             self._say(f"error: process rank {rank} on {host}: {self._diagnosis()}")
         finally:
@@ -107,7 +111,8 @@ class Watchdog:
                 continue
         silent = sorted(set(range(world_size())) - {report["rank"] for report in reports})
         if silent:
-            return f"nothing is known of process rank {', '.join(map(str, silent))}: its process or host is gone"
+            names = ", ".join(map(str, silent))
+            return f"no word of process rank {names}: gone or stopped, or still within the limit"
         fewest = min(report["beats"] for report in reports)
         behind = [report for report in reports if report["beats"] == fewest]
         if len(behind) == len(reports):

@@ -17,10 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 from narrowgauge.engine.versions import installed_versions
 
+from .family import adopt_orphans, end_children
+
 _POLL = 0.1
+_NVIDIA = Path("/proc/driver/nvidia")
 
 
 def main() -> int:
@@ -49,11 +51,11 @@ def _problem(order: dict[str, Any]) -> str | None:
     for name, found in installed_versions().items():
         if found != order["versions"][name]:
             return f"{name} {found} is installed, the launching host has {order['versions'][name]}"
-    if order["gpus"]:
+    if _NVIDIA.exists():
         import torch
 
-        if torch.cuda.device_count() < order["gpus"]:
-            return f"{torch.cuda.device_count()} GPUs found, {order['gpus']} are needed"
+        if 0 < torch.cuda.device_count() < order["processes"]:
+            return f"{torch.cuda.device_count()} GPUs found, {order['processes']} process ranks are asked for"
     if order["listen"] is not None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -67,8 +69,7 @@ def _problem(order: dict[str, Any]) -> str | None:
 class _Supervisor:
     """Runs the command of an order.
 
-    The order's ``silence`` is the time in seconds without a line after which the launching host counts as lost, and
-    ``grace`` the time the ranks have to save when they are asked to end.
+    The order's ``silence`` is the time in seconds without a line after which the launching host counts as lost.
     """
 
     def __init__(self, order: dict[str, Any]) -> None:
@@ -78,6 +79,7 @@ class _Supervisor:
         self._closed = False
 
     def run(self) -> int:
+        adopt_orphans()
         process = subprocess.Popen(  # noqa: S603
             self._order["command"],
             cwd=self._order["folder"],
@@ -89,7 +91,7 @@ class _Supervisor:
         try:
             return self._watch(process)
         finally:
-            end_family(process.pid)
+            end_children()
 
     def _listen(self) -> None:
         for line in sys.stdin:
@@ -105,25 +107,12 @@ class _Supervisor:
             silent = time.monotonic() - self._heard
             if self._closed or silent > self._order["silence"]:
                 reason = "is gone" if self._closed else f"was not heard of for {silent:.0f} s"
-                print(f"{socket.gethostname()}: the launching host {reason}; ending", file=sys.stderr)  # noqa: T201
+                # Printing blocks where nobody reads any more.
+                end_children()
+                print(f"{socket.gethostname()}: the launching host {reason}; ended", file=sys.stderr)  # noqa: T201
                 return 1
             time.sleep(_POLL)
         return code
-
-
-def end_family(pid: int) -> None:
-    """SIGKILL to a process and all that it has started, whatever sessions they are in."""
-    try:
-        parent = psutil.Process(pid)
-        family = [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=10)
 
 
 if __name__ == "__main__":

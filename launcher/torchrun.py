@@ -39,7 +39,7 @@ def torchrun_command(
         address: of this host, as the others reach it.
         with_gpus: ranks are bound to the CPUs near their GPU unless the configuration says otherwise.
     """
-    words = [sys.executable, "-m", "torch.distributed.run"]
+    words = [sys.executable, "-m", "narrowgauge.launcher.agent"]
     if rendezvous is None:
         words += ["--standalone"]
     else:
@@ -53,19 +53,25 @@ def torchrun_command(
             words += ["--local-addr", address]
     words += ["--nproc-per-node", str(num_processes)]
     words += ["--max-restarts", str(block.max_restarts)]
-    # A preempted run needs the time to save.
-    words += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    words += ["--shutdown-timeout", str(block.shutdown_timeout)]
-    binding = block.numa_binding or ("node" if with_gpus else "none")
+    binding = block.numa_binding or ("node" if with_gpus and _can_bind() else "none")
     if binding != "none":
         words += ["--numa-binding", binding]
     return [*words, "-m", "narrowgauge.launcher", *train_words]
 
 
+def _can_bind() -> bool:
+    """Whether this version of torchrun binds ranks to CPUs."""
+    from torch.distributed.run import get_args_parser
+
+    return "--numa-binding" in get_args_parser().format_help()
+
+
 def own_environment(block: LaunchBlock, num_processes: int) -> dict[str, str]:
     """What the configuration adds to the environment of the ranks."""
-    threads = block.threads_per_process or max(1, (os.cpu_count() or 1) // num_processes)
-    own = {"OMP_NUM_THREADS": str(threads)}
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0)))
+    own = {"OMP_NUM_THREADS": str(block.threads_per_process or max(1, cores // num_processes))}
     if block.interface is not None:
         own |= {"NCCL_SOCKET_IFNAME": block.interface, "GLOO_SOCKET_IFNAME": block.interface}
+    # A preempted run needs the time to save. Versions of torchrun that do not know it wait for 30 s.
+    own["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(block.shutdown_timeout)
     return own | block.environment

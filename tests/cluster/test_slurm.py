@@ -168,7 +168,7 @@ def test_a_script_holds_the_configurations_options(corpus: Path, tmp_path: Path)
     assert lines.count("#SBATCH --nodes=3") == 1
     assert lines.count("#SBATCH --partition=main") == 1
     assert not any(line.startswith(("#SBATCH --gpus-per-node", "#SBATCH --mem")) for line in lines)
-    assert [line for line in lines if line.startswith("#SBATCH --signal")] == ["#SBATCH --signal=B:USR1@120"]
+    assert [line for line in lines if line.startswith("#SBATCH --signal")] == ["#SBATCH --signal=B:USR1@300"]
 
 
 @pytest.mark.parametrize("value", ['"a b"', '"x;$(id)"', '"`id`"'])
