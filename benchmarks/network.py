@@ -1,8 +1,8 @@
 """A training step over slow networks: dense AdamW at ZeRO-2 against Grass at ZeRO-1, 2 and 3, on emulated hosts.
 
 Each host is a network namespace of this machine with a rate-limited link, so this needs root and iproute2, sshd not.
-The methods take turns within one process per host. Each host has ``--cores-per-host`` of this machine's cores, so that
-it is as fast among two as among four. ``--report`` only reads what earlier runs have left in ``--out``.
+Methods and rates take turns within one process per host. Each host has ``--cores-per-host`` of this machine's cores, so
+that it is as fast among two as among four. ``--report`` only reads what earlier runs have left in ``--out``.
 
 python -m benchmarks.network --hosts 2 4 --rates 100mbit 1gbit 10gbit --out runs/network
 """
@@ -83,36 +83,31 @@ def measure(num_hosts: int, rates: list[str], shape: Shape, *, rounds: int, num_
         By rate and method: ``seconds`` per round (of the slowest rank), ``sent`` and ``counted`` bytes per step of the
         busiest host, by its interface and as the collectives' sizes say.
     """
+    all_rates = [UNLIMITED, *rates]
     # The ranks inherit it.
     os.sched_setaffinity(0, sorted(_CORES)[:num_cores])
     with tempfile.TemporaryDirectory() as folder, Network(Path(folder), num_hosts) as network:
         ranks = _Ranks(network, shape)
         try:
             facts = ranks.ask({"do": "build"})[0]
-            found: dict[str, Any] = {}
-            for rate in [UNLIMITED, *rates]:
-                network.limit(None if rate == UNLIMITED else rate)
-                found[rate] = _measure_rate(ranks, rounds=rounds)
-                print(f"{num_hosts} hosts, {rate}: " + ", ".join(_brief(found[rate])), flush=True)
+            found = {rate: {name: {"seconds": [], "sent": [], "counted": []} for name in METHODS} for rate in all_rates}
+            for number in range(rounds + 1):
+                for rate in all_rates:
+                    network.limit(None if rate == UNLIMITED else rate)
+                    _take_turns(ranks, found[rate] if number else None)
+                    print(f"{num_hosts} hosts, {rate}, round {number} of {rounds}", flush=True)
         finally:
             ranks.close()
     return {"hosts": num_hosts, "cores": num_cores, "machine": machine(), "facts": facts, "rates": found}
 
 
-def _measure_rate(ranks: _Ranks, *, rounds: int) -> dict[str, Any]:
-    own: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "sent": [], "counted": []} for name in METHODS}
-    for number in range(rounds + 1):
-        for name in METHODS:
-            answers = ranks.ask({"do": "step", "method": name})
-            # The first round warms up.
-            if number:
-                for key, values in own[name].items():
-                    values.append(max(answer[key] for answer in answers))
-    return own
-
-
-def _brief(found: dict[str, Any]) -> list[str]:
-    return [f"{name} {sorted(own['seconds'])[len(own['seconds']) // 2]:.2f} s" for name, own in found.items()]
+def _take_turns(ranks: _Ranks, found: dict[str, dict[str, list[float]]] | None) -> None:
+    """One step of every method; None warms up."""
+    for name in METHODS:
+        answers = ranks.ask({"do": "step", "method": name})
+        if found is not None:
+            for key, values in found[name].items():
+                values.append(max(answer[key] for answer in answers))
 
 
 def main() -> None:
