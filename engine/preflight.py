@@ -86,7 +86,7 @@ def agree(settings: dict[str, Any], *, error: str | None = None, choice: str | N
         rank, size = process_rank(), world_size()
     store = PrefixStore(f"narrowgauge/{_meetings}", _store)
     versions = {f"version of {name}": found for name, found in installed_versions().items()}
-    local = {"process ranks on this host": os.environ.get("LOCAL_WORLD_SIZE", "not given")}
+    local = {"process ranks on this host": os.environ.get("LOCAL_WORLD_SIZE", "a number not given")}
     report = {
         "error": error,
         "choice": choice,

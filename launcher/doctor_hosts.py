@@ -127,8 +127,11 @@ def _check_bandwidth(peer: Peer, first: Peer) -> Finding:
     """Let a host send to the first one, which counts."""
     subject = f"{peer.name} to {first.name}"
     port = first.ask(do="receive", timeout=_ANSWER)["port"]
-    sent = peer.ask(do="send", host=first.name, port=port, timeout=2 * _ANSWER)
-    received = first.answer(3 * PATIENCE)
+    try:
+        sent = peer.ask(do="send", host=first.name, port=port, timeout=2 * _ANSWER)
+    finally:
+        # Also where the host is lost: it would be taken for the answer to the next question.
+        received = first.answer(3 * PATIENCE)
     problem = sent.get("problem") or received.get("problem")
     if problem is not None:
         cure = f"open TCP ports between the hosts in the firewall; ssh {peer.name} getent hosts {first.name}"

@@ -138,6 +138,9 @@ class Slurm:
         )
 
     def _down(self) -> None:
+        for node in self.nodes:
+            # A job that is still there belongs to a test that has failed.
+            self._end_processes(node)
         os.environ.pop("SLURM_CONF", None)
         for path in [
             *self.folder.glob("slurmd.*.pid"),
@@ -156,11 +159,24 @@ class Slurm:
     def kill_node(self, node: str) -> None:
         """As if its power had failed: SIGKILL to its daemon and to all processes of its jobs."""
         daemon = psutil.Process(int((self.folder / f"slurmd.{node}.pid").read_text()))
-        of_jobs = [process for process in psutil.process_iter() if _node_of(process) == node]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            daemon.kill()
+        self._end_processes(node)
+
+    def _end_processes(self, node: str) -> None:
+        of_jobs = [process for process in psutil.process_iter() if self._node_of(process) == node]
         steps = [parent for process in of_jobs if (parent := process.parent()) and parent.name() == "slurmstepd"]
-        for victim in {daemon, *of_jobs, *steps}:
+        for victim in {*of_jobs, *steps}:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
+
+    def _node_of(self, process: psutil.Process) -> str | None:
+        """The node that a process of this SLURM's jobs runs on."""
+        try:
+            environment = process.environ()
+        except psutil.Error:
+            return None
+        return environment.get("SLURMD_NODENAME") if environment.get("SLURM_CONF") == str(self.conf) else None
 
     def run(self, *words: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(  # noqa: S603
@@ -184,11 +200,3 @@ class Slurm:
             assert time.monotonic() < deadline, found
             time.sleep(0.2)
         return found
-
-
-def _node_of(process: psutil.Process) -> str | None:
-    """The node that a job's process runs on."""
-    try:
-        return process.environ().get("SLURMD_NODENAME")
-    except psutil.Error:
-        return None

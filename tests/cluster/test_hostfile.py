@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.network import Network, missing
-from tests.support.command import BIN, ROOT, environment, losses, run, tiny_config
+from tests.support.command import BIN, ROOT, environment, losses, run, tiny_config, wait_for_step
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -58,12 +58,18 @@ def start(network: Network, *words: str, stderr: Path) -> "subprocess.Popen[str]
         )
 
 
-def wait_for_step(run_dir: Path, step: int, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 180
-    while max(losses(run_dir), default=0) < step:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, "it ended too early"
-        time.sleep(0.01)
+def torchrun(network: Network, host: str, num_processes: int, config: str) -> "subprocess.Popen[str]":
+    """Start torchrun on one host, as a user would on each."""
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "h1:29700", "--rdzv-id", "run", "--nnodes", "2"]
+    words = [str(BIN / "torchrun"), *meet, "--local-addr", host, "--nproc-per-node", str(num_processes)]
+    return subprocess.Popen(  # noqa: S603
+        network.words(host, *words, "-m", "narrowgauge.launcher", "train", config),
+        cwd=ROOT,
+        env=environment(GLOO_SOCKET_IFNAME="eth0"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def left_over(network: Network) -> list[str]:
@@ -108,22 +114,25 @@ def test_torchrun_on_each_host_gives_the_same_run(
     network: Network, corpus: Path, tmp_path: Path, alone: dict[int, float]
 ) -> None:
     config = str(tiny_config(corpus, tmp_path))
-    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "h1:29700", "--rdzv-id", "run", "--nnodes", "2"]
-    processes = [
-        subprocess.Popen(  # noqa: S603
-            network.words(
-                host,
-                *(str(BIN / "torchrun"), *meet, "--local-addr", host, "--nproc-per-node", "1"),
-                *("-m", "narrowgauge.launcher", "train", config),
-            ),
-            cwd=ROOT,
-            env=environment(GLOO_SOCKET_IFNAME="eth0"),
-            stdout=subprocess.DEVNULL,
-        )
-        for host in network.names
-    ]
-    assert [process.wait(180) for process in processes] == [0, 0]
+    processes = [torchrun(network, host, 1, config) for host in network.names]
+    for process in processes:
+        _, stderr = process.communicate(timeout=180)
+        assert process.returncode == 0, stderr
     assert losses(tmp_path / "run") == alone
+
+
+@pytest.mark.slow
+def test_hosts_with_different_numbers_of_ranks(network: Network, corpus: Path, tmp_path: Path) -> None:
+    config = str(tiny_config(corpus, tmp_path, train_batch_size=6))
+    processes = [torchrun(network, host, number, config) for host, number in (("h1", 1), ("h2", 2))]
+    text = "".join(process.communicate(timeout=180)[1] for process in processes)
+    assert all(process.returncode for process in processes)
+    message = (
+        "error: process ranks on this host: process rank 0 on h1 has 1, rank 1 on h2 has 2; all ranks need the same"
+    )
+    assert text.count("error: ") == 1
+    assert message in text
+    assert left_over(network) == []
 
 
 @pytest.mark.slow

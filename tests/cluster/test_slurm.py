@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.slurm import Slurm, missing
-from tests.support.command import BIN, losses, records, run, tiny_config
+from tests.support.command import BIN, losses, records, run, tiny_config, wait_for_step
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -19,7 +20,7 @@ LAUNCH: dict[str, Any] = {
     "threads_per_process": 1,
     # Both nodes are this machine.
     "rendezvous_host": "127.0.0.1",
-    "slurm": {"nodes": 2, "gpus-per-node": None, "cpus-per-task": 1, "mem": None, "time": 5},
+    "slurm": {"nodes": 2, "gpus-per-node": None, "cpus-per-task": 1, "mem": None, "time": 30},
 }
 # Longer than what a job of one minute has left when it is asked to end.
 LONG = [
@@ -54,13 +55,6 @@ def config_of(corpus: Path, folder: Path, **changes: Any) -> Path:
     return tiny_config(corpus, folder, launch={**LAUNCH, "slurm": slurm}, **changes)
 
 
-def wait_for_step(run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 180
-    while max(losses(run_dir), default=0) < step:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on two ranks of this machine, without interruption."""
@@ -82,8 +76,8 @@ def test_a_job_of_two_nodes_trains_and_shows_its_progress(slurm: Slurm, corpus: 
     job = slurm.wait(number)
     assert job["JobState"] == "COMPLETED", logs(tmp_path)
     assert "srun --nodes 2 --ntasks-per-node 1" in (tmp_path / "job.log").read_text()
-    assert "12 steps, 3,072 tokens" in (tmp_path / "job-n1.log").read_text()
-    assert (tmp_path / "job-n2.log").is_file()
+    # Both nodes have this machine's name.
+    assert "12 steps, 3,072 tokens" in (tmp_path / f"job-{socket.gethostname()}.log").read_text()
     alone = tmp_path / "alone"
     assert run("train", str(config), "--set", f"logging.run_dir={alone}", ranks=2).returncode == 0
     assert losses(tmp_path / "run") == losses(alone)

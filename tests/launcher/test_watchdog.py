@@ -10,20 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.command import losses, run, start, tiny_config
+from tests.support.command import losses, run, start, tiny_config, wait_for_step
 
 # Seconds; a loaded machine must make its engine and evaluate within it.
 LIMIT = 20
 FEW = ["--set", f"training.hang_timeout={LIMIT}", "--set", "training.steps=200"]
 TWO_HERE = ["--set", "launch.processes_per_node=2", "--set", "launch.threads_per_process=1"]
-
-
-def wait_for_step(run_dir: Path, step: int, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 180
-    while max(losses(run_dir), default=0) < step:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, "it ended too early"
-        time.sleep(0.01)
 
 
 def rank_process(process: "subprocess.Popen[str]", rank: int) -> psutil.Process:

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,15 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 def losses(run_dir: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records(run_dir) if "loss" in record}
+
+
+def wait_for_step(run_dir: Path, step: int, process: "subprocess.Popen[str] | None" = None) -> None:
+    """Wait until a run has taken a step; ``process`` must not end before."""
+    deadline = time.monotonic() + 180
+    while max(losses(run_dir), default=0) < step:
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None, "it ended too early"
+        time.sleep(0.01)
 
 
 def tiny_config(corpus: Path, folder: Path, **changes: Any) -> Path:
