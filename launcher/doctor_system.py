@@ -72,7 +72,7 @@ def _core_files() -> Finding:
 
 
 def _aio_requests() -> Finding:
-    if not _AIO.exists():
+    if not (_AIO / "aio-nr").exists():
         return Finding("ok", "AIO requests", "not counted by this kernel")
     most, taken = (int((_AIO / name).read_text()) for name in ("aio-max-nr", "aio-nr"))
     text = f"{most - taken:,} of {most:,} free"
