@@ -1,5 +1,6 @@
 """Hosts on one machine: network namespaces on a bridge, each with a host name, PID namespace and sshd of its own."""
 
+import functools
 import itertools
 import os
 import shlex
@@ -13,15 +14,22 @@ from typing import Any
 
 NEEDED = ("ip", "tc", "unshare", "sshd", "ssh-keygen")
 _SSH_PORT = 2222
+_OWN_NAMESPACES = ["unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
 _numbers = itertools.count()
 
 
+@functools.cache
 def missing() -> str | None:
     """Why there can be no hosts here, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     absent = [name for name in NEEDED if find(name) is None]
-    return f"not installed: {', '.join(absent)}" if absent else None
+    if absent:
+        return f"not installed: {', '.join(absent)}"
+    # In namespaces of its own, so that nothing is left.
+    words = [*_OWN_NAMESPACES, "--net", find("ip") or "ip", "link", "add", "probe", "type", "bridge"]
+    tried = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603
+    return None if tried.returncode == 0 else f"namespaces or bridges are not allowed here: {tried.stderr.strip()}"
 
 
 def find(name: str) -> str | None:
@@ -143,8 +151,7 @@ class Network:
         hide = f"mount -t tmpfs none {shlex.quote(str(self._hide[host]))} && " if host in self._hide else ""
         log = shlex.quote(str(self.folder / f"sshd-{host}.log"))
         inner = f"{hide}hostname {host} && exec {find('sshd')} -D -f {shlex.quote(str(config))} -E {log}"
-        own = ["unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-        words = ["ip", "netns", "exec", self.namespace(host), *own, "sh", "-c", inner]
+        words = ["ip", "netns", "exec", self.namespace(host), *_OWN_NAMESPACES, "sh", "-c", inner]
         self._daemons.append(subprocess.Popen([find(words[0]) or "ip", *words[1:]]))  # noqa: S603
 
     def _wait_for_sshd(self, host: str) -> None:
