@@ -10,6 +10,7 @@ from typing import Any
 
 from narrowgauge.engine.preemption import EXIT_PREEMPTED
 from narrowgauge.engine.watchdog import EXIT_HUNG
+from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
@@ -20,7 +21,9 @@ _TELLING = (_BAD_INPUT, EXIT_PREEMPTED, EXIT_HUNG)
 
 def main() -> int:
     """Run torchrun; returns 2, 75 or 76 where the first rank that failed ended so, 75 where a signal came, else 1."""
-    signal.signal(signal.SIGUSR1, _as_sigterm)
+    signal.signal(signal.SIGUSR1, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    # torchrun stops waiting for ranks that save when it is asked again, as schedulers do: they signal all processes.
+    api._terminate_process_handler = _Once(api._terminate_process_handler)
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
@@ -31,10 +34,16 @@ def main() -> int:
     return 0
 
 
-def _as_sigterm(number: int, frame: Any) -> None:
-    """Pass SIGUSR1 on as the signal that every version of torchrun hands to its ranks; once is enough."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    os.kill(os.getpid(), signal.SIGTERM)
+class _Once:
+    """A signal handler that is called for the first signal; SIGINT, typed by an impatient user, always counts."""
+
+    def __init__(self, handler: Any) -> None:
+        self._handler, self._called = handler, False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT or not self._called:
+            self._called = True
+            self._handler(number, frame)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def launch(
         show_command(console, None, block, environment, command)
         if dry_run:
             return 0
-        return _run(command, {**os.environ, **environment}, signals, under_slurm=in_allocation)
+        return _run(command, {**os.environ, **environment}, signals)
 
 
 def num_gpus() -> int:
@@ -110,11 +110,11 @@ def _program(name: str) -> str:
     return found
 
 
-def _run(command: list[str], environment: dict[str, str], signals: StopSignals, *, under_slurm: bool) -> int:
+def _run(command: list[str], environment: dict[str, str], signals: StopSignals) -> int:
     adopt_orphans()
     process = subprocess.Popen(command, env=environment)  # noqa: S603
     try:
-        signals.pass_on(process.send_signal, under_slurm=under_slurm)
+        signals.pass_on(process.send_signal)
         code = process.wait()
     finally:
         end_children()

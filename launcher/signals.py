@@ -13,8 +13,8 @@ _BAD_INPUT = 2
 class StopSignals:
     """Notes SIGTERM, SIGUSR1 and SIGINT while it is entered.
 
-    torchrun gives up waiting for its ranks when it is asked more than once, so the first SIGTERM or SIGUSR1 is passed
-    on and no other. SIGINT, which a user types until something happens, is passed on every time.
+    The first SIGTERM or SIGUSR1 is passed on and no other: asking ranks that save again does no good. SIGINT, which a
+    user types until something happens, is passed on every time.
 
     Attributes:
         received: all that came.
@@ -25,7 +25,6 @@ class StopSignals:
         self._passed_on = 0
         self._started = False
         self._send: Callable[[int], Any] | None = None
-        self._under_slurm = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -48,13 +47,9 @@ class StopSignals:
         """From now on somebody asks for :meth:`news`; before, SIGINT interrupts."""
         self._started = True
 
-    def pass_on(self, send: Callable[[int], Any], *, under_slurm: bool = False) -> None:
-        """From now on, and for those that came before, call ``send`` from the handler.
-
-        Args:
-            under_slurm: SIGTERM reaches the ranks without us.
-        """
-        self._send, self._under_slurm = send, under_slurm
+    def pass_on(self, send: Callable[[int], Any]) -> None:
+        """From now on, and for those that came before, call ``send`` from the handler."""
+        self._send = send
         self._flush()
 
     def news(self) -> list[int]:
@@ -64,7 +59,7 @@ class StopSignals:
             number = self.received[self._passed_on]
             first = all(earlier == signal.SIGINT for earlier in self.received[: self._passed_on])
             self._passed_on += 1
-            if number == signal.SIGINT or (first and not (self._under_slurm and number == signal.SIGTERM)):
+            if number == signal.SIGINT or first:
                 found.append(number)
         return found
 

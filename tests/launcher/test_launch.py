@@ -1,0 +1,50 @@
+"""``narrowgauge launch`` on one machine: signals, exit codes, and nothing left behind."""
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.support.command import losses, run, start, tiny_config, wait_for_step
+
+HERE = ["--set", "launch.processes_per_node=2", "--set", "launch.threads_per_process=1"]
+LONG = ["--set", "training.steps=2000"]
+
+
+def test_signals_of_all_kinds_save_once_and_leave_nothing(corpus: Path, tmp_path: Path) -> None:
+    config, run_dir = str(tiny_config(corpus, tmp_path)), tmp_path / "run"
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = start("launch", config, *HERE, *LONG, stderr=stderr)
+    wait_for_step(run_dir, 6, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    agent = psutil.Process(process.pid).children()[0]
+    # As a scheduler does that signals all processes, some of them twice.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        process.send_signal(number)
+        agent.send_signal(number)
+        time.sleep(0.05)
+    assert process.wait(60) == 75, (tmp_path / "stderr").read_text()
+    assert not [member for member in family if member.is_running()]
+    reached = max(losses(run_dir))
+    assert reached < 2000
+    assert (run_dir / "checkpoints" / f"step-{reached}").is_dir()
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+def test_ranks_do_not_outlive_a_killed_agent(corpus: Path, tmp_path: Path) -> None:
+    process = start("launch", str(tiny_config(corpus, tmp_path)), *HERE, *LONG)
+    wait_for_step(tmp_path / "run", 6, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    psutil.Process(process.pid).children()[0].kill()
+    assert process.wait(30) == 1
+    assert not [member for member in family if member.is_running()]
+
+
+def test_bad_input_that_only_the_ranks_find(corpus: Path, tmp_path: Path) -> None:
+    config = tiny_config(corpus, tmp_path, data={"train": ["gone.txt"], "sequence_length": 32, "vocab_size": 600})
+    result = run("launch", str(config), *HERE)
+    assert result.returncode == 2
+    assert result.stderr.count("error: ") == 1
+    assert "data.train: 'gone.txt' names no file" in result.stderr
+    assert "Traceback" not in result.stderr
