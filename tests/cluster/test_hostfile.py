@@ -170,6 +170,7 @@ def test_a_dry_run_prints_and_starts_nothing(network: Network, hostfile: Path, c
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_asked_to_end_it_saves_and_goes_on_later(
     network: Network, hostfile: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def test_asked_to_end_it_saves_and_goes_on_later(
     assert sorted(losses(run_dir)) == list(range(1, 61))
 
 
+@pytest.mark.slow
 def test_a_cut_link_ends_all_processes_and_a_restart_resumes(
     network: Network, hostfile: Path, corpus: Path, tmp_path: Path
 ) -> None:
