@@ -60,8 +60,17 @@ def start(network: Network, *words: str, stderr: Path) -> "subprocess.Popen[str]
 
 def torchrun(network: Network, host: str, num_processes: int, config: str) -> "subprocess.Popen[str]":
     """Start torchrun on one host, as a user would on each."""
-    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "h1:29700", "--rdzv-id", "run", "--nnodes", "2"]
-    words = [str(BIN / "torchrun"), *meet, "--local-addr", host, "--nproc-per-node", str(num_processes)]
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "h1:29700", "--rdzv-id", "run"]
+    words = [
+        str(BIN / "torchrun"),
+        *meet,
+        "--nnodes",
+        str(len(network.names)),
+        "--local-addr",
+        host,
+        "--nproc-per-node",
+        str(num_processes),
+    ]
     return subprocess.Popen(  # noqa: S603
         network.words(host, *words, "-m", "narrowgauge.launcher", "train", config),
         cwd=ROOT,
@@ -70,6 +79,12 @@ def torchrun(network: Network, host: str, num_processes: int, config: str) -> "s
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def wait_for_all(processes: "list[subprocess.Popen[str]]") -> None:
+    for process in processes:
+        _, stderr = process.communicate(timeout=180)
+        assert process.returncode == 0, stderr
 
 
 def left_over(network: Network) -> list[str]:
@@ -105,8 +120,12 @@ def test_four_hosts_train_as_four_ranks_of_one_do(corpus: Path, tmp_path: Path) 
         result = launch(network, config, *MORE, "--hostfile", str(hostfile))
         assert result.returncode == 0, result.stderr
         assert left_over(network) == []
+        by_torchrun = tmp_path / "torchrun"
+        by_torchrun.mkdir()
+        wait_for_all([torchrun(network, host, 1, str(tiny_config(corpus, by_torchrun))) for host in network.names])
     assert run("train", config, "--set", f"logging.run_dir={here}", ranks=4).returncode == 0
     assert losses(tmp_path / "run") == losses(here)
+    assert losses(by_torchrun / "run") == losses(here)
 
 
 @pytest.mark.slow
@@ -114,10 +133,7 @@ def test_torchrun_on_each_host_gives_the_same_run(
     network: Network, corpus: Path, tmp_path: Path, alone: dict[int, float]
 ) -> None:
     config = str(tiny_config(corpus, tmp_path))
-    processes = [torchrun(network, host, 1, config) for host in network.names]
-    for process in processes:
-        _, stderr = process.communicate(timeout=180)
-        assert process.returncode == 0, stderr
+    wait_for_all([torchrun(network, host, 1, config) for host in network.names])
     assert losses(tmp_path / "run") == alone
 
 
