@@ -55,7 +55,12 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "moment"), [(signal.SIGTERM, "training"), (signal.SIGUSR1, "training"), (signal.SIGTERM, "saving")]
+    ("number", "moment"),
+    [
+        (signal.SIGTERM, "training"),
+        pytest.param(signal.SIGUSR1, "training", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "saving", marks=pytest.mark.slow),
+    ],
 )
 def test_one_rank_is_asked_and_all_save_and_end(
     corpus: Path, tmp_path: Path, whole: Path, number: signal.Signals, moment: str
