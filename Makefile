@@ -30,8 +30,6 @@ train: $(VENV)/.installed
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	mkdir -p build/types/narrowgauge
-	for part in engine offload optimizers launcher configs slurm; do ln -sfn ../../../$$part build/types/narrowgauge/$$part; done
 	$(BIN)/pyright
 
 test: lint
