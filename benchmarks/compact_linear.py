@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from narrowgauge.optimizers import Grass
 from torch import nn
 
 from benchmarks.compare import Phases, interleave, ratios, show, write
+from narrowgauge.optimizers import Grass
 
 
 def runner(

@@ -38,7 +38,8 @@ class _Engines:
 
     def __init__(self, shape: Shape) -> None:
         import torch
-        from narrowgauge.engine.traffic import TrafficCounter
+
+        from narrowgauge.engine.backends.deepspeed.traffic import TrafficCounter
 
         self._shape = shape
         self._made: dict[str, Any] = {}
@@ -50,8 +51,9 @@ class _Engines:
 
     def _make(self, method: dict[str, Any]) -> Any:
         import torch
-        from narrowgauge.engine import initialize
         from transformers import LlamaConfig, LlamaForCausalLM
+
+        from narrowgauge.engine import initialize
 
         shape = self._shape
         torch.manual_seed(0)

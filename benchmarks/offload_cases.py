@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from narrowgauge.offload import ActivationOffload
-from narrowgauge.offload.backends import IOBackend
-from narrowgauge.offload.backends.base import Lane
-from narrowgauge.offload.backends.threads import ThreadsBackend
-from narrowgauge.offload.probe import Speed, measure
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.compare import Phases
+from narrowgauge.offload import ActivationOffload
+from narrowgauge.offload.backends import IOBackend
+from narrowgauge.offload.backends.base import Lane
+from narrowgauge.offload.backends.probe import Speed, measure
+from narrowgauge.offload.backends.threads import ThreadsBackend
 
 KEEP, RECOMPUTE, LAYER_INPUTS = "keep all", "full recompute", "layer inputs"
 # Of ActivationOffload, for what is not measured, only counted: it writes nothing.

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from narrowgauge.offload import ActivationOffload
-from narrowgauge.offload.backends import make_backend
-from narrowgauge.offload.backends.aio import is_built
-from narrowgauge.offload.probe import measure
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compare import quartiles
 from benchmarks.offload_cases import KEEP, Case, build, make_case, make_tokens
+from narrowgauge.offload import ActivationOffload
+from narrowgauge.offload.backends import make_backend
+from narrowgauge.offload.backends.aio import is_built
+from narrowgauge.offload.backends.probe import measure
 
 _MIB, _GB = 1 << 20, 1e9
 # Freed memory goes back to the kernel at once: one arena, and pages of their own for all but small allocations.

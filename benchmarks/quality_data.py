@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from narrowgauge.engine.config import DataBlock
-from narrowgauge.engine.data.packed import PackedTokens, RankSampler, training_loader
-from narrowgauge.engine.data.prepare import prepare_data
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from narrowgauge.engine.config.config import DataBlock
+from narrowgauge.engine.data.packed import PackedTokens, RankSampler, training_loader
+from narrowgauge.engine.data.prepare import prepare_data
 
 _SMALL_TEXT = ("argparse", "ast", "calendar", "configparser", "csv", "datetime", "difflib", "heapq", "inspect")
 

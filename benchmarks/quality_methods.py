@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from narrowgauge.optimizers.conversion import find_targets, rank_of
 from torch import nn
+
+from narrowgauge.optimizers.layers.targets import find_targets, rank_of
 
 _FP32, _INDEX = 4, 8
 

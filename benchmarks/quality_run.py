@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from narrowgauge.engine.config import ScheduleBlock
-from narrowgauge.engine.schedule import make_schedule
 from torch import Tensor, nn
 
 from benchmarks.compare import machine
 from benchmarks.quality_data import Task, Text, build_model
 from benchmarks.quality_methods import METHODS, Shapes
+from narrowgauge.engine.config.config import ScheduleBlock
+from narrowgauge.engine.run.schedule import make_schedule
 
 _FORMAT = 1
 _RANKS = 2

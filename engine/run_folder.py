@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .config.json_file import digest, flatten
+from .config.redaction import redact
 from .errors import UserError
-from .json_file import digest, flatten
-from .redaction import redact
 
 CONFIG, METRICS, SUMMARY, STARTS = "config.json", "metrics.jsonl", "summary.json", "starts.jsonl"
 CHECKPOINTS, TOKENIZER, TENSORBOARD = "checkpoints", "tokenizer", "tensorboard"

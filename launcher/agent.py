@@ -8,12 +8,13 @@ import signal
 import sys
 from typing import Any
 
-from narrowgauge.engine.preemption import EXIT_PREEMPTED
-from narrowgauge.engine.watchdog import EXIT_HUNG
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
+
+from narrowgauge.engine.ranks.preemption import EXIT_PREEMPTED
+from narrowgauge.engine.ranks.watchdog import EXIT_HUNG
 
 _BAD_INPUT = 2
 _TELLING = (_BAD_INPUT, EXIT_PREEMPTED, EXIT_HUNG)

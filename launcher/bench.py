@@ -4,15 +4,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-from narrowgauge.engine.errors import UserError
-from narrowgauge.offload import OffloadError
-from narrowgauge.offload.arguments import to_folders
-from narrowgauge.offload.backends import IOBackend, available_backends, make_backend
-from narrowgauge.offload.probe import Speed, measure
-from narrowgauge.offload.slab import available_bytes
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+
+from narrowgauge.engine.errors import UserError
+from narrowgauge.offload import OffloadError
+from narrowgauge.offload.backends import IOBackend, available_backends, make_backend
+from narrowgauge.offload.backends.probe import Speed, measure
+from narrowgauge.offload.options import to_folders
+from narrowgauge.offload.storage.slab import available_bytes
 
 BLOCKS_MIB = (1, 4, 16)
 LANES = (1, 2, 4)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from narrowgauge.engine.errors import UserError
-from narrowgauge.engine.preemption import EXIT_PREEMPTED, Preempted
-from narrowgauge.engine.redaction import redact_text
 from rich.console import Console
+
+from narrowgauge.engine.config.redaction import redact_text
+from narrowgauge.engine.errors import UserError
+from narrowgauge.engine.ranks.preemption import EXIT_PREEMPTED, Preempted
 
 app = typer.Typer(
     add_completion=False,
@@ -40,7 +41,7 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new folder beside an existing run.")] = False,
 ) -> None:
     """Train a model. Runs alone, under torchrun, and under deepspeed; resumes where its run folder has a checkpoint."""
-    from narrowgauge.engine.json_file import apply_overrides, read_json
+    from narrowgauge.engine.config.json_file import apply_overrides, read_json
     from narrowgauge.engine.run_folder import finished_summary
 
     raw = read_json(config)
@@ -52,7 +53,7 @@ def train(
             _show_finished(summary, run_dir)
             return
     _quieten()
-    from narrowgauge.engine.train import train as run
+    from narrowgauge.engine.run.train import train as run
 
     run(config, overrides=set_ or [], fresh=fresh, console=_console())
 
@@ -70,7 +71,7 @@ def launch(
 ) -> None:
     """Train on all GPUs of this machine, of a SLURM allocation or of the machines in a hostfile."""
     _quieten()
-    from .launch import launch as run
+    from .launch.command import launch as run
 
     code = run(config, overrides=set_ or [], fresh=fresh, hostfile=hostfile, dry_run=dry_run, console=_console())
     raise typer.Exit(code)
@@ -84,7 +85,7 @@ def export(
 ) -> None:
     """Write a trained model as a Hugging Face folder that AutoModelForCausalLM.from_pretrained loads."""
     _quieten()
-    from narrowgauge.engine.export import export_run
+    from narrowgauge.engine.run.export import export_run
 
     source = export_run(run, folder, step=step)
     _console().print(f"{source} -> {folder}", highlight=False)
@@ -96,7 +97,7 @@ def build(
 ) -> None:
     """Build the extensions that DeepSpeed would otherwise compile in the middle of the first run."""
     _quieten()
-    from narrowgauge.engine.extensions import ensure_extensions
+    from narrowgauge.engine.backends.deepspeed.extensions import ensure_extensions
 
     built = ensure_extensions(console=_console(), aio=aio)
     _console().print(f"ready: {', '.join(built) if built else 'nothing to build on this machine'}", highlight=False)
@@ -111,7 +112,7 @@ def doctor(
 ) -> None:
     """Check this machine: what a run needs, what is missing, and what to type about it; exit code 1 on an error."""
     _quieten()
-    from .doctor import doctor as run
+    from .doctor.command import doctor as run
 
     raise typer.Exit(run(path, hostfile=hostfile, build=build, as_json=as_json, console=_console()))
 
@@ -172,7 +173,7 @@ def _console() -> Console:
 
 def _show_finished(summary: dict[str, object], run_dir: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
-        from narrowgauge.engine.summary_table import print_summary
+        from narrowgauge.engine.report.summary_table import print_summary
 
         console = _console()
         console.print(

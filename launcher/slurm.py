@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from narrowgauge.engine.config import Config, load_config
-from narrowgauge.engine.errors import UserError
-from narrowgauge.engine.launch_block import LaunchBlock
-from narrowgauge.engine.metrics import step_records
-from narrowgauge.engine.run_folder import METRICS, STARTS, SUMMARY
 from rich.console import Console
 from rich.table import Table
+
+from narrowgauge.engine.config.config import Config, load_config
+from narrowgauge.engine.config.launch_block import LaunchBlock
+from narrowgauge.engine.errors import UserError
+from narrowgauge.engine.report.metrics import step_records
+from narrowgauge.engine.run_folder import METRICS, STARTS, SUMMARY
 
 SCRIPTS = ("pretrain", "finetune_1node", "sweep")
 

@@ -15,16 +15,16 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .arguments import Granularity, check_arguments, to_folders
 from .backends import BackendName, IOBackend, make_backend
+from .backends.probe import Speed, measure
 from .errors import OffloadError, OffloadSpaceError
-from .graph import ForwardGraph, mark_parameter
-from .layers import RecomputedLayers
+from .options import Granularity, check_arguments, to_folders
 from .planner import absorbable_bytes
-from .probe import Speed, measure
-from .slab import SlabStore, available_bytes, round_up
+from .saving.graph import ForwardGraph, mark_parameter
+from .saving.recompute import RecomputedLayers
 from .stats import Endurance, OffloadStats
-from .transport import Transport
+from .storage.slab import SlabStore, available_bytes, round_up
+from .transfer.transport import Transport
 
 _LEAST_CAPACITY = 64 << 20
 # A plan is made anew for the first forwards, then every so many, and whenever the disk's speed has changed.

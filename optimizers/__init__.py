@@ -1,15 +1,15 @@
 """Subspace optimizers: compact linear layers, their selection and refresh, and the optimizers that train them."""
 
-from .apollo import Apollo
-from .compact import CompactOptimizer
-from .compact_linear import CompactLinear
-from .frugal import Frugal
-from .full_norm import FullNorm
-from .galore import GaLore
-from .grass import Grass
-from .lamb import Lamb
-from .lars import Lars
-from .own_optimizer import OwnOptimizer
+from .apollo.apollo import Apollo
+from .compact.full_norm import FullNorm
+from .compact.optimizer import CompactOptimizer
+from .engine_optimizer import OwnOptimizer
+from .frugal.frugal import Frugal
+from .galore.galore import GaLore
+from .grass.grass import Grass
+from .layers.compact import CompactLinear
+from .layerwise.lamb import Lamb
+from .layerwise.lars import Lars
 from .sharded import ShardedOptimizer
 
 # By the names that configurations use.

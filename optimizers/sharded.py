@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .conversion import find_targets
-from .groups import build_groups
-from .own_optimizer import OwnOptimizer
-from .shards import LocalShards, ShardMap
+from .engine_optimizer import OwnOptimizer
+from .layers.targets import find_targets
+from .param_groups import build_groups
+from .sharding.shards import LocalShards, ShardMap
 
 
 class ShardedOptimizer(OwnOptimizer):

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from narrowgauge.engine.config import load_config
 
+from narrowgauge.engine.config.config import load_config
 from tests.support.command import BIN, ROOT, environment
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import DataError
-from ..preemption import ignore_stop_signals
+from ..ranks.preemption import ignore_stop_signals
 from .order import sample_order
 
 

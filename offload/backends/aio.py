@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OffloadError
-from .extension import build_extension, import_compiled, is_compiled
+from .deepspeed_build import build_extension, import_compiled, is_compiled
 
 _BLOCK_BYTES = 1 << 20
 _QUEUE_DEPTH = 32

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from ..probe import Speed, measure
 from . import aio, gds
 from .base import IOBackend
+from .probe import Speed, measure
 from .threads import ThreadsBackend
 
 BackendName = Literal["auto", "threads", "aio", "gds"]

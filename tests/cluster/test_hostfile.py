@@ -229,7 +229,7 @@ def test_a_cut_link_ends_all_processes_and_a_restart_resumes(
     assert f"error: process rank 0 on h1: no progress for {limit} s at " in text
     for name in ("rank-0-h1", "rank-1-h2"):
         (stacks,) = (run_dir / "stacks").glob(f"{name}-*.txt")
-        assert "engine/train.py" in stacks.read_text()
+        assert "engine/run/train.py" in stacks.read_text()
     reached = max(losses(run_dir))
     result = launch(network, config, *more, "--set", f"training.steps={reached + 4}")
     assert result.returncode == 0, result.stderr

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import narrowgauge.engine.run_folder as run_folder
 import pytest
+
+import narrowgauge.engine.run_folder as run_folder
 from narrowgauge.engine.errors import UserError
-from narrowgauge.engine.metrics import MetricsLog, step_records
+from narrowgauge.engine.report.metrics import MetricsLog, step_records
 
 RAW: dict[str, Any] = {"optimizer": {"params": {"lr": 0.1}}, "gradient_accumulation_steps": 2}
 

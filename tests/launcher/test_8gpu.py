@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from narrowgauge.engine.config import Config, load_config
-from narrowgauge.engine.data.tokenizer import load_tokenizer, train_tokenizer
-from narrowgauge.engine.data.tokens import write_tokens
-from narrowgauge.engine.json_file import flatten
-from narrowgauge.engine.model import abstract_model, model_config
-from narrowgauge.offload import ActivationOffload
-from narrowgauge.optimizers import Grass
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from narrowgauge.engine.config.config import Config, load_config
+from narrowgauge.engine.config.json_file import flatten
+from narrowgauge.engine.data.tokenizer import load_tokenizer, train_tokenizer
+from narrowgauge.engine.data.tokens import write_tokens
+from narrowgauge.engine.run.model import abstract_model, model_config
+from narrowgauge.offload import ActivationOffload
+from narrowgauge.optimizers import Grass
 from tests.support.command import ROOT, losses, run
 from tests.support.memory import GIB, converted_model, layer_and_head, memory_of
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from narrowgauge.launcher.main import main
 
+from narrowgauge.launcher.main import main
 from tests.support.command import BIN, ROOT, environment, run, tiny_config
 
 

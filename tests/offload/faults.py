@@ -20,13 +20,13 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from narrowgauge.offload import ActivationOffload
 from narrowgauge.offload.backends import Lane
 from narrowgauge.offload.backends.threads import ThreadsBackend
-from narrowgauge.offload.record import Record
-from narrowgauge.offload.slab import Extent
-from torch import Tensor, nn
-
+from narrowgauge.offload.storage.slab import Extent
+from narrowgauge.offload.transfer.record import Record
 from tests.support.command import ROOT, environment
 from tests.support.models import Block
 

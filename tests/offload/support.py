@@ -10,10 +10,11 @@ from threading import Event
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from narrowgauge.offload import ActivationOffload
 from narrowgauge.offload.backends.threads import ThreadsBackend, ThreadsLane
-from narrowgauge.offload.slab import ALIGNMENT, round_up
-from torch import Tensor
+from narrowgauge.offload.storage.slab import ALIGNMENT, round_up
 
 Loss = Callable[..., Tensor]
 _PATIENCE = 20.0

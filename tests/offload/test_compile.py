@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from narrowgauge.offload import ActivationOffload
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 
+from narrowgauge.offload import ActivationOffload
 from tests.offload.support import assert_nothing_left, assert_same, grads_of, new_offload, settle
 from tests.support.models import tiny, token_batch
 

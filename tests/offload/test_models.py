@@ -12,13 +12,6 @@ from typing import Any, Literal, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from narrowgauge.offload import ActivationOffload, activation_offload
-from narrowgauge.offload.backends import choice
-from narrowgauge.offload.backends.threads import ThreadsBackend, ThreadsLane
-from narrowgauge.offload.probe import measure
-from narrowgauge.optimizers import Grass
-from narrowgauge.optimizers.selected_linear import SelectedLinear
-from narrowgauge.optimizers.selected_weight import Side
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -31,6 +24,14 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from narrowgauge.offload import ActivationOffload, activation_offload
+from narrowgauge.offload.backends import choice
+from narrowgauge.offload.backends.probe import measure
+from narrowgauge.offload.backends.threads import ThreadsBackend, ThreadsLane
+from narrowgauge.optimizers import Grass
+from narrowgauge.optimizers.layers.selected_linear import SelectedLinear
+from narrowgauge.optimizers.layers.selected_weight import Side
 
 from .support import level, settle, wait_until
 

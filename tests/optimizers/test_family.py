@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from narrowgauge.optimizers import OPTIMIZERS, Apollo, Frugal, GaLore, Grass, Lamb, Lars
 from torch import nn
 
+from narrowgauge.optimizers import OPTIMIZERS, Apollo, Frugal, GaLore, Grass, Lamb, Lars
 from tests.support.models import tiny, token_batch, train_steps
 
 MAKERS: dict[str, Any] = {

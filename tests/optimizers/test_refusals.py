@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from narrowgauge.optimizers import CompactLinear, Grass
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from narrowgauge.optimizers import CompactLinear, Grass
 from tests.support.models import tiny
 from tests.support.ranks import RankPool
 

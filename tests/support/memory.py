@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from narrowgauge.engine.config import Config
-from narrowgauge.engine.model import abstract_model, model_config
-from narrowgauge.engine.optimizer_schema import make_optimizer
-from narrowgauge.engine.summary import count_parameters
-from narrowgauge.optimizers.selected_weight import SelectedWeight
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
+
+from narrowgauge.engine.config.config import Config
+from narrowgauge.engine.config.optimizer_params import make_optimizer
+from narrowgauge.engine.report.summary import count_parameters
+from narrowgauge.engine.run.model import abstract_model, model_config
+from narrowgauge.optimizers.layers.selected_weight import SelectedWeight
 
 GIB = 1 << 30
 

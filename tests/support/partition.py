@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from narrowgauge.optimizers import ShardedOptimizer
-from narrowgauge.optimizers.shards import Shard
 from torch import Tensor, nn
+
+from narrowgauge.optimizers import ShardedOptimizer
+from narrowgauge.optimizers.sharding.shards import Shard
 
 PADDING = 3
 

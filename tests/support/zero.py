@@ -7,10 +7,10 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from narrowgauge.engine import initialize
 
+from narrowgauge.engine import initialize
 from tests.support.models import TinyTransformer, is_matrix, tiny, token_batch
-from tests.support.reference import ReferenceGrass
+from tests.support.references.grass import ReferenceGrass
 
 ACCUMULATION, CLIP = 2, 0.2
 PARAMS: dict[str, Any] = {

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from narrowgauge.optimizers import OPTIMIZERS, ShardedOptimizer
 from torch import Tensor
 
+from narrowgauge.optimizers import OPTIMIZERS, ShardedOptimizer
 from tests.support.models import tiny
 from tests.support.zero import CLIP, ds_config, finish, full_weights, make_engine, plain_steps, train_step, worst
 

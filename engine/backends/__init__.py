@@ -1,0 +1,1 @@
+"""The engines that train: one folder each, behind :mod:`narrowgauge.engine.protocol`."""

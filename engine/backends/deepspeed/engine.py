@@ -1,0 +1,132 @@
+"""DeepSpeed's engine with one of our optimizers: what it does once per step, and its checkpoints."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from narrowgauge.optimizers import CompactOptimizer, OwnOptimizer, ShardedOptimizer
+from narrowgauge.optimizers.compact.backend import LocalBackend, SubspaceBackend
+
+from ...checkpoint.checkpoint import load_checkpoint, save_checkpoint, together
+from .shards import EngineShards
+from .subspace import PartitionedStateBackend, PartitionedWeightBackend
+
+
+class Engine(DeepSpeedEngine):
+    """A ``DeepSpeedEngine`` whose client optimizer is one of ours; used like the original.
+
+    DeepSpeed replaces the optimizer's parameters by flat shards and calls its ``step`` once per group or sub-group,
+    before the model's weights are updated. So the optimizer only updates there; fold, count and refresh follow here,
+    once per applied step.
+    """
+
+    own_optimizer: OwnOptimizer
+    module: torch.nn.Module
+
+    def __init__(self, *, optimizer: OwnOptimizer, **kwargs: Any) -> None:
+        self.__dict__["own_optimizer"] = optimizer
+        super().__init__(optimizer=optimizer, **kwargs)
+        if isinstance(optimizer, CompactOptimizer):
+            optimizer.defer_to_engine(self._make_backend(optimizer))
+        elif isinstance(optimizer, ShardedOptimizer):
+            optimizer.defer_to_engine(EngineShards(self) if self.zero_optimization_stage() else optimizer.shards)
+
+    def _make_backend(self, optimizer: CompactOptimizer) -> SubspaceBackend:
+        stage = self.zero_optimization_stage()
+        if stage == 0:
+            return LocalBackend()
+        if stage == 3:
+            return PartitionedWeightBackend(self.optimizer, optimizer.layers, lambda: EngineShards(self))
+        return PartitionedStateBackend(self.optimizer, lambda: EngineShards(self))
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        own, num_skipped = self.own_optimizer, self.skipped_steps
+        learning_rates = own.learning_rates()
+        super().step(lr_kwargs)
+        if self.was_step_applied():
+            own.after_step(learning_rates)
+        elif self.skipped_steps > num_skipped:
+            own.forget_observed()
+
+    def write_back(self) -> None:
+        """Bring the weights of all ranks up to date; under ZeRO-3 their shards lag behind between changes of
+        subspace.
+        """
+        own = self.own_optimizer
+        if isinstance(own, CompactOptimizer) and isinstance(own.backend, PartitionedWeightBackend):
+            own.backend.write_back(own.layers)
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> Literal[True]:
+        """Write ``save_dir/tag`` (see :mod:`.checkpoint`); collective, called like DeepSpeed's.
+
+        Args:
+            client_state: JSON values.
+
+        Raises:
+            CheckpointError: a rank could not write.
+            ValueError: ``exclude_frozen_parameters``: the frozen weights are the model.
+        """
+        if exclude_frozen_parameters:
+            raise ValueError("exclude_frozen_parameters: the frozen weights hold what was trained; they are needed")
+        tag = tag if tag is not None else f"global_step{self.global_steps}"
+        save_checkpoint(self, Path(save_dir) / tag, client_state or {})
+        if save_latest:
+            together("save", lambda: self._write_latest(Path(save_dir), tag))
+        return True
+
+    def _write_latest(self, save_dir: Path, tag: str) -> None:
+        if self.global_rank == 0:
+            aside = save_dir / "latest.tmp"
+            aside.write_text(tag)
+            aside.replace(save_dir / "latest")
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Restore what :meth:`save_checkpoint` wrote, with any number of ranks; called like DeepSpeed's.
+
+        Returns:
+            The checkpoint's folder and its ``client_state``; ``(None, None)`` if no tag is given and there is no
+            ``latest``.
+
+        Raises:
+            CheckpointError: it is damaged, or belongs to another model.
+        """
+        if not load_module_strict or custom_load_fn is not None:
+            raise ValueError("load_module_strict=False and custom_load_fn are not supported with our optimizers")
+        latest = Path(load_dir) / "latest"
+        if tag is None and not latest.is_file():
+            return None, None
+        folder = Path(load_dir) / (tag if tag is not None else latest.read_text().strip())
+        client_state = load_checkpoint(
+            self,
+            folder,
+            optimizer_states=load_optimizer_states and not load_module_only,
+            scheduler_state=load_lr_scheduler_states and not load_module_only,
+        )
+        return str(folder), client_state
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
+        """DeepSpeed collects parameters without asking the layers; give it folded weights and take the compact values
+        out.
+        """
+        self.write_back()
+        state = super()._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
+        compact = {f"{layer.name}.compact" for layer in self.own_optimizer.layers}
+        return {k: v for k, v in state.items() if k not in compact} if state is not None else None

@@ -1,0 +1,220 @@
+"""``initialize``: as ``deepspeed.initialize``, with compact optimizers beside DeepSpeed's own."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
+from torch import nn
+
+from narrowgauge.optimizers import OwnOptimizer
+
+from ...config.config import Config, load_config, within
+from ...config.optimizer_params import make_optimizer
+from ...config.redaction import redact
+from ...errors import ConfigError, UserError
+from ...offload.attach import attach_offload, make_offload
+from ...ranks.agreement import agree, ensure_environment, make_process_group, process_rank
+from .engine import Engine
+from .extensions import ensure_extensions
+from .subspace import GatherOnceBackend
+from .supported import check_supported
+
+# Engine, optimizer, data loader and schedule, as DeepSpeed returns them.
+_Made = tuple[Any, Any, Any, Any]
+
+# DeepSpeed's schedules that set learning rates outright; the others scale the rates they find.
+_ABSOLUTE_RATES = {
+    "lr_range_test_min_lr",
+    "cycle_min_lr",
+    "cycle_max_lr",
+    "warmup_min_lr",
+    "warmup_max_lr",
+    "max_lr",
+    "base_lr",
+}
+
+
+def initialize(
+    *,
+    model: nn.Module,
+    config: str | Path | Mapping[str, Any] | Config,
+    training_data: torch.utils.data.Dataset[Any] | None = None,
+    optimizer: torch.optim.Optimizer | Callable[..., Any] | None = None,
+    model_parameters: Any = None,
+    lr_scheduler: Any = None,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[..., Any] | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Make an engine from a model and a DeepSpeed configuration.
+
+    With ``"optimizer": {"type": "Grass", "params": {...}}``, or another of :mod:`narrowgauge.optimizers`, the model is
+    trained by it under ZeRO; compact ones convert the model's linear layers in place. With any other optimizer this is
+    ``deepspeed.initialize`` behind a check of the whole configuration. Everything that can be checked is checked
+    before a process group exists.
+
+    Args:
+        model: not yet wrapped; may have been built under ``deepspeed.zero.Init``.
+        config: a JSON file or a dict; blocks of ``narrowgauge train`` in it are ignored.
+        optimizer: a client optimizer instead of the configuration's; may be one of ours made from this model.
+        model_parameters: for DeepSpeed's own optimizers; ours take ``optimizer.params.param_groups``.
+        training_data, lr_scheduler, mpu, dist_init_required, collate_fn: as in ``deepspeed.initialize``.
+
+    An ``"activation_offload"`` block keeps what the engine's forwards save for backward on NVMe (see
+    :class:`narrowgauge.offload.ActivationOffload`), with any optimizer; the object is ``engine.activation_offload``.
+
+    Returns:
+        ``(engine, optimizer, dataloader, lr_scheduler)``.
+
+    Raises:
+        ConfigError: the configuration does not hold, or a setting does not work with our optimizers.
+        UserError: the process ranks' configurations differ.
+        ValueError: the optimizer's options do not fit the model.
+    """
+    checked = config if isinstance(config, Config) else load_config(config)
+    ensure_environment()
+    client = optimizer if isinstance(optimizer, OwnOptimizer) else None
+    ours = client is not None or checked.our_params() is not None
+    if ours and optimizer is not None and checked.parsed.optimizer is not None:
+        raise checked.error("optimizer: an optimizer was passed to initialize, and the configuration names another")
+    if client is not None and not _is_made_from(client, model):
+        raise checked.error(
+            f"optimizer: the {type(client).__name__} that was passed to initialize was made from another model"
+        )
+    arguments = {
+        "model": model,
+        "training_data": training_data,
+        "lr_scheduler": lr_scheduler,
+        "dist_init_required": dist_init_required,
+        "collate_fn": collate_fn,
+    }
+    if not ours:
+        with _offload_for(checked, model) as attach:
+            if checked.unused_params() and process_rank() == 0:
+                warnings.warn(
+                    f"optimizer.params: {', '.join(checked.unused_params())} are not used by"
+                    f" {checked.raw['optimizer']['type']}, which trains every parameter at lr",
+                    stacklevel=2,
+                )
+            try:
+                return attach(
+                    deepspeed.initialize(
+                        config=checked.deepspeed_dict(),
+                        optimizer=optimizer,
+                        model_parameters=model_parameters,
+                        mpu=mpu,
+                        **arguments,
+                    )
+                )
+            except (AssertionError, TypeError) as error:
+                raise checked.error(f"refused by DeepSpeed: {error}").shared() from error
+    check_supported(checked, model, mpu, client=client)
+    if model_parameters is not None:
+        raise checked.error("model_parameters: our optimizers take optimizer.params.param_groups instead")
+    shutdown_init_context()
+    try:
+        own = client or _make_optimizer(model, checked)
+        with _offload_for(checked, model) as attach:
+            return attach(_make_engine(checked, own, **arguments))
+    finally:
+        restore_init_context()
+
+
+def _is_made_from(optimizer: OwnOptimizer, model: nn.Module) -> bool:
+    parameters = set(map(id, model.parameters()))
+    return all(id(p) in parameters for group in optimizer.param_groups for p in group["params"])
+
+
+@contextmanager
+def _offload_for(config: Config, model: nn.Module) -> Iterator[Callable[[_Made], _Made]]:
+    """Build what is loaded, make this rank's activation offload, and meet the other ranks; gives what attaches it."""
+    offload, problem = None, None
+    try:
+        ensure_extensions(config)
+        offload = make_offload(config, model)
+    except ConfigError as error:
+        problem = str(error)
+    except Exception as fault:
+        # A fault of ours: this rank shows where it is, the others would wait for it.
+        with suppress(UserError):
+            agree(redact(config.raw), error=f"{type(fault).__name__}: {fault}")
+        raise
+    try:
+        agree(redact(config.raw), error=problem)
+
+        def attach(made: _Made) -> _Made:
+            if offload is not None:
+                attach_offload(made[0], offload)
+            return made
+
+        yield attach
+    except BaseException:
+        if offload is not None:
+            offload.close()
+        raise
+
+
+def init_distributed(dist_init_required: bool | None = None) -> None:
+    """Make DeepSpeed's process group, if there is none, without its notice of an extension that was built ahead."""
+    backend = get_accelerator().communication_backend_name()  # pyright: ignore[reportOptionalMemberAccess]
+    make_process_group(str(backend), default_pg_timeout)
+    with redirect_stdout(StringIO()):
+        deepspeed.init_distributed(dist_backend=backend, dist_init_required=dist_init_required, verbose=False)
+
+
+def _make_optimizer(model: nn.Module, config: Config) -> OwnOptimizer:
+    params, block = config.our_params(), config.parsed.optimizer
+    assert params is not None
+    assert block is not None
+    under_zero_init = any(hasattr(p, "ds_id") for p in model.parameters())
+    try:
+        return make_optimizer(block.type, model, params.arguments(), GatherOnceBackend() if under_zero_init else None)
+    except ValueError as error:
+        raise config.error(within("optimizer.params", str(error))) from error
+
+
+def _make_engine(
+    config: Config, optimizer: OwnOptimizer, *, dist_init_required: bool | None, **arguments: Any
+) -> _Made:
+    settings = {key: value for key, value in config.deepspeed_dict().items() if key != "optimizer"}
+    # What DeepSpeed asks of an optimizer it does not know.
+    settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    if "scheduler" in settings:
+        settings["scheduler"] = _per_group_rates(config, settings["scheduler"], optimizer)
+    init_distributed(dist_init_required)
+    engine = Engine(
+        args=None,
+        optimizer=optimizer,
+        config=settings,
+        config_class=DeepSpeedConfig(settings),
+        dist_init_required=dist_init_required,
+        **arguments,
+    )
+    engine._configure_python_gc()
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _per_group_rates(config: Config, scheduler: dict[str, Any], optimizer: OwnOptimizer) -> dict[str, Any]:
+    """Give a schedule that sets one rate for all groups a rate for each, so that the groups keep their proportions."""
+    base = optimizer.defaults["lr"]
+    if base == 0.0:
+        raise config.error(
+            "optimizer.params.lr: 0 found; with a scheduler it is what the groups' rates are relative to"
+        )
+    proportions = [group["lr"] / base for group in optimizer.param_groups]
+    params = dict(scheduler.get("params", {}))
+    if scheduler.get("type") == "LRRangeTest":
+        params.setdefault("lr_range_test_min_lr", 1e-3)
+    for key in _ABSOLUTE_RATES & params.keys():
+        if isinstance(params[key], int | float):
+            params[key] = [params[key] * proportion for proportion in proportions]
+    return {**scheduler, "params": params}

@@ -1,0 +1,115 @@
+"""Which shard of which parameter this process rank's masters and moments belong to, for every ZeRO stage.
+
+The one description that does not depend on how the parameters were cut, so a checkpoint written by some number of
+ranks at some stage can be read by another number at another stage.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm
+from torch import Tensor
+
+from narrowgauge.optimizers.sharding.shards import Shard
+
+from ...errors import UserError
+
+
+def local_shards(engine: Any) -> list[Shard]:
+    """This rank's shards of all trainable parameters of a DeepSpeed engine, in a fixed order.
+
+    Raises:
+        UserError: the engine's optimizer keeps its masters in a form that is not known here.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return [
+            Shard(engine.param_names[p], tuple(p.shape), 0, p.numel(), p, 0)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
+    shards = _stage_3 if stage == 3 else _stage_1_2
+    return list(shards(engine))
+
+
+def _groups(engine: Any) -> list[tuple[list[Any], Tensor]]:
+    """The parameters of each group, or sub-group at stage 3, and the flat tensor that holds this rank's part of them.
+
+    Raises:
+        UserError: the engine's optimizer keeps its masters in a form that is not known here.
+    """
+    optimizer = engine.optimizer
+    for groups, flats in (
+        ("bit16_groups", "single_partition_of_fp32_groups"),
+        ("bf16_groups", "fp32_groups_flat_partition"),
+        ("fp16_groups", "fp32_partitioned_groups_flat"),
+    ):
+        if hasattr(optimizer, groups) and hasattr(optimizer, flats):
+            return list(zip(getattr(optimizer, groups), getattr(optimizer, flats), strict=True))
+    raise UserError(
+        f"checkpoints of DeepSpeed's {type(optimizer).__name__} are not supported; use ZeRO stage 1, 2 or 3"
+    )
+
+
+def _stage_1_2(engine: Any) -> Iterator[Shard]:
+    for parameters, flat in _groups(engine):
+        for parameter in parameters:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+                shape = tuple(parameter.shape)
+                yield Shard(engine.param_names[parameter], shape, low.start, high.numel, flat, high.start)
+
+
+def _stage_3(engine: Any) -> Iterator[Shard]:
+    optimizer = engine.optimizer
+    for parameters, flat in _groups(engine):
+        for parameter in parameters:
+            _, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = size * parameter.ds_zero_partition_rank
+            length = max(0, min(size, parameter.ds_numel - start))
+            if length:
+                yield Shard(engine.param_names[parameter], tuple(parameter.ds_shape), start, length, flat, int(offset))
+
+
+class EngineShards:
+    """The shards of a DeepSpeed engine at ZeRO stage 1, 2 or 3, for optimizers that work on shards."""
+
+    def __init__(self, engine: Any) -> None:
+        self._device = engine.device
+        self._shards: dict[int, list[Shard]] = {}
+        for shard in local_shards(engine):
+            self._shards.setdefault(id(shard.flat), []).append(shard)
+        self._members = {
+            id(flat): {engine.param_names[p]: tuple(getattr(p, "ds_shape", p.shape)) for p in parameters}
+            for parameters, flat in _groups(engine)
+        }
+
+    @property
+    def num_process_ranks(self) -> int:
+        return comm.get_world_size()
+
+    def shards_of(self, flat: Tensor) -> Sequence[Shard]:
+        return sorted(self._shards.get(id(flat), []), key=lambda shard: shard.offset)
+
+    def members_of(self, flat: Tensor) -> Mapping[str, tuple[int, ...]]:
+        return self._members[id(flat)]
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        on_device = tensor.to(self._device)
+        comm.all_reduce(on_device)
+        return tensor.copy_(on_device) if on_device is not tensor else tensor
+
+
+@torch.no_grad()
+def masters_to_model(engine: Any) -> None:
+    """Make the model's parameters, on all ranks, the rounded copies of the masters. Collective."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return
+    if engine.zero_optimization_stage() < 3:
+        optimizer.update_lp_params()
+        return
+    for group in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)

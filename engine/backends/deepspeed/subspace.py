@@ -1,0 +1,274 @@
+"""Where DeepSpeed ZeRO keeps the compact values, the weights and the moments, and how a subspace changes there.
+
+Masters and moments are reached through DeepSpeed's own parameter-to-fragment maps. Its ``safe_set_full_*`` helpers
+are not used: they need the optimizer state of every group to be linked, which happens one group at a time, and
+ZeRO-3's fails when a size is not divisible by the number of ranks.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm
+from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+from torch import Tensor
+
+from narrowgauge.optimizers.compact.backend import LocalBackend, add_, decay_, projected, selected
+from narrowgauge.optimizers.layers.compact import CompactWeight
+from narrowgauge.optimizers.layers.selected_weight import SelectedWeight
+from narrowgauge.optimizers.layers.targets import CompactLayer
+from narrowgauge.optimizers.numerics.rounding import stochastic_round_
+from narrowgauge.optimizers.numerics.selection import derive_seed
+from narrowgauge.optimizers.sharding.shards import ShardMap
+
+
+class _OverRanks:
+    """What all stages do over DeepSpeed's process ranks."""
+
+    def __init__(self, zero_optimizer: Any, shards: Callable[[], ShardMap]) -> None:
+        self._zero, self._make_shards = zero_optimizer, shards
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            comm.all_reduce(tensor)
+            tensor.div_(comm.get_world_size())
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            comm.broadcast(tensor, 0)
+
+    def shards(self) -> ShardMap:
+        return self._make_shards()
+
+
+class PartitionedStateBackend(_OverRanks, LocalBackend):
+    """ZeRO-1 and ZeRO-2: weights and compact values whole on every rank, masters and moments in flat partitions.
+
+    After a step every rank has the compact values of all ranks, so folding needs no traffic.
+    """
+
+    def __init__(self, zero_optimizer: Any, shards: Callable[[], ShardMap]) -> None:
+        super().__init__(zero_optimizer, shards)
+        # DeepSpeed's BF16_Optimizer (ZeRO-1, bf16 with fp32 gradient accumulation) has other names for the same things.
+        bf16_optimizer = hasattr(zero_optimizer, "bf16_groups_flat")
+        self._flat = zero_optimizer.bf16_groups_flat if bf16_optimizer else zero_optimizer.bit16_groups_flat
+        self._partitions = (
+            zero_optimizer.bf16_partitioned_groups
+            if bf16_optimizer
+            else zero_optimizer.parallel_partitioned_bit16_groups
+        )
+
+    @torch.no_grad()
+    def change_subspace(
+        self, layers: Sequence[CompactLayer], indices: Sequence[Tensor], decays: Sequence[float], *, seed: int
+    ) -> None:
+        if layers[0].module.compact.dtype is torch.bfloat16:
+            self._round_masters(layers, seed)
+        super().change_subspace(layers, indices, decays, seed=seed)
+        for layer in layers:
+            mapping = _compact(layer)._hp_mapping
+            if mapping is not None:
+                mapping.update_hp()
+
+    @torch.no_grad()
+    def add_changes(
+        self, layers: Sequence[CompactLayer], decays: Sequence[float], *, seed: int, decay_last: bool = False
+    ) -> None:
+        super().add_changes(layers, decays, seed=seed, decay_last=decay_last)
+        for layer in layers:
+            mapping = _compact(layer)._hp_mapping
+            if mapping is not None:
+                mapping.hp_fragment.zero_()
+
+    def _round_masters(self, layers: Sequence[CompactLayer], seed: int) -> None:
+        """Round this rank's fp32 masters stochastically into the bf16 compact values, and gather all ranks'."""
+        for layer in layers:
+            mapping = _compact(layer)._hp_mapping
+            if mapping is not None:
+                stochastic_round_(
+                    mapping.lp_fragment,
+                    mapping.hp_fragment.to(mapping.lp_fragment.device),
+                    seed=derive_seed(seed, "round", layer.name),
+                    offset=mapping.lp_fragment_address.start,
+                )
+        compact_groups = [i for i, g in enumerate(self._zero.optimizer.param_groups) if g["kind"] == "compact"]
+        all_gather_dp_groups(
+            groups_flat=[self._flat[i] for i in compact_groups],
+            partitioned_param_groups=[self._partitions[i] for i in compact_groups],
+            dp_process_group=[self._zero.real_dp_process_group[i] for i in compact_groups],
+            start_alignment_factor=self._zero.nccl_start_alignment_factor,
+            allgather_bucket_size=self._zero.allgather_bucket_size,
+        )
+
+
+class GatherOnceBackend(LocalBackend):
+    """For the conversion of a model built under ``deepspeed.zero.Init``, before there is an engine."""
+
+    def gathered(self, layer: CompactLayer) -> AbstractContextManager[Any]:
+        return _FillUnderZeroInit(layer)
+
+
+class _FillUnderZeroInit:
+    """Gather one weight; on exit shard the compact parameter that was filled from it, so only one layer is whole at a
+    time.
+    """
+
+    def __init__(self, layer: CompactLayer) -> None:
+        self._module = layer.module
+        self._gather = deepspeed.zero.GatheredParameters([layer.module.weight])
+
+    def __enter__(self) -> None:
+        self._gather.__enter__()
+        weight = self._module.weight
+        self._module.compact.data = torch.empty(self._module.compact.shape, dtype=weight.dtype, device=weight.device)
+        for key, value in self._module.subspace().items():
+            setattr(self._module, key, value.to(weight.device))
+
+    def __exit__(self, *exc: Any) -> None:
+        self._gather.__exit__(*exc)
+        if exc[0] is None:
+            self._module.weight.convert_to_zero_parameters(param_list=[self._module.compact])  # pyright: ignore
+
+
+class PartitionedWeightBackend(_OverRanks):
+    """ZeRO-3: weights, compact values, masters and moments all in flat shards.
+
+    Between changes of subspace nothing is folded: DeepSpeed gathers ``compact`` together with ``weight`` in forward
+    and again in backward, and the layer writes the one over the other (``CompactWeight.overlay``). The shards of
+    ``weight`` are brought up to date when the subspace changes and before a save.
+    """
+
+    def __init__(self, zero_optimizer: Any, layers: Sequence[CompactLayer], shards: Callable[[], ShardMap]) -> None:
+        super().__init__(zero_optimizer, shards)
+        for layer in layers:
+            layer.module.overlay = not layer.module.is_delta
+
+    def gathered(self, layer: CompactLayer) -> AbstractContextManager[Any]:
+        raise NotImplementedError("compact values are filled before the engine is made")
+
+    def fold(self, layers: Sequence[CompactLayer]) -> None:
+        pass
+
+    @torch.no_grad()
+    def write_back(self, layers: Sequence[CompactLayer]) -> None:
+        """Bring the shards of the weights up to date, for a save."""
+        layers = [layer for layer in layers if not layer.module.is_delta]
+        for layer in layers:
+            _write_shard(selected(layer), _gather_compact(layer.module, _compact(layer).ds_tensor))
+        gather_again([layer.module.weight for layer in layers])
+
+    @torch.no_grad()
+    def add_changes(
+        self, layers: Sequence[CompactLayer], decays: Sequence[float], *, seed: int, decay_last: bool = False
+    ) -> None:
+        for layer, decay in zip(layers, decays, strict=True):
+            module, compact = projected(layer), _compact(layer)
+            _, n = module.weight_shape
+            whole = _gather_compact(module, compact.ds_tensor).view(compact.ds_shape)
+            shard, start = own_shard(module.weight)
+            first, last = start // n, -(-(start + shard.numel()) // n)
+            change = module.lift(whole, first, max(first, last)).reshape(-1)
+            change = change[start - first * n :][: shard.numel()].to(shard.device)
+            fold_seed = derive_seed(seed, "fold", layer.name)
+            add_(shard, change, decay, seed=fold_seed, offset=start, decay_last=decay_last)
+            compact.ds_tensor.zero_()
+            safe_set_local_fp32_param(compact, compact.ds_tensor)
+        gather_again([p for layer in layers for p in (layer.module.weight, layer.module.compact)])
+
+    @torch.no_grad()
+    def change_subspace(
+        self, layers: Sequence[CompactLayer], indices: Sequence[Tensor], decays: Sequence[float], *, seed: int
+    ) -> None:
+        for layer, index, decay in zip(layers, indices, decays, strict=True):
+            module, compact = selected(layer), _compact(layer)
+            weight_shard, start = own_shard(module.weight)
+            decay_(weight_shard, decay, seed=derive_seed(seed, "decay", layer.name), offset=start)
+            own = compact.ds_tensor
+            if own.dtype is torch.bfloat16:
+                _, start = own_shard(compact)
+                master = safe_get_local_fp32_param(compact).to(own.device)
+                own = torch.empty_like(own)
+                stochastic_round_(own, master, seed=derive_seed(seed, "round", layer.name), offset=start)
+            _write_shard(module, _gather_compact(module, own))
+            module.set_subspace({"index": index})
+            _fill_compact_shard(module)
+        gather_again([p for layer in layers for p in (layer.module.weight, layer.module.compact)])
+
+    def state_tensors(self, group: dict[str, Any]) -> Iterable[Tensor]:
+        for sub_group, group_id in self._zero.sub_group_to_group_id.items():
+            if self._zero.optimizer.param_groups[group_id] is group:
+                yield self._zero.fp32_partitioned_groups_flat[sub_group]
+
+
+def _compact(layer: CompactLayer) -> Any:
+    """The compact parameter with the attributes DeepSpeed adds to it."""
+    return layer.module.compact
+
+
+def own_shard(parameter: Any) -> tuple[Tensor, int]:
+    """This rank's shard of a ZeRO-3 parameter without its padding, and the position of its first element."""
+    shard = parameter.ds_tensor
+    start = shard.numel() * comm.get_rank(group=parameter.ds_process_group)
+    return shard.narrow(0, 0, max(0, min(shard.numel(), parameter.ds_numel - start))), start
+
+
+def _gather_compact(module: CompactWeight, shard: Tensor) -> Tensor:
+    """All ranks' shards of the compact values, flat, on this rank's device."""
+    compact: Any = module.compact
+    shard = shard.to(next(iter(module.subspace().values())).device)
+    whole = shard.new_empty(shard.numel() * comm.get_world_size(group=compact.ds_process_group))
+    comm.all_gather_into_tensor(whole, shard.contiguous(), group=compact.ds_process_group)
+    return whole.narrow(0, 0, compact.ds_numel)
+
+
+def _selected_in_shard(module: SelectedWeight, start: int, length: int) -> tuple[Tensor, Tensor]:
+    """Which entries of the weight's shard are selected: their positions in the shard and in the flat compact values."""
+    _, n = module.weight_shape
+    index, stop = module.index, start + length
+    if module.side == "columns":
+        lines = torch.arange(start // n, -(-stop // n), device=index.device)
+        in_weight = lines[:, None] * n + index
+        in_compact = lines[:, None] * index.numel() + torch.arange(index.numel(), device=index.device)
+    else:
+        chosen = torch.nonzero((index + 1 > start // n) & (index * n < stop)).squeeze(1)
+        columns = torch.arange(n, device=index.device)
+        in_weight = index[chosen][:, None] * n + columns
+        in_compact = chosen[:, None] * n + columns
+    inside = (in_weight >= start) & (in_weight < stop)
+    return in_weight[inside] - start, in_compact[inside]
+
+
+def _write_shard(module: SelectedWeight, compact: Tensor) -> None:
+    """Write the flat, whole compact values over the selected entries of this rank's shard of the weight."""
+    shard, start = own_shard(module.weight)
+    in_shard, in_compact = _selected_in_shard(module, start, shard.numel())
+    shard[in_shard.to(shard.device)] = compact[in_compact].to(shard.device)
+
+
+def _fill_compact_shard(module: SelectedWeight) -> None:
+    """Take this rank's shard of the compact values, and its masters, from the weight's shards of all ranks."""
+    compact: Any = module.compact
+    shard, start = own_shard(module.weight)
+    in_shard, in_compact = _selected_in_shard(module, start, shard.numel())
+    # Every entry comes from exactly one rank: the sum is a copy.
+    whole = torch.zeros(compact.ds_numel, dtype=shard.dtype, device=module.index.device)
+    whole[in_compact] = shard[in_shard.to(shard.device)].to(whole.device)
+    comm.all_reduce(whole, group=compact.ds_process_group)
+    own, start = own_shard(compact)
+    own.copy_(whole.narrow(0, min(start, compact.ds_numel), own.numel()))
+    safe_set_local_fp32_param(compact, compact.ds_tensor)
+
+
+def gather_again(parameters: Sequence[Tensor]) -> None:
+    """After shards were written behind DeepSpeed's back: renew the copies that ZeRO-3 keeps gathered.
+
+    These are parameters below ``stage3_param_persistence_threshold``. Collective; does nothing at other stages.
+    """
+    live: list[Any] = [p for p in parameters if getattr(p, "ds_status", None) is ZeroParamStatus.AVAILABLE]
+    if live:
+        live[0].partition(param_list=live)
+        live[0].all_gather(param_list=live)

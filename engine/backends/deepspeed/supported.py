@@ -1,0 +1,110 @@
+"""Which DeepSpeed settings our optimizers work under; the others are refused before anything starts."""
+
+from typing import Any
+
+from torch import nn
+
+from narrowgauge.optimizers import OwnOptimizer
+
+from ...config.config import Config
+
+
+def check_supported(
+    config: Config, model: nn.Module | None = None, mpu: Any = None, *, client: OwnOptimizer | None = None
+) -> None:
+    """Refuse combinations in which one of our optimizers would train wrongly, or has never been tested.
+
+    Args:
+        client: an optimizer that is not the configuration's.
+
+    Raises:
+        ConfigError: naming each setting, why it does not work, and what to use instead.
+    """
+    if client is not None:
+        name = type(client).__name__
+    else:
+        assert config.parsed.optimizer is not None
+        name = config.parsed.optimizer.type
+    options: Any = client or config.our_params()
+    problems = [f"{key}: does not work with {name}: {reason}" for key, reason in _unsupported(config)]
+    if getattr(options, "base", None) == "Adafactor":
+        problems.append(
+            "optimizer.params.base: Adafactor does not work with the engine: it factors matrices, which ZeRO cuts into"
+            " flat pieces, and its factors are in no checkpoint; use AdamW8bit, or plain PyTorch and DDP"
+        )
+    if name == "GaLore" and options.reference_compatible:
+        problems.append(
+            "optimizer.params.reference_compatible: true does not work with the engine: it projects the gradients anew"
+            " before the step, when they are sharded"
+        )
+    if getattr(options, "reduction", None) == "majority_vote":
+        problems.append(
+            "optimizer.params.reduction: 'majority_vote' does not work with the engine: DeepSpeed averages gradients"
+            " before the optimizer sees them; plain PyTorch without DDP is needed"
+        )
+    if mpu is not None:
+        problems.append(f"mpu: does not work with {name}: model parallelism is not supported yet")
+    if model is not None and type(model).__name__ == "PipelineModule":
+        problems.append(f"model: does not work with {name}: pipeline parallelism is not supported yet")
+    if config.zero_stage != 3 and model is not None and any(hasattr(p, "ds_id") for p in model.parameters()):
+        problems.append(
+            f"zero_optimization.stage: {config.zero_stage} found; a model built under deepspeed.zero.Init needs 3"
+        )
+    if model is not None and any(not getattr(p, "allreduce", True) for p in model.parameters()):
+        problems.append(f"model: does not work with {name}: mixture of experts is not supported yet")
+    if problems:
+        raise config.error(*problems)
+
+
+def _unsupported(config: Config) -> list[tuple[str, str]]:
+    parsed, raw = config.parsed, config.raw
+    found: list[tuple[str, str]] = []
+    if config.fp16:
+        found.append(("fp16.enabled", "fp16 loss scaling is not supported, use bf16"))
+    if config.bf16 and config.zero_stage == 0:
+        found.append(
+            ("bf16.enabled", "without ZeRO DeepSpeed takes another optimizer path, set zero_optimization.stage to 1")
+        )
+    if parsed.torch_autocast is not None and parsed.torch_autocast.enabled:
+        found.append(("torch_autocast.enabled", "use bf16"))
+    bf16: Any = parsed.bf16 or parsed.bfloat16
+    if bf16 is not None and (bf16.bf16_master_weights_and_grads or bf16.bf16_optimizer_states):
+        found.append(("bf16", "masters and moments are kept in fp32"))
+    if parsed.compile is not None and parsed.compile.deepcompile:
+        found.append(("compile.deepcompile", "it rewrites the graph of the layers"))
+    if parsed.hybrid_engine is not None and parsed.hybrid_engine.enabled:
+        found.append(("hybrid_engine.enabled", "it replaces the layers"))
+    if parsed.checkpoint is not None and parsed.checkpoint.load_universal:
+        found.append(("checkpoint.load_universal", "DeepSpeed's universal form drops frozen weights"))
+    for key in ("tensor_parallel", "expert_parallel", "weight_quantization"):
+        if raw.get(key):
+            found.append((key, "not supported yet"))
+    if (parsed.sequence_parallel_size or 1) > 1:
+        found.append(("sequence_parallel_size", "not supported yet"))
+    return found + _unsupported_zero(config)
+
+
+def _unsupported_zero(config: Config) -> list[tuple[str, str]]:
+    zero: Any = config.parsed.zero_optimization
+    if zero is None:
+        return []
+    found: list[tuple[str, str]] = []
+    optimizer, parameters = zero.offload_optimizer, zero.offload_param
+    if optimizer is not None and optimizer.device == "nvme":
+        found.append(("offload_optimizer.device", "nvme is not supported yet, use cpu"))
+    if optimizer is not None and optimizer.ratio != 1.0:
+        found.append(("offload_optimizer.ratio", "1.0 is needed, the rest would run DeepSpeed's own Adam"))
+    if optimizer is not None and optimizer.super_offload:
+        found.append(("offload_optimizer.super_offload", "it runs DeepSpeed's own Adam"))
+    if parameters is not None and parameters.device == "nvme":
+        found.append(("offload_param.device", "nvme is not supported yet, use cpu"))
+    if zero.zero_hpz_partition_size > 1:
+        found.append(("zero_hpz_partition_size", "1 is needed, secondary shards would not see the folded weights"))
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if getattr(zero, key):
+            found.append((key, "the frozen weights hold trained values"))
+    if zero.round_robin_gradients:
+        found.append(("round_robin_gradients", "DeepSpeed's fragment map does not follow the reordering"))
+    if zero.zenflow is not None:
+        found.append(("zenflow", "not supported yet"))
+    return [(f"zero_optimization.{key}", reason) for key, reason in found]

@@ -1,0 +1,1 @@
+"""Checkpoints: their files, the weights and the optimizer's state in them."""

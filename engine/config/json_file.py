@@ -1,0 +1,77 @@
+"""Reading a JSON configuration and applying ``--set`` to it. Light to import: no torch, no DeepSpeed."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hjson
+
+from ..errors import ConfigError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; comments and trailing commas are allowed, as in DeepSpeed.
+
+    Raises:
+        ConfigError: it cannot be read or parsed, or a key stands twice in one object.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
+    try:
+        raw = hjson.loads(text, object_pairs_hook=_without_duplicates)
+    except hjson.HjsonDecodeError as error:
+        raise ConfigError(str(path), [f"line {error.lineno}, column {error.colno}: {error.msg}"]) from error
+    except ValueError as error:
+        raise ConfigError(str(path), [str(error)]) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(str(path), [f"a JSON object is needed, found {type(raw).__name__}"])
+    return raw
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice in one object")
+        found[key] = value
+    return found
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply ``a.b=value`` each, the value in JSON or a bare string, to a configuration in place.
+
+    Raises:
+        ConfigError: an override is not of this form, or leads through a value that is no object.
+    """
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ConfigError("--set", [f"{override!r} found, key.path=value is needed"])
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        *parents, last = path.split(".")
+        node = raw
+        for key in parents:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ConfigError("--set", [f"{path}: {key!r} holds {node!r}, which has no keys"])
+        node[last] = value
+
+
+def digest(raw: dict[str, Any]) -> str:
+    """A hash of a configuration's contents, whatever their order."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
+def flatten(value: Any, path: str = "") -> dict[str, str]:
+    """Dotted paths and their values as JSON text, for comparing and naming."""
+    if isinstance(value, dict) and value:
+        parts = ((f"{path}.{key}" if path else key, child) for key, child in value.items())
+        return {key: text for name, child in parts for key, text in flatten(child, name).items()}
+    return {path: json.dumps(value)}

@@ -1,0 +1,69 @@
+"""Activation offload in an engine: made from the configuration, entered around every training forward."""
+
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+
+from narrowgauge.offload import ActivationOffload, OffloadError
+from narrowgauge.offload.activation_offload import check_room
+from narrowgauge.offload.backends import aio
+
+from ..config.config import Config
+
+
+def check_offload(config: Config) -> None:
+    """What can be known before there is a model: the folders can be written to and have room.
+
+    Raises:
+        ConfigError: naming the folder, what was found and what is needed.
+    """
+    block = config.offload()
+    if block is None:
+        return
+    if config.parsed.compile is not None and config.parsed.compile.deepcompile:
+        raise config.error("compile.deepcompile: does not work with activation_offload: it plans memory itself")
+    if block.backend == "aio" and not aio.is_built() and not aio.can_build():
+        raise config.error("activation_offload.backend: aio needs a compiler and libaio (apt-get install libaio-dev)")
+    try:
+        check_room(block.path, block.capacity_bytes)
+    except OffloadError as error:
+        raise config.error(f"activation_offload.path: {error}") from error
+
+
+def make_offload(config: Config, model: nn.Module) -> ActivationOffload | None:
+    """The offload that the configuration asks for.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    block = config.offload()
+    if block is None:
+        return None
+    if type(model).__name__ == "PipelineModule":
+        raise config.error("activation_offload: pipeline parallelism is not supported yet")
+    check_offload(config)
+    try:
+        return ActivationOffload(**block.arguments(), model=model)
+    except (OffloadError, ValueError) as error:
+        raise config.error(f"activation_offload: {error}") from error
+
+
+def attach_offload(engine: Any, offload: ActivationOffload) -> None:
+    """Offload what the engine's forwards save, as ``engine.activation_offload``, until the engine is destroyed."""
+    forward, destroy = engine.forward, engine.destroy
+
+    @wraps(forward)
+    def forward_with_offload(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        with offload:
+            return forward(*args, **kwargs)
+
+    @wraps(destroy)
+    def destroy_with_offload() -> None:
+        offload.close()
+        destroy()
+
+    engine.forward, engine.destroy, engine.activation_offload = forward_with_offload, destroy_with_offload, offload

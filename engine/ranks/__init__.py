@@ -1,0 +1,1 @@
+"""What process ranks agree on, and how they end together."""

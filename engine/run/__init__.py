@@ -1,0 +1,1 @@
+"""``narrowgauge train``: plan, model, loop, evaluation, sample, export."""

@@ -1,0 +1,147 @@
+"""The model a run trains: a Hugging Face folder, a preset, or an inline configuration."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations import deepspeed as transformers_deepspeed
+
+from narrowgauge.optimizers.numerics.selection import derive_seed
+
+from ..config.config import ModelBlock
+from ..errors import UserError, did_you_mean
+
+
+def preset_names() -> list[str]:
+    return sorted(path.name.removesuffix(".json") for path in _presets().iterdir() if path.name.endswith(".json"))
+
+
+def _presets() -> Any:
+    return resources.files("narrowgauge.configs") / "models"
+
+
+def model_config(block: ModelBlock, *, vocab_size: int | None, sequence_length: int) -> PretrainedConfig:
+    """The Hugging Face configuration of the model.
+
+    Args:
+        vocab_size: of the tokenizer; taken for the model where its configuration names none.
+
+    Raises:
+        UserError: no such folder, preset, model type or key, or a vocabulary or context too small for the data.
+    """
+    config = _from_folder(Path(block.path).expanduser()) if block.path is not None else _from_scratch(block, vocab_size)
+    if vocab_size is not None and config.vocab_size < vocab_size:
+        raise UserError(f"model: vocab_size {config.vocab_size} found, the tokenizer has {vocab_size} tokens")
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and context < sequence_length:
+        raise UserError(f"data.sequence_length: {sequence_length} found, the model reads at most {context} tokens")
+    return config
+
+
+def _from_folder(folder: Path) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"model.path: {folder} holds no Hugging Face model: {error}") from error
+    if not any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin")):
+        raise UserError(f"model.path: {folder} holds no weights (*.safetensors or pytorch_model*.bin)")
+    return config
+
+
+def _from_scratch(block: ModelBlock, vocab_size: int | None) -> PretrainedConfig:
+    settings: dict[str, Any] = {}
+    if block.preset is not None:
+        if block.preset not in preset_names():
+            hint = did_you_mean(block.preset, preset_names())
+            raise UserError(f"model.preset: {block.preset!r} found{hint}; one of {preset_names()} is needed")
+        settings = json.loads(_presets().joinpath(f"{block.preset}.json").read_text())
+    settings |= block.config
+    if vocab_size is not None:
+        settings.setdefault("vocab_size", vocab_size)
+    model_type = settings.pop("model_type", None)
+    try:
+        known = AutoConfig.for_model(model_type)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"model.config.model_type: {model_type!r} is not a model type of transformers") from error
+    allowed = {*known.to_dict(), *known.attribute_map, "architectures", "attn_implementation"}
+    for key in settings:
+        if key not in allowed:
+            raise UserError(f"model.config.{key}: unknown key for {model_type}{did_you_mean(key, allowed)}")
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except Exception as error:
+        # Model types raise what comes: a strict dataclass's error, a KeyError for an unknown activation.
+        raise UserError(f"model.config: {type(error).__name__}: {error}") from error
+
+
+def abstract_model(config: PretrainedConfig) -> nn.Module:
+    """The model without storage, to check options and count parameters before anything is allocated."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def build_model(
+    block: ModelBlock, config: PretrainedConfig, *, seed: int, bf16: bool, zero3_config: dict[str, Any] | None
+) -> nn.Module:
+    """Build the model; with ``zero3_config``, DeepSpeed's, under ``deepspeed.zero.Init``: then it need not fit into one
+    process.
+
+    From-scratch weights depend on the seed and the parameter's name only: every stage and number of ranks starts
+    alike (on one kind of device).
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    with _zero3_construction(zero3_config):
+        if block.path is not None:
+            path = str(Path(block.path).expanduser())
+            model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            _initialize(model, seed)
+    model.config.use_cache = False
+    if block.gradient_checkpointing != "none":
+        reentrant = block.gradient_checkpointing == "reentrant"
+        # Renamed in transformers 5; the old name warns there.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": reentrant})
+    model.train()
+    return model
+
+
+@contextmanager
+def _zero3_construction(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
+    """Tell transformers that it builds for ZeRO-3 (its own switch for this needs accelerate)."""
+    if deepspeed_config is None:
+        yield
+        return
+    switch = _Zero3Switch(deepspeed_config)
+    transformers_deepspeed.set_hf_deepspeed_config(switch)
+    try:
+        yield
+    finally:
+        transformers_deepspeed.unset_hf_deepspeed_config()
+
+
+class _Zero3Switch:
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+@torch.no_grad()
+def _initialize(model: Any, seed: int) -> None:
+    """Draw each module's weights from a seed of its own, by the model's own rule for it."""
+    for name, module in model.named_modules():
+        parameters = list(module.parameters(recurse=False))
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+            torch.manual_seed(derive_seed(seed, "weights", name))
+            model._init_weights(module)

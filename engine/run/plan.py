@@ -1,0 +1,161 @@
+"""What a run is about to do, checked on every process rank before there is a process group."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PretrainedConfig
+
+from ..backends.deepspeed.supported import check_supported
+from ..config.config import Batches, Config, DataBlock, LoggingBlock, ModelBlock, TrainingBlock, load_config, within
+from ..config.optimizer_params import make_optimizer
+from ..config.redaction import redact
+from ..data.packed import PackedTokens
+from ..data.prepare import PreparedData, prepare_data
+from ..errors import UserError
+from ..offload.attach import check_offload
+from ..ranks.agreement import agree, process_rank, world_size
+from ..run_folder import RunLock, check_same_run, check_shared, check_writable, folder_beside
+from .model import abstract_model, model_config
+from .sample import check_prompt
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no process group."""
+
+    config: Config
+    model: ModelBlock
+    data: DataBlock
+    training: TrainingBlock
+    logging: LoggingBlock
+    batches: Batches
+    prepared: PreparedData
+    train_data: PackedTokens
+    eval_data: PackedTokens
+    model_config: PretrainedConfig
+    run_dir: Path
+
+
+def plan_together(
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str], fresh: bool, console: Console
+) -> tuple[Plan, RunLock | None]:
+    """Check everything on every rank, and start only if all agree.
+
+    Returns:
+        The plan and, on process rank 0, the lock it holds on the run folder.
+
+    Raises:
+        UserError: a rank cannot start or differs; the same on every rank.
+    """
+    settings: dict[str, Any] = {}
+    plan, lock, error = None, None, None
+    try:
+        checked = load_config(config, overrides)
+        plan = _make_plan(checked, fresh, console)
+        if process_rank() == 0:
+            plan.run_dir.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(plan.run_dir)
+        settings = {"config": redact(checked.raw), "data": plan.prepared.fingerprint}
+    except (UserError, OSError) as found:
+        error = str(found)
+    except Exception as found:
+        # A fault of ours: this rank shows where it is, the others would wait for it.
+        with suppress(UserError):
+            agree(settings, error=f"{type(found).__name__}: {found}")
+        raise
+    chosen = agree(settings, error=error, choice=str(plan.run_dir) if plan is not None else None)
+    assert plan is not None
+    assert chosen is not None
+    plan, error = replace(plan, run_dir=Path(chosen)), None
+    try:
+        check_shared(plan.run_dir)
+    except UserError as found:
+        error = str(found)
+    agree({}, error=error)
+    return plan, lock
+
+
+def _make_plan(config: Config, fresh: bool, console: Console) -> Plan:
+    parsed = config.parsed
+    missing = [key for key in ("model", "data", "training", "logging", "optimizer") if getattr(parsed, key) is None]
+    if missing:
+        raise config.error(*(f"{key}: this block is needed" for key in missing))
+    assert parsed.model is not None
+    assert parsed.data is not None
+    assert parsed.training is not None
+    assert parsed.logging is not None
+    if config.zero_stage == 0 and (config.bf16 or config.fp16):
+        raise config.error("zero_optimization.stage: 0 found; with bf16 or fp16 stage 1, 2 or 3 is needed")
+    zero: Any = parsed.zero_optimization
+    if zero is not None and zero.offload_optimizer is not None and zero.offload_optimizer.device == "nvme":
+        raise config.error("zero_optimization.offload_optimizer.device: nvme is not supported yet, use cpu")
+    if parsed.managed_gradient_accumulation is False:
+        raise config.error("managed_gradient_accumulation: false found; narrowgauge train steps once per step")
+    _check_schedule(config, parsed.training)
+    batches = config.batches(world_size())
+    run_dir = Path(parsed.logging.run_dir).expanduser()
+    if fresh:
+        run_dir = folder_beside(run_dir)
+        check_writable(run_dir.parent)
+    else:
+        check_writable(run_dir)
+        check_same_run(run_dir, config.raw, batches.total)
+    prepared = prepare_data(parsed.data, lambda text: console.print(text, highlight=False))
+    described = model_config(parsed.model, vocab_size=prepared.vocab_size, sequence_length=parsed.data.sequence_length)
+    try:
+        abstract = abstract_model(described)
+    except Exception as error:
+        raise config.error(f"model.config: {type(error).__name__}: {error}") from error
+    params = config.our_params()
+    if params is not None and parsed.optimizer is not None:
+        check_supported(config)
+        arguments = params.arguments()
+        if "fused" in arguments:
+            # Whether all of torch's devices take it is not for tensors without storage to say.
+            arguments["fused"] = None
+        try:
+            make_optimizer(parsed.optimizer.type, abstract, arguments)
+        except ValueError as error:
+            raise config.error(within("optimizer.params", str(error))) from error
+    check_offload(config)
+    if parsed.training.sample_prompt is not None:
+        check_prompt(parsed.training.sample_prompt, prepared.tokenizer)
+    train_data, eval_data = (
+        PackedTokens(streams, parsed.data.sequence_length, described.vocab_size)
+        for streams in (prepared.train, prepared.validation)
+    )
+    return Plan(
+        config,
+        parsed.model,
+        parsed.data,
+        parsed.training,
+        parsed.logging,
+        batches,
+        prepared,
+        train_data,
+        eval_data,
+        described,
+        run_dir,
+    )
+
+
+def _check_schedule(config: Config, training: TrainingBlock) -> None:
+    schedule, steps = training.lr_schedule, training.steps
+    if schedule is None:
+        return
+    if schedule.type == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > steps:
+        raise config.error(
+            f"training.lr_schedule: {schedule.warmup_steps} warmup_steps and {schedule.decay_steps} decay_steps found;"
+            f" together at most training.steps, {steps}, are allowed"
+        )
+    if schedule.warmup_steps >= steps and process_rank() == 0:
+        warnings.warn(
+            f"training.lr_schedule.warmup_steps: {schedule.warmup_steps} of {steps} steps, the full learning rate is"
+            " never reached",
+            stacklevel=2,
+        )

@@ -1,0 +1,52 @@
+"""A continuation of a prompt by the trained model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..data.tokenizer import load_tokenizer
+from ..errors import UserError
+
+
+def check_prompt(prompt: str, tokenizer_folder: Path | None) -> None:
+    """Check before the training what would fail after it.
+
+    Raises:
+        UserError: there is no tokenizer, or the prompt has no tokens.
+    """
+    if tokenizer_folder is None:
+        raise UserError("training.sample_prompt: token files carry no tokenizer; name one as data.tokenizer")
+    if not load_tokenizer(tokenizer_folder)(prompt, add_special_tokens=False)["input_ids"]:
+        raise UserError(f"training.sample_prompt: {prompt!r} found, which has no tokens")
+
+
+@torch.no_grad()
+def sample_text(engine: Any, tokenizer_folder: Any, prompt: str, num_tokens: int, seed: int) -> str | None:
+    """Generate with temperature 0.8; returns the text on process rank 0. Collective under ZeRO-3, where every rank
+    takes part.
+    """
+    together = engine.zero_optimization_stage() == 3
+    if dist.get_rank() > 0 and not together:
+        return None
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(engine.device)
+    # The prompt's end, and as many tokens as the model's positions leave room for.
+    context = getattr(engine.module.config, "max_position_embeddings", None) or tokens.shape[1] + num_tokens
+    tokens = tokens[:, 1 - context :]
+    num_tokens = min(num_tokens, context - tokens.shape[1])
+    torch.manual_seed(seed)
+    engine.eval()
+    generated = engine.module.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=num_tokens,
+        do_sample=True,
+        temperature=0.8,
+        use_cache=True,
+        synced_gpus=together,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    engine.train()
+    return tokenizer.decode(generated[0], skip_special_tokens=True) if dist.get_rank() == 0 else None

@@ -1,0 +1,1 @@
+"""``narrowgauge doctor``: what a machine has and lacks."""

@@ -1,0 +1,1 @@
+"""``narrowgauge launch``: one machine, the hosts of a hostfile, or a SLURM allocation."""

@@ -1,0 +1,1 @@
+"""What a forward saves: graphs of saved tensors, and recomputation inside layers."""

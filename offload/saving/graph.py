@@ -1,0 +1,154 @@
+"""The tensors that one forward saves, in order, and their way back."""
+
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..planner import Saved
+from ..storage.slab import ALIGNMENT, round_up
+from ..transfer.record import Handle, Plain, Record
+from ..transfer.transport import Transport
+
+_WINDOW_SHARE, _WINDOW_TENSORS = 10, 3
+_SMALL_PART = 4
+
+
+class ForwardGraph:
+    """Packs and unpacks for one forward.
+
+    Everything hangs on the handles that autograd holds: when a graph is freed, by backward or because it was given
+    up, its records die, and with them their extents and buffers.
+    """
+
+    def __init__(self, transport: Transport, *, min_bytes: int, budget: float, only_marked: bool) -> None:
+        """
+        Args:
+            min_bytes: smaller storages stay in memory.
+            budget: bytes to offload, from the first saved tensor on; later ones stay in memory.
+            only_marked: offload only storages that :func:`mark_layer_input` was called for.
+        """
+        self._transport, self._min_bytes, self._budget = transport, min_bytes, budget
+        self._only_marked = only_marked
+        self._records: list[weakref.ref[Record]] = []
+        self._cursor: int | None = None
+        self._sizes: list[int] = []
+        self._packed_at: list[float] = []
+        self._unpacked_at: dict[int, float] = {}
+        self.stall = 0.0
+        self.offered = 0
+        self.began = time.perf_counter()
+
+    def pack(self, tensor: Tensor) -> Handle | Plain:
+        """The saved-tensor hook of forward."""
+        if not _is_ordinary(tensor):
+            if isinstance(tensor, nn.Parameter) and type(tensor.data) is Tensor:
+                mark_parameter(tensor)
+            return Plain(tensor)
+        storage = tensor.untyped_storage()
+        base = tensor._base if tensor._base is not None else tensor
+        if isinstance(base, nn.Parameter) or hasattr(storage, "_narrowgauge_parameter") or storage.nbytes() == 0:
+            return Plain(tensor)
+        if base is not tensor and base.is_leaf and _SMALL_PART * tensor.nbytes < storage.nbytes():
+            # A small part of data that somebody holds anyway, such as a batch of a data set.
+            return Plain(tensor)
+        known = getattr(storage, "_narrowgauge_record", None)
+        record = known() if known is not None else None
+        if record is None or record.graph is not self or record.base() is not base or record.version != tensor._version:
+            record = self._new_record(tensor, base, storage)
+            storage._narrowgauge_record = weakref.ref(record)  # pyright: ignore[reportAttributeAccessIssue]
+        return Handle(record, tensor)
+
+    def _new_record(self, tensor: Tensor, base: Tensor, storage: Any) -> Record:
+        self._transport.settle()
+        record = Record(self._transport, self, len(self._records), tensor, base, storage)
+        self._records.append(weakref.ref(record))
+        marked = not self._only_marked or hasattr(storage, "_narrowgauge_layer_input")
+        if marked and record.nbytes >= self._min_bytes:
+            self.offered += record.nbytes
+            self._sizes.append(record.nbytes)
+            self._packed_at.append(time.perf_counter())
+            record.slot = len(self._sizes) - 1
+            if self.offered <= self._budget:
+                self._transport.offload(record)
+        return record
+
+    def unpack(self, packed: Handle | Plain) -> Tensor:
+        """The saved-tensor hook of backward."""
+        if isinstance(packed, Handle):
+            self._transport.settle()
+            record = packed.record
+            if record.slot is not None and record.slot not in self._unpacked_at:
+                self._unpacked_at[record.slot] = time.perf_counter() - self.stall
+            self._prefetch(record)
+        return packed.unpack()
+
+    def _prefetch(self, record: Record) -> None:
+        """Read what comes next, backwards from ``record``, as far as the buffers reach."""
+        if self._cursor is None:
+            self._transport.set_window(self.window)
+        if self._cursor is None or (record.index > self._cursor and record.in_memory() is None):
+            self._cursor = record.index
+        while self._cursor > 0:
+            before = self._records[self._cursor - 1]()
+            if before is not None and not self._transport.prefetch(before):
+                break
+            self._cursor -= 1
+
+    @property
+    def first_size(self) -> int:
+        """Bytes of the first tensor that may be offloaded."""
+        return self._sizes[0] if self._sizes else 0
+
+    @property
+    def window(self) -> int:
+        """Bytes to read ahead, if nobody set another size."""
+        return read_ahead(self._sizes, self.offered)
+
+    @property
+    def is_profiled(self) -> bool:
+        """Whether backward has been through."""
+        return bool(self._sizes) and len(self._unpacked_at) >= 0.9 * len(self._sizes)
+
+    def profile(self) -> list[Saved]:
+        """What was saved and when it was asked for, in the order of saving."""
+        return [
+            Saved(size, packed, self._unpacked_at.get(slot))
+            for slot, (size, packed) in enumerate(zip(self._sizes, self._packed_at, strict=True))
+        ]
+
+
+def read_ahead(sizes: Sequence[int], total: int) -> int:
+    """Bytes to read before backward asks for them: little of the whole, but several tensors of the larger kind.
+
+    The largest few are left out: logits are many times what a layer saves.
+    """
+    large = sorted(sizes)[len(sizes) * 9 // 10] if sizes else 0
+    return round_up(max(total // _WINDOW_SHARE, _WINDOW_TENSORS * (large + ALIGNMENT)))
+
+
+def mark_parameter(parameter: Tensor) -> None:
+    """Leave tensors over this parameter's or buffer's memory where they are."""
+    storage: Any = parameter.untyped_storage()
+    storage._narrowgauge_parameter = True
+
+
+def mark_layer_input(tensor: Tensor) -> None:
+    """Offload this tensor where only the inputs of layers are."""
+    if type(tensor) is Tensor:
+        storage: Any = tensor.untyped_storage()
+        storage._narrowgauge_layer_input = True
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    return (
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and tensor.device.type in ("cpu", "cuda")
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and not tensor.is_quantized
+    )

@@ -1,0 +1,1 @@
+"""The slab file and its free ranges."""

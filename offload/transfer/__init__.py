@@ -1,0 +1,1 @@
+"""Moving saved tensors between memory and storage."""

@@ -1,0 +1,1 @@
+"""APOLLO and APOLLO-Mini."""

@@ -1,0 +1,1 @@
+"""What compact optimizers share: groups, fold, refresh, inner optimizers, sketches."""

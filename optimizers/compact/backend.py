@@ -1,0 +1,165 @@
+"""What a compact optimizer needs from whoever holds the tensors, and the plain-torch answer."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..layers.projected_linear import ProjectedLinear
+from ..layers.selected_weight import SelectedWeight
+from ..layers.targets import CompactLayer
+from ..numerics.rounding import stochastic_round_
+from ..numerics.selection import derive_seed
+from ..sharding.shards import ShardMap
+
+
+class SubspaceBackend(Protocol):
+    """Access to the compact values, the weights and the optimizer state, wherever they are sharded.
+
+    All methods are collective: every process rank calls them at the same step with the same arguments.
+    """
+
+    def gathered(self, layer: CompactLayer) -> AbstractContextManager[Any]:
+        """The layer's full weight is readable inside; used once, to fill ``compact`` after the conversion."""
+        ...
+
+    def fold(self, layers: Sequence[CompactLayer]) -> None:
+        """Make the weights that the next forward reads hold the compact values of the last step."""
+        ...
+
+    def add_changes(
+        self, layers: Sequence[CompactLayer], decays: Sequence[float], *, seed: int, decay_last: bool = False
+    ) -> None:
+        """Scale the weights by ``decay``, add the changes that the compact values stand for, and set these to zero.
+
+        A bf16 weight is rounded stochastically with ``seed``: a change far below its precision is kept on average.
+
+        Args:
+            decay_last: scale what has been changed.
+        """
+        ...
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Make each tensor its mean over the process ranks, in place."""
+        ...
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        """Make each tensor that of the first process rank, in place."""
+        ...
+
+    def change_subspace(
+        self, layers: Sequence[CompactLayer], indices: Sequence[Tensor], decays: Sequence[float], *, seed: int
+    ) -> None:
+        """Put the compact values back for good, scale the entries that were not selected by ``decay``, and select anew.
+
+        Where masters are more precise than the weights, what is written back is rounded stochastically with ``seed``.
+        """
+        ...
+
+    def state_tensors(self, group: dict[str, Any]) -> Iterable[Tensor]:
+        """The tensors that key the optimizer state of a parameter group."""
+        ...
+
+    def shards(self) -> ShardMap | None:
+        """How the state tensors are cut; None where every rank holds one for each parameter."""
+        ...
+
+
+class LocalBackend:
+    """One process, or DDP: every rank holds every tensor and they agree."""
+
+    def gathered(self, layer: CompactLayer) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    @torch.no_grad()
+    def fold(self, layers: Sequence[CompactLayer]) -> None:
+        for layer in layers:
+            selected(layer).write_(layer.module.weight, layer.module.compact)
+
+    @torch.no_grad()
+    def change_subspace(
+        self, layers: Sequence[CompactLayer], indices: Sequence[Tensor], decays: Sequence[float], *, seed: int
+    ) -> None:
+        for layer, index, decay in zip(layers, indices, decays, strict=True):
+            module = selected(layer)
+            decay_(module.weight, decay, seed=derive_seed(seed, "decay", layer.name))
+            module.write_(module.weight, module.compact)
+            module.set_subspace({"index": index})
+            module.compact.copy_(module.compact_of(module.weight))
+
+    @torch.no_grad()
+    def add_changes(
+        self, layers: Sequence[CompactLayer], decays: Sequence[float], *, seed: int, decay_last: bool = False
+    ) -> None:
+        for layer, decay in zip(layers, decays, strict=True):
+            module = projected(layer)
+            change = module.lift(module.compact, 0, module.weight_shape[0])
+            add_(module.weight, change, decay, seed=derive_seed(seed, "fold", layer.name), decay_last=decay_last)
+            module.compact.zero_()
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(tensor)
+                tensor.div_(dist.get_world_size())
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.broadcast(tensor, 0)
+
+    def state_tensors(self, group: dict[str, Any]) -> Iterable[Tensor]:
+        return group["params"]
+
+    def shards(self) -> ShardMap | None:
+        return None
+
+
+def selected(layer: CompactLayer) -> SelectedWeight:
+    """The layer's module, where compact values are values of the weight."""
+    assert isinstance(layer.module, SelectedWeight)
+    return layer.module
+
+
+def projected(layer: CompactLayer) -> ProjectedLinear:
+    """The layer's module, where compact values are a change of the weight."""
+    assert isinstance(layer.module, ProjectedLinear)
+    return layer.module
+
+
+def add_(weight: Tensor, change: Tensor, decay: float, *, seed: int, offset: int = 0, decay_last: bool = False) -> None:
+    """``weight = decay * weight + change`` in place, in bf16 with stochastic rounding.
+
+    Args:
+        change: in at least fp32, as many elements as ``weight``.
+        offset: position of the first element within the whole tensor, for a shard.
+        decay_last: ``decay * (weight + change)`` instead.
+    """
+    change = change.reshape(weight.shape)
+    if weight.dtype is torch.bfloat16:
+        whole = weight.float()
+        stochastic_round_(weight, add_to(whole, change, decay, decay_last), seed=seed, offset=offset)
+    else:
+        add_to(weight, change.to(weight.dtype), decay, decay_last)
+
+
+def add_to(weight: Tensor, change: Tensor, decay: float, decay_last: bool) -> Tensor:
+    """:func:`add_` in the weight's own precision."""
+    return weight.add_(change).mul_(decay) if decay_last else weight.mul_(decay).add_(change)
+
+
+def decay_(weight: Tensor, factor: float, *, seed: int, offset: int = 0) -> None:
+    """Scale ``weight`` in place; in bf16 with stochastic rounding, where a factor near 1 would else be lost.
+
+    Args:
+        offset: position of the first element within the whole tensor, for a shard.
+    """
+    if factor == 1.0:
+        return
+    if weight.dtype is torch.bfloat16:
+        stochastic_round_(weight, weight.float() * factor, seed=seed, offset=offset)
+    else:
+        weight.mul_(factor)

@@ -1,0 +1,273 @@
+"""What the optimizers of compact parameters have in common: base, fold, refresh, state."""
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..engine_optimizer import OwnOptimizer
+from ..layers.targets import CompactLayer
+from ..param_groups import build_groups
+from .backend import LocalBackend, SubspaceBackend
+from .inner import BaseName, dense_state, make_base, quantize_state_
+
+
+class CompactOptimizer(OwnOptimizer):
+    """Trains the compact parameters of converted layers, and all others, with a base optimizer.
+
+    Parameter groups and state are shared with the base, so that whoever replaces the groups' parameters (ZeRO does)
+    replaces the base's. A subclass converts the layers and says in :meth:`_change_subspace` what a refresh does.
+
+    Attributes:
+        num_refreshes: changes of subspace so far.
+    """
+
+    state_version: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[CompactLayer],
+        full_rank: Sequence[str],
+        *,
+        base: BaseName,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        refresh_interval: int | None,
+        matrix_lr_scale: float,
+        param_groups: Sequence[dict[str, Any]],
+        seed: int,
+        foreach: bool | None,
+        fused: bool | None,
+        backend: SubspaceBackend | None,
+        dense_rate: Collection[str] = (),
+    ) -> None:
+        """
+        Args:
+            layers: converted, with ``compact`` still to be filled; they are reverted if this fails.
+            full_rank: names of layers that are trained whole, at the matrices' rate.
+            dense_rate: names of layers whose compact parameters are trained at the dense parameters' rate.
+            backend: where the tensors live; given by an engine.
+        """
+        self.layers = list(layers)
+        if not self.layers:
+            warnings.warn(
+                f"{type(self).__name__}: no layer is compact, the rank covers all of them; this is plain {base}",
+                stacklevel=3,
+            )
+        self.backend: SubspaceBackend = backend or LocalBackend()
+        self.refresh_interval = refresh_interval
+        self.seed = seed
+        self.num_refreshes = 0
+        self.base: BaseName = base
+        try:
+            self._fill_compact()
+            groups = build_groups(
+                model,
+                self.layers,
+                full_rank,
+                param_groups,
+                lr=lr,
+                matrix_lr_scale=matrix_lr_scale,
+                dense_rate=dense_rate,
+            )
+            self._base = make_base(
+                base,
+                groups,
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                foreach=foreach,
+                fused=fused,
+            )
+            super().__init__(self._base.param_groups, self._base.defaults)
+        except Exception:
+            for layer in self.layers:
+                layer.module.revert()
+            raise
+        owner = {id(layer.module.compact): layer.name for layer in self.layers}
+        # By position: engines replace the parameters of the groups, and loading a state replaces the groups.
+        self._group_of = {owner[id(p)]: i for i, g in enumerate(groups) for p in g["params"] if id(p) in owner}
+        self._begin()
+        self._observe_next_step()
+
+    def _fill_compact(self) -> None:
+        for layer in self.layers:
+            with self.backend.gathered(layer), torch.no_grad():
+                layer.module.compact.copy_(layer.module.compact_of(layer.module.weight))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copying and pickling are refused: the copy would keep the original model's layers, or none."""
+        raise TypeError(f"{type(self).__name__} holds its model's layers and cannot be copied: use state_dict()")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the added parameters are dense ones."""
+        super().add_param_group({"kind": "dense", **param_group})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As the base's; alone and under DDP the weights are folded, and the subspace refreshed when it is due."""
+        self._base.param_groups, self._base.state = self.param_groups, self.state
+        return self._base.step(closure)
+
+    def defer_to_engine(self, backend: SubspaceBackend) -> None:
+        """Hand fold and refresh to an engine that will call :meth:`after_step` itself, once per optimizer step."""
+        self._leave_to_engine()
+        self.backend = backend
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what was observed of full gradients is forgotten with them, for a step that is not taken."""
+        super().zero_grad(set_to_none)
+        # An engine does this after the update, before it calls after_step.
+        if not self.in_engine:
+            self.forget_observed()
+
+    def forget_observed(self) -> None:
+        for layer in self.layers:
+            layer.module.forget_observed()
+
+    def _after_own_step(self, args: Any, kwargs: Any) -> None:
+        owned = {id(p) for group in self.param_groups for p in group["params"]}
+        if any(id(m.compact) not in owned or m.compact.dim() != 2 for m in (layer.module for layer in self.layers)):
+            raise RuntimeError(
+                f"another library replaced the parameters of {type(self).__name__} (DeepSpeed ZeRO and FSDP do): under"
+                " DeepSpeed use narrowgauge.engine.initialize; FSDP is not supported"
+            )
+        super()._after_own_step(args, kwargs)
+
+    def after_step(self, learning_rates: Sequence[float]) -> None:
+        """Fold the compact values into the weights, count the step, and refresh when it is due."""
+        self._fold(learning_rates)
+        super().after_step(learning_rates)
+        if self.is_refresh_due():
+            self.refresh()
+        self._observe_next_step()
+
+    def is_refresh_due(self) -> bool:
+        """Whether the subspace changes after the step that was just counted."""
+        return self.refresh_interval is not None and bool(self.layers) and self.num_steps % self.refresh_interval == 0
+
+    def _fold(self, learning_rates: Sequence[float]) -> None:
+        """Bring the weights up to date after a step."""
+        raise NotImplementedError
+
+    def _decays(self, learning_rates: Sequence[float]) -> list[float]:
+        """By what the step's decay multiplies each layer's weight; 1 for layers that had no gradient.
+
+        Under an engine all layers have one: ZeRO counts a missing gradient as zero.
+        """
+        factors = [1.0 - float(lr) * g["weight_decay"] for lr, g in zip(learning_rates, self.param_groups, strict=True)]
+        return [
+            factors[self._group_of[layer.name]] if self.in_engine or layer.module.compact.grad is not None else 1.0
+            for layer in self.layers
+        ]
+
+    def refresh(self) -> None:
+        """Change the subspace of every layer."""
+        self.num_refreshes += 1
+        self._change_subspace()
+
+    def _change_subspace(self) -> None:
+        raise NotImplementedError
+
+    def _observe_next_step(self) -> None:
+        """Begin to observe full gradients if the change of subspace after the coming step needs them."""
+
+    def _reset_moments(self) -> None:
+        """Forget m, v and the step count: were the count kept, bias correction would make the next updates too
+        large.
+        """
+        for group in self.param_groups:
+            if group["kind"] == "compact":
+                for tensor in self.backend.state_tensors(group):
+                    state = self.state.get(tensor, {})
+                    if isinstance(self._base, torch.optim.AdamW):
+                        for value in state.values():
+                            value.zero_()
+                    else:
+                        # Made anew by the next step.
+                        state.clear()
+
+    def dense_state(self, flat: Tensor) -> dict[str, Any]:
+        """As in every optimizer; 8-bit moments in fp32."""
+        return dense_state(self.state.get(flat, {}))
+
+    def expect_dense_state(self, flat: Tensor) -> None:
+        if self.base == "AdamW8bit":
+            # Its moments are not dense, and if they had just been forgotten when it was saved, there are none to read.
+            self.state.pop(flat, None)
+
+    def accept_dense_state(self, flat: Tensor) -> None:
+        """Bring what was read into ``state[flat]`` into the base's form.
+
+        8-bit moments are quantised anew: those of a resumed run differ from the saved ones by the rounding that every
+        step does anyway. ``state_dict`` keeps them bit for bit.
+        """
+        if self.base == "AdamW8bit":
+            quantize_state_(self._base, self.state[flat])
+
+    def subspace_bytes(self) -> int:
+        """Bytes of what describes the subspaces, indices or bases, which is whole on every process rank."""
+        return sum(value.nbytes for layer in self.layers for value in layer.module.subspace().values())
+
+    def subspace_state(self) -> dict[str, Any]:
+        return {
+            **super().subspace_state(),
+            "num_refreshes": self.num_refreshes,
+            "tensors": {
+                f"{layer.name}.{key}": value.cpu()
+                for layer in self.layers
+                for key, value in layer.module.subspace().items()
+            },
+        }
+
+    def load_subspace_state(self, state: dict[str, Any]) -> None:
+        super().load_subspace_state(state)
+        for layer in self.layers:
+            keys = layer.module.subspace()
+            layer.module.set_subspace({key: state["tensors"][f"{layer.name}.{key}"] for key in keys})
+        self.num_refreshes = state["num_refreshes"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "base": self.base}
+
+    def _check_subspace_state(self, state: dict[str, Any]) -> None:
+        super()._check_subspace_state(state)
+        name = type(self).__name__
+        saved: dict[str, Tensor] = state["tensors"]
+        own = {f"{layer.name}.{key}": value for layer in self.layers for key, value in layer.module.subspace().items()}
+        if set(saved) != set(own):
+            odd = sorted(set(saved) ^ set(own))
+            raise ValueError(f"{name} state: its compact layers differ from this model's, for example {odd[:4]}")
+        for key, value in own.items():
+            if saved[key].shape != value.shape:
+                raise ValueError(
+                    f"{name} state: {key} was saved with shape {list(saved[key].shape)}, this optimizer has"
+                    f" {list(value.shape)}"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state and, under ``subspace``, the subspaces, counters and compact values."""
+        compact = {layer.name: layer.module.compact.detach() for layer in self.layers}
+        return {**super().state_dict(), "subspace": {**self.subspace_state(), "compact": compact}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a :meth:`state_dict`, in either order with the model's; the weights are folded afterwards.
+
+        Raises:
+            ValueError: it is not this optimizer's state, or belongs to another configuration; nothing has changed then.
+        """
+        subspace = self._subspace_of(state_dict)
+        self._base.param_groups, self._base.state = self.param_groups, self.state
+        self._base.load_state_dict({key: value for key, value in state_dict.items() if key != "subspace"})
+        self.param_groups, self.state = self._base.param_groups, self._base.state
+        self.load_subspace_state(subspace)
+        for layer in self.layers:
+            layer.module.compact.copy_(subspace["compact"][layer.name])
+        if any(not layer.module.is_delta for layer in self.layers):
+            self.backend.fold(self.layers)

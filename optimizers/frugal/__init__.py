@@ -1,0 +1,1 @@
+"""FRUGAL: its subspaces and projections."""

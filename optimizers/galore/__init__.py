@@ -1,0 +1,1 @@
+"""GaLore without the full gradient."""

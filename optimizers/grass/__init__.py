@@ -1,0 +1,1 @@
+"""Grass: selected columns or rows of every matrix."""

@@ -1,0 +1,149 @@
+"""The layers that train a selection of their weight: which rank each gets, and their conversion."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.projected_linear import ProjectedLinear
+from ..layers.selected_embedding import SelectedEmbedding
+from ..layers.selected_linear import SelectedLinear
+from ..layers.selected_weight import SelectedWeight, Side
+from ..layers.shared_copy import SharedCopy
+from ..layers.targets import CompactLayer, rank_of
+from ..numerics.selection import SelectionRule, replacement_scales, select_index
+from .budget import ranks_within
+
+
+@dataclass(frozen=True)
+class SelectedTarget:
+    """A layer to convert.
+
+    Attributes:
+        side: what is selected.
+        group: name of the first of the layers that share one index, its own if there are no others.
+        is_vocabulary: rows stand for tokens: ``rank`` means the share ``rank / n`` of them.
+    """
+
+    name: str
+    module: nn.Linear | nn.Embedding
+    side: Side
+    group: str
+    is_vocabulary: bool = False
+
+    @property
+    def dim(self) -> int:
+        """How many columns or rows there are."""
+        return self._shape[1 if self.side == "columns" else 0]
+
+    @property
+    def elements(self) -> int:
+        """Of one column or row."""
+        return self._shape[0 if self.side == "columns" else 1]
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        m, n = getattr(self.module.weight, "ds_shape", self.module.weight.shape)
+        return m, n
+
+
+def ranks_of(
+    targets: Sequence[SelectedTarget], *, rank: int | None, density: float | None, budget: int | None
+) -> dict[str, int]:
+    """The rank of each target, by name.
+
+    Raises:
+        ValueError: a rank is above its layer's selected dimension, or the budget is too small.
+    """
+    if budget is not None:
+        dims: dict[str, tuple[int, int]] = {}
+        for target in targets:
+            _, elements = dims.get(target.group, (0, 0))
+            dims[target.group] = (target.dim, elements + target.elements)
+        ranks = ranks_within(dims, budget)
+        return {target.name: ranks[target.group] for target in targets}
+    ranks, too_small = {}, []
+    for target in targets:
+        if rank is not None and target.is_vocabulary:
+            ranks[target.name] = rank_of(target.dim, rank=None, density=min(1.0, rank / target.elements))
+        else:
+            ranks[target.name] = rank_of(target.dim, rank=rank, density=density)
+        if ranks[target.name] > target.dim:
+            too_small.append(target)
+    if too_small:
+        worst = min(too_small, key=lambda target: target.dim)
+        what = "columns (in_features)" if worst.side == "columns" else "rows (out_features)"
+        others = f" and the dimension of {len(too_small) - 1} other layers" if len(too_small) > 1 else ""
+        raise ValueError(
+            f"rank: {rank} is above the {worst.dim} {what} of {worst.name!r}{others}; at most {worst.dim} fits every"
+            " layer"
+        )
+    return ranks
+
+
+def convert_selected(
+    targets: Sequence[SelectedTarget], ranks: dict[str, int], rule: SelectionRule, *, seed: int
+) -> tuple[list[CompactLayer], list[str]]:
+    """Convert the targets whose rank is below the selected dimension.
+
+    Returns:
+        The compact layers, with ``compact`` still to be filled, and the names of the layers left as they are because
+        the rank equals the dimension: their subspace is everything.
+    """
+    layers, full = [], []
+    sizes: dict[str, int] = {}
+    for target in targets:
+        sizes[target.group] = sizes.get(target.group, 0) + 1
+    copies = {group: SharedCopy(size) for group, size in sizes.items() if size > 1}
+    for target in targets:
+        if ranks[target.name] == target.dim:
+            full.append(target.name)
+            continue
+        index = select_index(rule, target.dim, ranks[target.name], seed=seed, refresh=0, name=target.group)
+        linear = target.module
+        if isinstance(linear, nn.Embedding):
+            module = SelectedEmbedding.convert(linear, index=index, contiguous=rule.contiguous)
+        elif rule.repeats:
+            scales = replacement_scales(torch.ones(target.dim, dtype=torch.float64), index)
+            scales = scales.to(torch.promote_types(linear.weight.dtype, torch.float32))
+            module = (
+                ProjectedLinear.convert(linear, right=scales, right_index=index)
+                if target.side == "columns"
+                else ProjectedLinear.convert(linear, left=scales, left_index=index)
+            )
+        else:
+            module = SelectedLinear.convert(
+                linear,
+                side=target.side,
+                index=index,
+                contiguous=rule.contiguous,
+                shared=copies.get(target.group),
+            )
+        layers.append(CompactLayer(target.name, module))
+    return layers, full
+
+
+def side_of(layer: CompactLayer) -> Side:
+    """What is selected in a layer made by :func:`convert_selected`."""
+    module = layer.module
+    if isinstance(module, SelectedWeight):
+        return module.side
+    assert isinstance(module, ProjectedLinear)
+    return "columns" if module.right_index is not None else "rows"
+
+
+def dim_of(layer: CompactLayer) -> int:
+    """Out of how many columns or rows is selected."""
+    return layer.module.weight_shape[1 if side_of(layer) == "columns" else 0]
+
+
+def index_of(layer: CompactLayer) -> Tensor:
+    """The selected columns or rows."""
+    module = layer.module
+    if isinstance(module, SelectedWeight):
+        return module.index
+    assert isinstance(module, ProjectedLinear)
+    index = module.right_index if module.right_index is not None else module.left_index
+    assert index is not None
+    return index

@@ -1,0 +1,74 @@
+"""Moments of a compact parameter across a change of its selection."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compact.backend import selected
+from ..layers.targets import CompactLayer
+from ..sharding.shards import Shard, ShardMap
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def carry_moments(
+    layers: Sequence[CompactLayer],
+    old: Sequence[Tensor],
+    *,
+    flats: Iterable[Tensor],
+    state: dict[Tensor, dict[str, Any]],
+    shards: ShardMap,
+) -> None:
+    """Give Adam's moments the places that their columns or rows have in the new selection. Collective.
+
+    Entries that were selected before keep ``m`` and ``v``. New ones get ``m = 0`` and for ``v`` the mean of the layer's
+    kept ones, or of all old ones where none was kept. Each layer is put together on every rank in turn.
+
+    Args:
+        old: the index that each layer had, int64 ``(r,)``; it has the new one.
+        flats: the keys in ``state`` of the parameter groups that hold the layers.
+    """
+    by_name: dict[str, list[tuple[Shard, dict[str, Tensor]]]] = {}
+    for flat in flats:
+        for shard in shards.shards_of(flat) if state.get(flat) else ():
+            by_name.setdefault(shard.name, []).append((shard, state[flat]))
+    for layer, old_index in zip(layers, old, strict=True):
+        own = by_name.get(f"{layer.name}.compact", [])
+        source = _source(layer, old_index.to(selected(layer).index.device))
+        for key in _MOMENTS:
+            whole = _whole(layer, [(shard, m[key]) for shard, m in own], shards)
+            new = _rearranged(whole, source, dim=selected(layer).dim, fill=key == "exp_avg_sq").reshape(-1)
+            for shard, moments in own:
+                shard.of(moments[key]).copy_(new.narrow(0, shard.start, shard.length))
+
+
+def _source(layer: CompactLayer, old: Tensor) -> Tensor:
+    """Where in ``old`` each newly selected entry was, -1 where it was not."""
+    module = selected(layer)
+    position = torch.full((module.weight_shape[module.dim],), -1, device=old.device)
+    position[old] = torch.arange(old.numel(), device=old.device)
+    return position[module.index]
+
+
+def _whole(layer: CompactLayer, own: Sequence[tuple[Shard, Tensor]], shards: ShardMap) -> Tensor:
+    """A moment of the layer from all ranks' shards of it, shaped like its compact values."""
+    compact: Any = layer.module.compact
+    shape = getattr(compact, "ds_shape", compact.shape)
+    dtype = torch.promote_types(compact.dtype, torch.float32)
+    whole = torch.zeros(shape, dtype=dtype, device=selected(layer).index.device)
+    for shard, values in own:
+        whole.view(-1).narrow(0, shard.start, shard.length).copy_(shard.of(values))
+    return shards.sum_(whole)
+
+
+def _rearranged(values: Tensor, source: Tensor, *, dim: int, fill: bool) -> Tensor:
+    kept = source >= 0
+    new = values.index_select(dim, source.clamp_min(0))
+    if fill:
+        background = (new.index_select(dim, kept.nonzero().squeeze(1)) if kept.any() else values).mean()
+    else:
+        background = torch.zeros((), dtype=values.dtype, device=values.device)
+    mask = kept[None, :] if dim == 1 else kept[:, None]
+    return torch.where(mask, new, background)

@@ -1,0 +1,1 @@
+"""Compact layers: modules whose trainable parameter is a part of their weight."""

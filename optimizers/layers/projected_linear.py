@@ -1,0 +1,181 @@
+"""A compact linear layer that trains its weight's change within a subspace.
+
+For ``y = x W^T + b`` with ``W`` of shape ``(m, n)``, the change of ``W`` in one step is ``scale * A C B^T`` with the
+trained ``C``, a left basis ``A`` ``(m, r)`` and a right basis ``B`` ``(n, r)``, either of which may be absent (then it
+is the identity). The gradient of ``C`` is ``A^T G B = (dY A)^T (X B)``; with a right basis only the small ``X B`` is
+kept for backward. This is the projection of GaLore (Zhao et al., 2024, arXiv 2403.03507, Section 3).
+
+A basis is dense, or a selection: an index and a scale for each selected entry, which may repeat (the projection of
+Grass with rho).
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .compact import CompactLinear, ProbeKind, keep_dtypes, other_gradients
+
+
+def project(x: Tensor, basis: Tensor | None, selected: Tensor | None) -> Tensor:
+    """``x B`` for ``x`` of shape ``(b, d)``.
+
+    Args:
+        basis: ``(d, r)``, or with ``selected`` the scales ``(r,)``.
+        selected: indices ``(r,)``.
+    """
+    if basis is None:
+        return x
+    if selected is None:
+        return x @ basis.to(x.dtype)
+    return x.index_select(1, selected) * basis.to(x.dtype)
+
+
+def lift_rows(c: Tensor, basis: Tensor | None, selected: Tensor | None, first: int, last: int, size: int) -> Tensor:
+    """Rows ``first`` to ``last - 1`` of ``B c``, where ``c`` is ``(r, k)`` and ``B`` has ``size`` rows."""
+    if basis is None:
+        return c[first:last]
+    if selected is None:
+        return basis[first:last].to(c.dtype) @ c
+    lifted = torch.zeros(last - first, c.shape[1], dtype=c.dtype, device=c.device)
+    inside = (selected >= first) & (selected < last)
+    scales = _lift_scales(basis, selected).to(c.dtype)
+    # A repeated entry adds zeros but the first time, so the sum does not depend on the order.
+    return lifted.index_add_(0, selected[inside] - first, c[inside] * scales[inside, None])
+
+
+def _lift_scales(scales: Tensor, selected: Tensor) -> Tensor:
+    """Equal entries have equal gradients and equal updates: the first stands for all of them."""
+    _, inverse, counts = selected.unique(return_inverse=True, return_counts=True)
+    order = torch.arange(selected.numel(), device=selected.device)
+    first = torch.full_like(counts, selected.numel()).scatter_reduce_(0, inverse, order, "amin")
+    return torch.where(first[inverse] == order, scales * counts[inverse], 0.0)
+
+
+class _ProjectedLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        compact: Tensor,
+        left: Tensor | None,
+        left_index: Tensor | None,
+        right: Tensor | None,
+        right_index: Tensor | None,
+        compute_dtype: torch.dtype,
+        probe: Tensor | None,
+        probe_kind: ProbeKind | None,
+        probe_input: Tensor | None,
+        omega: Tensor | None,
+    ) -> Tensor:
+        keep_dtypes(ctx, x, bias, compact, probe, probe_kind)
+        x = x.to(compute_dtype)
+        y = F.linear(x, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
+        projected = project(x.reshape(-1, x.shape[-1]), right, right_index)
+        ctx.save_for_backward(projected, weight, left, left_index, probe_input, omega)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad_y,) = grad_outputs
+        projected, weight, left, left_index, probe_input, omega = ctx.saved_tensors
+        grad_y_2d, grad_compact = grad_y.reshape(-1, grad_y.shape[-1]), None
+        grad_x, grad_bias, grad_probe = other_gradients(ctx, grad_y, grad_y_2d, weight, probe_input, omega)
+        if ctx.needs_input_grad[3]:
+            grad_compact = project(grad_y_2d, left, left_index).t().mm(projected).to(ctx.compact_dtype)
+        return grad_x, None, grad_bias, grad_compact, *(None,) * 5, grad_probe, None, None, None
+
+
+class ProjectedLinear(CompactLinear):
+    """A compact layer whose ``compact`` holds a change of ``weight``, zero once it is folded.
+
+    Attributes:
+        compact: trainable, ``(m or r, n or r)``.
+        left, right: the bases, ``(m, r)`` and ``(n, r)`` in fp32 (fp64 for an fp64 weight), or the scales ``(r,)`` of a
+            selection; None for the identity.
+        left_index, right_index: int64 ``(r,)``; None where the basis is dense.
+        scale: of the change.
+    """
+
+    is_delta: ClassVar[bool] = True
+    left: Tensor | None
+    left_index: Tensor | None
+    right: Tensor | None
+    right_index: Tensor | None
+    scale: float
+
+    @staticmethod
+    def convert(
+        linear: nn.Linear,
+        *,
+        left: Tensor | None = None,
+        left_index: Tensor | None = None,
+        right: Tensor | None = None,
+        right_index: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> "ProjectedLinear":
+        """Turn ``linear`` into a ``ProjectedLinear`` in place; ``compact`` is registered but left uninitialised."""
+        linear.__class__ = ProjectedLinear
+        assert isinstance(linear, ProjectedLinear)
+        linear.scale = scale
+        for key, value in zip(_KEYS, (left, left_index, right, right_index), strict=True):
+            setattr(linear, key, value.to(linear.weight.device) if value is not None else None)
+        m, n = linear.weight_shape
+        linear._become_compact((m if left is None else left.shape[-1], n if right is None else right.shape[-1]))
+        return linear
+
+    def revert(self) -> None:
+        super().revert()
+        for key in (*_KEYS, "scale"):
+            self.__dict__.pop(key, None)
+
+    def compact_of(self, weight: Tensor) -> Tensor:
+        shape = getattr(self.compact, "ds_shape", self.compact.shape)
+        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+    def subspace(self) -> dict[str, Tensor]:
+        return {key: value for key in _KEYS if (value := getattr(self, key)) is not None}
+
+    def compact_rank(self) -> int:
+        """The dimension of the subspace."""
+        basis = self.left if self.left is not None else self.right
+        assert basis is not None
+        return basis.shape[-1]
+
+    def project_gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient of ``compact``, ``A^T G B``, for a gradient ``G`` of the weight."""
+        rows = project(gradient.t(), self.left, self.left_index).t()
+        return project(rows, self.right, self.right_index)
+
+    def lift(self, compact: Tensor, first: int, last: int) -> Tensor:
+        """Rows ``first`` to ``last - 1`` of the change of the weight that ``compact`` stands for, in at least fp32."""
+        m, n = self.weight_shape
+        c = compact.to(torch.promote_types(compact.dtype, torch.float32))
+        rows = lift_rows(c, self.left, self.left_index, first, last, m)
+        return lift_rows(rows.t(), self.right, self.right_index, 0, n, n).t() * self.scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        compute_dtype = self._compute_dtype(input)
+        return _ProjectedLinearFunction.apply(
+            input,
+            self.weight,
+            self.bias,
+            self.compact,
+            self.left,
+            self.left_index,
+            self.right,
+            self.right_index,
+            compute_dtype,
+            *self._probe_arguments(input, compute_dtype),
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, compact={tuple(self.compact.shape)}"
+
+
+_KEYS = ("left", "left_index", "right", "right_index")

@@ -1,0 +1,129 @@
+"""A compact linear layer that trains a subset of its weight's columns or rows.
+
+For ``y = x W^T + b`` with ``W`` of shape ``(m, n)``, ``W`` is frozen and ``compact`` is trained in its stead:
+
+* ``columns``: ``compact`` is ``W[:, index]``, shape ``(m, r)``; its gradient is ``dY^T @ X[:, index]``, so only that
+  copy of the input is kept for backward;
+* ``rows``: ``compact`` is ``W[index, :]``, shape ``(r, n)``; its gradient is ``dY[:, index]^T @ X``.
+
+``dX = dY @ W`` is exact in both. This is the projection of Grass (Muhamed et al., 2024, arXiv 2406.17660) with scale 1,
+held as values instead of as a delta.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .compact import CompactLinear, ProbeKind, keep_dtypes, other_gradients
+from .selected_weight import SelectedWeight, Side, read_selected, write_selected_
+from .shared_copy import SharedCopy
+
+
+class _SelectedLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        compact: Tensor,
+        index: Tensor,
+        start: int | None,
+        columns: bool,
+        overlay: bool,
+        compute_dtype: torch.dtype,
+        probe: Tensor | None,
+        probe_kind: ProbeKind | None,
+        probe_input: Tensor | None,
+        omega: Tensor | None,
+        shared_x: Tensor | None,
+    ) -> Tensor:
+        if overlay:
+            write_selected_(weight.data, compact.data, index, start, dim=1 if columns else 0)
+        keep_dtypes(ctx, x, bias, compact, probe, probe_kind)
+        x = x.to(compute_dtype)
+        y = F.linear(x, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
+        saved_x = shared_x if shared_x is not None else x
+        if columns and shared_x is None:
+            saved_x = read_selected(x.reshape(-1, x.shape[-1]), index, start, dim=1)
+        # The weight is saved as it is, not its cast: autocast must not keep a second copy of the model alive.
+        ctx.save_for_backward(saved_x, weight, index, compact if overlay else None, probe_input, omega)
+        ctx.start, ctx.columns = start, columns
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad_y,) = grad_outputs
+        saved_x, weight, index, compact, probe_input, omega = ctx.saved_tensors
+        if compact is not None:
+            write_selected_(weight.data, compact.data, index, ctx.start, dim=1 if ctx.columns else 0)
+        grad_y_2d, grad_compact = grad_y.reshape(-1, grad_y.shape[-1]), None
+        grad_x, grad_bias, grad_probe = other_gradients(ctx, grad_y, grad_y_2d, weight, probe_input, omega)
+        if ctx.needs_input_grad[3]:
+            if ctx.columns:
+                grad_compact = grad_y_2d.t().mm(saved_x)
+            else:
+                x_2d = saved_x.reshape(-1, saved_x.shape[-1])
+                grad_compact = read_selected(grad_y_2d, index, ctx.start, dim=1).t().mm(x_2d)
+            grad_compact = grad_compact.to(ctx.compact_dtype)
+        return grad_x, None, grad_bias, grad_compact, *(None,) * 5, grad_probe, *(None,) * 4
+
+
+class SelectedLinear(SelectedWeight, CompactLinear):
+    """A compact ``nn.Linear`` whose ``compact`` holds the values of selected columns or rows of ``weight``.
+
+    Attributes:
+        shared: the copy of the selected inputs that is shared with other layers; columns only.
+    """
+
+    shared: SharedCopy | None
+
+    @staticmethod
+    def convert(
+        linear: nn.Linear, *, side: Side, index: Tensor, contiguous: bool, shared: SharedCopy | None = None
+    ) -> "SelectedLinear":
+        """Turn ``linear`` into a ``SelectedLinear`` in place; ``compact`` is registered but left uninitialised."""
+        linear.__class__ = SelectedLinear
+        assert isinstance(linear, SelectedLinear)
+        linear.shared = shared
+        linear._become_selected(side=side, index=index, contiguous=contiguous)
+        return linear
+
+    def revert(self) -> None:
+        del self.shared
+        super().revert()
+
+    def forward(self, input: Tensor) -> Tensor:
+        compute_dtype = self._compute_dtype(input)
+        return _SelectedLinearFunction.apply(
+            input,
+            self.weight,
+            self.bias,
+            self.compact,
+            self.index,
+            # A Python int would be a constant of the compiled graph and recompile it at every refresh.
+            None if torch.compiler.is_compiling() else self.start,
+            self.side == "columns",
+            self.overlay,
+            compute_dtype,
+            *self._probe_arguments(input, compute_dtype),
+            self._shared_input(input, compute_dtype),
+        )
+
+    def _shared_input(self, input: Tensor, compute_dtype: torch.dtype) -> Tensor | None:
+        """The group's copy of the selected inputs, where there is one to share."""
+        if self.shared is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+
+        def make() -> Tensor:
+            x_2d = input.detach().reshape(-1, input.shape[-1])
+            return read_selected(x_2d, self.index, self.start, dim=1).to(compute_dtype)
+
+        return self.shared.get(input, (self._index_key, compute_dtype), make)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, side={self.side}, rank={self.index.numel()}"

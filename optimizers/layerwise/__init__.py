@@ -1,0 +1,1 @@
+"""Layer-wise trust ratios: LAMB and LARS."""

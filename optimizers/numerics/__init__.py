@@ -1,0 +1,1 @@
+"""Moments, rounding, selection rules."""

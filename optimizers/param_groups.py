@@ -1,0 +1,78 @@
+"""Parameter groups: compact and dense parameters apart, with the user's own groups by name within each."""
+
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from .layers.targets import CompactLayer
+from .options import is_number, is_pair_of_betas
+
+GROUP_OPTIONS = ("lr", "betas", "eps", "weight_decay")
+
+
+def build_groups(
+    model: nn.Module,
+    layers: Sequence[CompactLayer],
+    full_rank: Sequence[str],
+    specs: Sequence[dict[str, Any]],
+    *,
+    lr: float,
+    matrix_lr_scale: float,
+    dense_rate: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Groups for ``torch.optim``, each with a ``kind``: ``compact``, ``matrix`` or ``dense``.
+
+    ``matrix`` holds the targeted weights whose rank is their whole dimension: trained whole, at the compact
+    parameters' rate.
+
+    Args:
+        specs: ``{"params": [globs over parameter names], **options}``; the first match wins. A compact parameter goes
+            by the name of its weight.
+        dense_rate: names of layers whose compact parameters are trained at the dense parameters' rate.
+
+    Raises:
+        ValueError: an unknown or negative option, or globs that match no trainable parameter.
+    """
+    for position, spec in enumerate(specs):
+        unknown = set(spec) - {"params", *GROUP_OPTIONS}
+        if unknown or "params" not in spec:
+            raise ValueError(
+                f"param_groups[{position}]: found {sorted(spec)}; 'params' is required and {list(GROUP_OPTIONS)} are"
+                " allowed"
+            )
+        if isinstance(spec["params"], str) or not all(isinstance(glob, str) for glob in spec["params"]):
+            raise ValueError(f"param_groups[{position}].params: {spec['params']!r} found, a list of globs is needed")
+        for key in ("lr", "eps", "weight_decay"):
+            if not (is_number(spec.get(key, 0.0)) and spec.get(key, 0.0) >= 0.0):
+                raise ValueError(
+                    f"param_groups[{position}].{key}: {spec[key]!r} found, a number of at least 0 is needed"
+                )
+        betas = spec.get("betas", (0.0, 0.0))
+        if not is_pair_of_betas(betas):
+            raise ValueError(f"param_groups[{position}].betas: {betas!r} found, two numbers in [0, 1) are needed")
+    compact_names = {f"{layer.name}.compact": f"{layer.name}.weight" for layer in layers}
+    matrices = {f"{name}.weight" for name in full_rank}
+    unscaled = {f"{name}.weight" for name in dense_rate}
+    members: dict[tuple[str, int, bool], list[nn.Parameter]] = {}
+    for own_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        name = compact_names.get(own_name, own_name)
+        kind = "compact" if own_name in compact_names else "matrix" if name in matrices else "dense"
+        matching = (i for i, spec in enumerate(specs) if any(fnmatchcase(name, glob) for glob in spec["params"]))
+        at_dense_rate = kind == "dense" or name in unscaled
+        members.setdefault((kind, next(matching, -1), at_dense_rate), []).append(parameter)
+    for position, spec in enumerate(specs):
+        if not any(found == position for _, found, _ in members):
+            raise ValueError(f"param_groups[{position}]: {spec['params']} matches no trainable parameter of its own")
+    groups = []
+    for kind, position, at_dense_rate in sorted(members):
+        options = {key: value for key, value in specs[position].items() if key != "params"} if position >= 0 else {}
+        group_lr = options.get("lr", lr) * (1.0 if at_dense_rate else matrix_lr_scale)
+        group = {**options, "params": members[kind, position, at_dense_rate], "kind": kind, "lr": group_lr}
+        if kind == "compact":
+            group["pending_decay"] = 1.0
+        groups.append(group)
+    return groups

@@ -1,0 +1,281 @@
+"""Checkpoints of an engine: exact, for any number of ranks and stage, and never half there."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import narrowgauge.engine.checkpoint.checkpoint as checkpoint_module
+from narrowgauge.engine.checkpoint.checkpoint import find_checkpoints, save_checkpoint, verify_files
+from narrowgauge.engine.errors import CheckpointError
+from tests.support.ranks import RankPool
+from tests.support.zero import ds_config, finish, full_weights, make_engine, train_step
+
+SAVED_AFTER, STEPS = 10, 18
+
+
+def config_of(stage: int, dtype: str, side: str = "columns", **overrides: Any) -> dict[str, Any]:
+    extra = {"bf16": {"enabled": True}} if dtype == "bf16" else {}
+    return ds_config(stage, params={"side": side, "decay": "all"}, **extra, **overrides)
+
+
+def save_and_go_on(stage: int, dtype: str, side: str, folder: str, dense: bool = False) -> list[float]:
+    config = config_of(stage, dtype, side, scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 15}})
+    if dense:
+        config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    engine = make_engine(config)
+    for step in range(SAVED_AFTER):
+        train_step(engine, step)
+    if dense:
+        save_checkpoint(engine, Path(folder) / "tag", {"note": 1})
+    else:
+        engine.save_checkpoint(folder, tag="tag", client_state={"note": 1})
+    losses = [train_step(engine, step) for step in range(SAVED_AFTER, STEPS)]
+    finish(engine)
+    return losses
+
+
+def load_and_go_on(stage: int, dtype: str, side: str, folder: str, dense: bool = False) -> list[float]:
+    config = config_of(stage, dtype, side, scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 15}})
+    if dense:
+        config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    engine = make_engine(config, seed=7)
+    train_step(engine, 99)
+    if dense:
+        client = checkpoint_module.load_checkpoint(engine, Path(folder) / "tag")
+    else:
+        path, client = engine.load_checkpoint(folder)
+        assert path == str(Path(folder) / "tag")
+    assert client == {"note": 1}
+    assert engine.global_steps == SAVED_AFTER
+    losses = [train_step(engine, step) for step in range(SAVED_AFTER, STEPS)]
+    finish(engine)
+    return losses
+
+
+@pytest.mark.parametrize("side", ["columns", "rows"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resume_is_bit_equal(two_ranks: RankPool, tmp_path: Path, stage: int, dtype: str, side: str) -> None:
+    """Into an engine that has already trained on something else, across a later refresh."""
+    if stage == 0 and dtype == "bf16":
+        pytest.skip("bf16 without ZeRO is refused")
+    expected = two_ranks.run(save_and_go_on, stage, dtype, side, str(tmp_path))[0]
+    assert two_ranks.run(load_and_go_on, stage, dtype, side, str(tmp_path))[0] == expected
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_resume_of_dense_adamw_is_bit_equal(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
+    expected = two_ranks.run(save_and_go_on, stage, "fp32", "columns", str(tmp_path), dense=True)[0]
+    assert two_ranks.run(load_and_go_on, stage, "fp32", "columns", str(tmp_path), dense=True)[0] == expected
+
+
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_other_numbers_of_ranks_and_other_stages_continue_alike(
+    two_ranks: RankPool, one_rank: RankPool, tmp_path: Path, side: str
+) -> None:
+    """Written by two ranks at one stage, read by one or two at another: the same run but for the order of fp32 sums."""
+    for written, read in ((1, 3), (3, 2), (2, 0)):
+        folder = tmp_path / f"{written}-{read}"
+        expected = two_ranks.run(save_and_go_on, written, "fp32", side, str(folder))[0]
+        for pool in (one_rank, two_ranks):
+            found = pool.run(load_and_go_on, read, "fp32", side, str(folder))[0]
+            assert found == pytest.approx(expected, abs=2e-6)
+
+
+def train_with_accumulation(steps: int, first: int, last: int, folder: str, load: bool) -> list[float]:
+    engine = make_engine(config_of(1, "fp32", gradient_accumulation_steps=steps))
+    if load:
+        engine.load_checkpoint(folder)
+    losses = [train_step(engine, step) for step in range(first, last)]
+    assert engine.own_optimizer.num_steps == last
+    if not load:
+        engine.save_checkpoint(folder, tag="tag")
+    finish(engine)
+    return losses
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_run_continues_with_other_accumulation(two_ranks: RankPool, tmp_path: Path, steps: int) -> None:
+    """After an odd number of steps the count of micro-batches, once restored as it was, put every later step's end in
+    the middle of the next.
+    """
+    two_ranks.run(train_with_accumulation, 1, 0, 3, str(tmp_path / "a"), load=False)
+    found = two_ranks.run(train_with_accumulation, steps, 3, 9, str(tmp_path / "a"), load=True)[0]
+    expected = two_ranks.run(train_with_accumulation, 1, 0, 9, str(tmp_path / "b"), load=False)[0][3:]
+    assert found == pytest.approx(expected, abs=2e-6)
+
+
+def load_weights_only(stage: int, folder: str) -> tuple[bool, bool, int]:
+    engine = make_engine(config_of(stage, "fp32"), seed=7)
+    engine.load_checkpoint(folder, load_module_only=True)
+    loaded = full_weights(engine)
+    train_step(engine, 0)
+    moved = full_weights(engine)
+    saved = checkpoint_module.verify_files(Path(folder) / "tag")
+    from safetensors import safe_open
+
+    from narrowgauge.engine.checkpoint.weights import weight_files
+
+    same = True
+    for name, path in weight_files(Path(folder) / "tag").items():
+        with safe_open(path, framework="pt") as file:
+            same = same and torch.equal(file.get_tensor(name), loaded[name])
+    # Moments start anew and the compact masters were taken from the weights: a step moves on from there.
+    close = all(float((moved[n] - loaded[n]).abs().max()) < 0.05 for n in loaded)
+    steps = engine.own_optimizer.num_steps
+    assert saved["counters"]["global_steps"] == SAVED_AFTER
+    finish(engine)
+    return same, close, steps
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_weights_alone_can_be_loaded(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
+    two_ranks.run(save_and_go_on, 1, "fp32", "columns", str(tmp_path))
+    for same, close, steps in two_ranks.run(load_weights_only, stage, str(tmp_path)):
+        assert same
+        assert close
+        assert steps == 1
+
+
+def consolidated(stage: int) -> tuple[bool, bool]:
+    """DeepSpeed's own consolidation, through the engine, against the weights."""
+    engine = make_engine(config_of(stage, "fp32", zero={"stage3_gather_16bit_weights_on_model_save": True}))
+    for step in range(3):
+        train_step(engine, step)
+    state = engine._zero3_consolidated_16bit_state_dict() if stage == 3 else engine.module_state_dict()
+    expected = full_weights(engine)
+    finish(engine)
+    if dist.get_rank() > 0:
+        return True, True
+    return set(state) == set(expected), all(torch.equal(state[name].cpu(), expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeeds_state_dicts_are_plain_and_folded(two_ranks: RankPool, stage: int) -> None:
+    for names, values in two_ranks.run(consolidated, stage):
+        assert names
+        assert values
+
+
+def try_to_load(folder: str, stage: int, dtype: str = "fp32", **params: Any) -> str:
+    engine = make_engine(ds_config(stage, params=params))
+    train_step(engine, 0)
+    before = full_weights(engine)
+    try:
+        engine.load_checkpoint(folder, tag="tag")
+        message = "loaded"
+    except CheckpointError as error:
+        message = str(error)
+    after = full_weights(engine)
+    unchanged = all(torch.equal(before[name], after[name]) for name in before)
+    finish(engine)
+    return message if unchanged else "CHANGED: " + message
+
+
+@pytest.fixture(scope="module")
+def saved(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    two_ranks.run(save_and_go_on, 1, "fp32", "columns", str(folder))
+    return folder
+
+
+def damage(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.safetensors", "flip", "model.safetensors: damaged"),
+        ("optimizer-00001-of-00002.safetensors", "flip", "optimizer-00001-of-00002.safetensors: damaged"),
+        ("optimizer-00000-of-00002.safetensors", "cut", "damaged"),
+        ("subspace.safetensors", "remove", "subspace.safetensors"),
+        ("state.json", "flip", "state.json"),
+        ("manifest.json", "remove", "not a whole checkpoint"),
+    ],
+)
+def test_damage_is_named_and_nothing_is_loaded(
+    two_ranks: RankPool, saved: Path, tmp_path: Path, name: str, change: str, message: str
+) -> None:
+    """safetensors would load a flipped byte silently; with two ranks each checks its share, and both refuse."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tag" / name
+    if change == "flip":
+        damage(path, path.stat().st_size - 3)
+    elif change == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.unlink()
+    for found in two_ranks.run(try_to_load, str(tmp_path), 1, density=0.3, decay="all"):
+        assert message in found
+        assert not found.startswith("CHANGED")
+
+
+def test_another_configuration_is_named_and_nothing_is_loaded(two_ranks: RankPool, saved: Path) -> None:
+    for params, message in (
+        ({"density": 0.5}, "it holds blocks.0.down.compact of shape"),
+        ({"target_modules": ["*.q"]}, "parameters differ"),
+        ({"side": "rows"}, "compact of shape"),
+        ({"param_groups": []}, "3 parameter groups found, this optimizer has 2"),
+    ):
+        for found in two_ranks.run(try_to_load, str(saved), 1, **params):
+            assert message in found
+            assert not found.startswith("CHANGED")
+
+
+def save_on_a_full_disk(folder: str, full_on: int) -> tuple[str, list[str], list[float]]:
+    """The disk of one rank runs full while it writes: all ranks get the same error and the checkpoint before is
+    untouched.
+    """
+    engine = make_engine(config_of(1, "fp32"))
+    train_step(engine, 0)
+    engine.save_checkpoint(folder, tag="first")
+    original = checkpoint_module.save_file
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if dist.get_rank() == full_on:
+        checkpoint_module.save_file = full
+    try:
+        engine.save_checkpoint(folder, tag="second")
+        message = "saved"
+    except CheckpointError as error:
+        message = str(error)
+    finally:
+        checkpoint_module.save_file = original
+    dist.barrier()
+    names = sorted(path.name for path in Path(folder).iterdir() if not path.name.endswith(".tmp"))
+    losses = [train_step(engine, step) for step in range(1, 3)]
+    engine.save_checkpoint(folder, tag="third")
+    finish(engine)
+    return message, names, losses
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write_fails_all_and_leaves_no_checkpoint(
+    two_ranks: RankPool, tmp_path: Path, rank: int
+) -> None:
+    for message, names, _ in two_ranks.run(save_on_a_full_disk, str(tmp_path), rank):
+        assert f"process rank {rank}: [Errno 28] No space left on device" in message
+        assert names == ["first", "latest"]
+    assert (tmp_path / "latest").read_text() == "third"
+    verify_files(tmp_path / "first")
+    verify_files(tmp_path / "third")
+
+
+def test_only_finished_step_folders_are_found(tmp_path: Path) -> None:
+    for name in ("step-3", "step-20", "step-7.tmp", "step-9", "xstep-4", "step-5x"):
+        (tmp_path / name).mkdir()
+        if name != "step-9":
+            (tmp_path / name / "manifest.json").write_text(json.dumps({}))
+    assert [step for step, _ in find_checkpoints(tmp_path)] == [3, 20]
+    assert find_checkpoints(tmp_path / "missing") == []

@@ -1,0 +1,38 @@
+"""What must not be printed or saved, and what must stay."""
+
+from typing import Any
+
+import pytest
+
+from narrowgauge.engine.config.redaction import redact, redact_text
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"comet": {"api_key": "k1", "enabled": True}}, {"comet": {"api_key": "***", "enabled": True}}),
+        ({"hf_token": "k", "HF-TOKEN": "k"}, {"hf_token": "***", "HF-TOKEN": "***"}),
+        ({"password": 12345}, {"password": "***"}),
+        ({"launch": {"environment": {"A": "k", "B": "2"}}}, {"launch": {"environment": {"A": "***", "B": "***"}}}),
+        ({"api_keys": ["a", "b"]}, {"api_keys": ["***", "***"]}),
+        ({"environment": {"A": "k"}}, {"environment": {"A": "k"}}),
+        ({"data": {"train": ["s3://u:p@host/x"]}}, {"data": {"train": ["s3://***@host/x"]}}),
+        ({"training": {"sample_tokens": 64}, "tokenizer": "t"}, {"training": {"sample_tokens": 64}, "tokenizer": "t"}),
+        ({"token": None}, {"token": None}),
+    ],
+)  # fmt: skip
+def test_configurations(value: Any, expected: Any) -> None:
+    assert redact(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://user:pa@ss@host/x: gone", "https://***@host/x: gone"),
+        ("https://token@host", "https://***@host"),
+        ("https://host/a@b and c@d", "https://host/a@b and c@d"),
+        ("no URL: a@b", "no URL: a@b"),
+    ],
+)
+def test_texts(text: str, expected: str) -> None:
+    assert redact_text(text) == expected
