@@ -12,17 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from narrowgauge.optimizers.layers.compact import CompactWeight
+from narrowgauge.optimizers.layers.plain import plain_parameters
 
 from ..backends.deepspeed.subspace import own_shard
 
 _SHARD_BYTES = 4 << 30
 INDEX_NAME = "model.safetensors.index.json"
-
-
-def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The model's parameters under its own names: each tied weight once, and no compact values."""
-    compact = {id(m.compact) for m in model.modules() if isinstance(m, CompactWeight)}
-    return ((name, p) for name, p in model.named_parameters() if id(p) not in compact)
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from narrowgauge.optimizers.layers.compact import CompactWeight
+from narrowgauge.optimizers.layers.plain import plain_parameters
 
 from ..backends.deepspeed.shards import local_shards
 from ..backends.deepspeed.traffic import dense_traffic, dense_traffic_zero3
-from ..checkpoint.weights import plain_parameters
 
 SCHEMA_VERSION = 1
 

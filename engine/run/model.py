@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import deepspeed as transformers_deepspeed
 
-from narrowgauge.optimizers.numerics.selection import derive_seed
+from narrowgauge.optimizers.numerics.seeds import derive_seed
 
 from ..config.config import ModelBlock
 from ..errors import UserError, did_you_mean

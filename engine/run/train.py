@@ -17,7 +17,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from narrowgauge.offload import ActivationOffload
-from narrowgauge.optimizers.numerics.selection import derive_seed
+from narrowgauge.optimizers.numerics.seeds import derive_seed
 
 from ..backends.deepspeed.extensions import ensure_extensions
 from ..backends.deepspeed.initialize import init_distributed, initialize

@@ -10,8 +10,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ..numerics.adam import adam_directions, compute_dtype, late_correction, widen, write_back
-from ..numerics.selection import derive_seed
+from ..numerics.adam import adam_directions, late_correction
+from ..numerics.precision import compute_dtype, widen, write_back
+from ..numerics.seeds import derive_seed
 from ..options import check_adam, check_choice, check_count, check_number
 from ..sharded import ShardedOptimizer
 from ..sharding.blocks import blocks_of

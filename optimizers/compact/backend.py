@@ -12,7 +12,7 @@ from ..layers.projected_linear import ProjectedLinear
 from ..layers.selected_weight import SelectedWeight
 from ..layers.targets import CompactLayer
 from ..numerics.rounding import stochastic_round_
-from ..numerics.selection import derive_seed
+from ..numerics.seeds import derive_seed
 from ..sharding.shards import ShardMap
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..layers.compact import CompactLinear
 from ..layers.targets import CompactLayer
-from ..numerics.selection import derive_seed
+from ..numerics.seeds import derive_seed
 from .optimizer import CompactOptimizer
 from .sketches import directions
 

@@ -1,14 +1,14 @@
 """Statistics of the full gradient that are linear in it, so that micro-batches and process ranks add up.
 
 The full gradient ``G`` is never formed: with random directions ``Omega`` from a seed that all ranks share, ``G Omega``
-and ``Omega^T G`` follow from what backward has at hand (see :class:`~.compact_linear.CompactLinear`).
+and ``Omega^T G`` follow from what backward has at hand (see :class:`~..layers.compact.CompactLinear`).
 """
 
 import torch
 from torch import Tensor
 
 from ..layers.targets import CompactLayer
-from ..numerics.selection import derive_seed
+from ..numerics.seeds import derive_seed
 
 
 def directions(layer: CompactLayer, *, side: str, size: int, seed: int) -> Tensor:
@@ -16,33 +16,3 @@ def directions(layer: CompactLayer, *, side: str, size: int, seed: int) -> Tenso
     m, n = layer.module.weight_shape
     generator = torch.Generator().manual_seed(derive_seed(seed, "sketch", side, layer.name))
     return torch.randn(n if side == "rows" else m, size, generator=generator)
-
-
-def random_basis(dim: int, rank: int, *, seed: int) -> Tensor:
-    """Orthonormal columns ``(dim, rank)``, uniformly distributed, fp64 on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    q, r = torch.linalg.qr(torch.randn(dim, rank, generator=generator, dtype=torch.float64))
-    # QR's signs are a convention; without it the distribution is uniform.
-    return (q * r.diagonal().sign()).contiguous()
-
-
-def leading_basis(statistic: Tensor, rank: int, *, of_rows: bool) -> Tensor:
-    """The leading left (``of_rows``) or right singular vectors of a gradient or its sketch, ``(m, rank)`` or
-    ``(n, rank)``.
-
-    With a sketch this is the randomised range finder of Halko, Martinsson, Tropp (2011), arXiv 0909.4061, Algorithm
-    4.1, cut to the leading directions.
-    """
-    u, _, vh = torch.linalg.svd(statistic, full_matrices=False)
-    return u[:, :rank].contiguous() if of_rows else vh[:rank].t().contiguous()
-
-
-def aligned(basis: Tensor, former: Tensor) -> Tensor:
-    """The vectors of ``basis`` with the signs that agree with those of ``former``; both ``(dim, rank)``."""
-    return torch.where((basis * former).sum(0) < 0.0, -basis, basis)
-
-
-def iterated_basis(gradient: Tensor, basis: Tensor, *, of_rows: bool) -> Tensor:
-    """One step of subspace iteration with ``G G^T`` (``of_rows``) or ``G^T G`` from the present basis."""
-    image = gradient @ (gradient.t() @ basis) if of_rows else gradient.t() @ (gradient @ basis)
-    return torch.linalg.qr(image).Q

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from ..layers.targets import wrappers_of
-from ..numerics.adam import compute_dtype, widen, write_back
-from ..numerics.selection import derive_seed
+from ..layers.wrappers import wrappers_of
+from ..numerics.precision import compute_dtype, widen, write_back
+from ..numerics.seeds import derive_seed
 from ..options import check_adam, check_choice, check_count, check_number
 from ..sharded import ShardedOptimizer
 from ..sharding.shards import ShardMap, StatePiece

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..numerics.adam import compute_dtype, widen
+from ..numerics.precision import compute_dtype, widen
 from ..sharding.shards import ShardMap
 from .low_rank import LowRank
 from .subspaces import Slot, Subspaces

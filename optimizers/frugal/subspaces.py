@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.targets import rank_of
-from ..numerics.selection import SELECTION_RULES, derive_seed, select_index
+from ..numerics.seeds import derive_seed
+from ..numerics.selection import SELECTION_RULES, select_index
 from ..sharding.shards import Shard
 from .coordinates import Everything, Lines, Nothing, Part, Scattered, Selection
 from .low_rank import LowRank

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from ..compact.backend import SubspaceBackend, projected
 from ..compact.inner import BaseName, check_base
 from ..compact.optimizer import CompactOptimizer
-from ..compact.sketches import aligned, directions, iterated_basis, leading_basis, random_basis
+from ..compact.sketches import directions
 from ..layers.projected_linear import ProjectedLinear
-from ..layers.targets import CompactLayer, find_targets, rank_of, refuse_wrapped
-from ..numerics.selection import derive_seed
+from ..layers.targets import CompactLayer, find_targets, rank_of
+from ..layers.wrappers import refuse_wrapped
+from ..numerics.seeds import derive_seed
 from ..options import check_adam, check_choice, check_count, check_number, check_one_given, check_share
+from .bases import aligned, iterated_basis, leading_basis, random_basis
 
 Side = Literal["std", "left", "right", "full"]
 Projector = Literal["sketch", "svd", "power"]

@@ -10,9 +10,11 @@ from ..compact.backend import SubspaceBackend, projected
 from ..compact.inner import BaseName, check_base
 from ..compact.optimizer import CompactOptimizer
 from ..layers.selected_weight import Side
-from ..layers.targets import find_targets, refuse_wrapped
+from ..layers.targets import find_targets
 from ..layers.vocabulary import find_vocabulary
-from ..numerics.selection import SELECTION_RULES, derive_seed, replacement_scales, select_index
+from ..layers.wrappers import refuse_wrapped
+from ..numerics.seeds import derive_seed
+from ..numerics.selection import SELECTION_RULES, replacement_scales, select_index
 from ..options import check_adam, check_choice, check_count, check_one_given, check_share
 from ..sharding.shards import LocalShards
 from .interval import AdaptiveInterval

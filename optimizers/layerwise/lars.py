@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..numerics.adam import widen, write_back
-from ..numerics.selection import derive_seed
+from ..numerics.precision import widen, write_back
+from ..numerics.seeds import derive_seed
 from ..options import check_number
 from ..sharded import ShardedOptimizer
 from .norms import find_excluded, member_norms

@@ -5,12 +5,13 @@ A rule is a pure function of ``(norms, rank, generator)``. Every process rank se
 talking to each other.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,6 @@ SELECTION_RULES: dict[str, SelectionRule] = {
     "multinomial": SelectionRule(_multinomial, uses_norms=True),
     "multinomial_replacement": SelectionRule(_multinomial_replacement, uses_norms=True, repeats=True),
 }
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on every part, the same on every machine."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def select_index(

@@ -22,7 +22,7 @@ from narrowgauge.optimizers.layers.compact import CompactWeight
 from narrowgauge.optimizers.layers.selected_weight import SelectedWeight
 from narrowgauge.optimizers.layers.targets import CompactLayer
 from narrowgauge.optimizers.numerics.rounding import stochastic_round_
-from narrowgauge.optimizers.numerics.selection import derive_seed
+from narrowgauge.optimizers.numerics.seeds import derive_seed
 from narrowgauge.optimizers.sharding.shards import ShardMap
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from narrowgauge.optimizers.numerics.selection import SELECTION_RULES, derive_seed, replacement_scales, select_index
+from narrowgauge.optimizers.numerics.seeds import derive_seed
+from narrowgauge.optimizers.numerics.selection import SELECTION_RULES, replacement_scales, select_index
 
 NORMS = torch.tensor([0.5, 3.0, 0.0, 1.0, 2.0, 1.5, 0.25, 0.75], dtype=torch.float64)
 DRAWS = 20_000

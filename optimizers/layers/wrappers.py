@@ -1,0 +1,59 @@
+"""What may have wrapped a model already: the parameters that an optimizer makes would be invisible to it."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def refuse_wrapped(model: nn.Module, *, in_engine: bool) -> None:
+    """Raise if DDP, FSDP, DeepSpeed or ``torch.compile`` already holds the model's old parameters.
+
+    Parameters made after the wrapping would be invisible to it: DDP then leaves each rank with its own gradient and
+    says nothing.
+
+    Args:
+        in_engine: an engine makes the optimizer, and can deal with parameters made under ``deepspeed.zero.Init``.
+
+    Raises:
+        ValueError: naming the wrapper.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model itself is needed, not its parameters; a {type(model).__name__} was given")
+    wrapper = next(wrappers_of(model), None)
+    if wrapper is not None:
+        raise ValueError(
+            f"the model is already wrapped by {wrapper}: create the optimizer first, then wrap the model with"
+            " DistributedDataParallel or torch.compile; under DeepSpeed use narrowgauge.engine.initialize"
+        )
+    if not in_engine and any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError("the model was built under deepspeed.zero.Init: use narrowgauge.engine.initialize")
+
+
+def wrappers_of(model: nn.Module) -> Iterator[str]:
+    """The names of what has wrapped the model: DDP, FSDP, DeepSpeed, ``torch.compile``."""
+    for module in model.modules():
+        if _is_wrapper(module):
+            yield type(module).__name__
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            yield "torch.compile"
+        if any(
+            type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor"
+            for p in module._parameters.values()
+            if p is not None
+        ):
+            yield "fully_shard"
+    # The user may hand over what is inside the wrapper (`ddp.module`): only the wrapper knows of itself.
+    for holder in gc.get_objects():
+        if _is_wrapper(holder) and any(child is model for child in holder._modules.values()):
+            yield type(holder).__name__
+
+
+_WRAPPER_NAMES = {"DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule", "DeepSpeedEngine"}
+
+
+def _is_wrapper(candidate: Any) -> bool:
+    return any(cls.__name__ in _WRAPPER_NAMES for cls in type(candidate).__mro__) and "_modules" in getattr(
+        candidate, "__dict__", {}
+    )
