@@ -142,10 +142,3 @@ def check_same_run(run_dir: Path, raw: dict[str, Any], train_batch_size: int) ->
             f"{run_dir} holds a run of another configuration: {', '.join(changed)}."
             " Restore the values, or use --fresh or another logging.run_dir"
         )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one go."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
-    aside.replace(path)

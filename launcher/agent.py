@@ -13,11 +13,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from narrowgauge.engine.ranks.preemption import EXIT_PREEMPTED
-from narrowgauge.engine.ranks.watchdog import EXIT_HUNG
+from narrowgauge.engine.ranks.exit_codes import EXIT_BAD_INPUT, EXIT_HUNG, EXIT_PREEMPTED
 
-_BAD_INPUT = 2
-_TELLING = (_BAD_INPUT, EXIT_PREEMPTED, EXIT_HUNG)
+_TELLING = (EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_HUNG)
 
 
 def main() -> int:

@@ -10,7 +10,9 @@ from rich.console import Console
 
 from narrowgauge.engine.config.redaction import redact_text
 from narrowgauge.engine.errors import UserError
-from narrowgauge.engine.ranks.preemption import EXIT_PREEMPTED, Preempted
+from narrowgauge.engine.ranks.environment import process_rank
+from narrowgauge.engine.ranks.exit_codes import EXIT_BAD_INPUT, EXIT_PREEMPTED
+from narrowgauge.engine.ranks.preemption import Preempted
 
 app = typer.Typer(
     add_completion=False,
@@ -172,7 +174,7 @@ def _console() -> Console:
 
 
 def _show_finished(summary: dict[str, object], run_dir: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+    if process_rank() == 0:
         from narrowgauge.engine.report.summary_table import print_summary
 
         console = _console()
@@ -204,10 +206,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        if not error.on_all_ranks or int(os.environ.get("RANK", "0")) == 0:
+        if not error.on_all_ranks or process_rank() == 0:
             print(f"error: {redact_text(str(error))}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+        sys.exit(EXIT_BAD_INPUT)
     except Preempted as reason:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if process_rank() == 0:
             print(reason, file=sys.stderr)  # noqa: T201
         sys.exit(EXIT_PREEMPTED)

@@ -8,7 +8,6 @@ ranks have succeeded.
 """
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -28,6 +27,8 @@ from narrowgauge.optimizers.sharding.shards import Shard, StatePiece
 from ..backends.deepspeed.shards import local_shards, masters_to_model
 from ..backends.deepspeed.subspace import gather_again
 from ..errors import CheckpointError
+from ..files import replace_folder, write_json
+from ..ranks.together import together
 from .weights import load_weights, save_weights
 
 FORMAT_VERSION = 1
@@ -66,7 +67,7 @@ def save_checkpoint(engine: Any, folder: Path, client_state: dict[str, Any]) -> 
     def write() -> list[str]:
         written = [_write_optimizer(engine, aside)]
         if rank == 0:
-            _write_json(aside / "state.json", {**_engine_state(engine), "client_state": client_state})
+            write_json(aside / "state.json", {**_engine_state(engine), "client_state": client_state})
             written += ["state.json", *_write_subspace(engine, aside)]
         return [name for name in written if name is not None]
 
@@ -81,8 +82,8 @@ def save_checkpoint(engine: Any, folder: Path, client_state: dict[str, Any]) -> 
 
     def finish() -> None:
         if rank == 0:
-            _write_json(aside / "manifest.json", {"format": FORMAT_VERSION, "files": entries})
-            _replace(aside, folder)
+            write_json(aside / "manifest.json", {"format": FORMAT_VERSION, "files": entries})
+            replace_folder(aside, folder)
 
     together("save", finish)
 
@@ -388,22 +389,6 @@ def _restore_engine_state(engine: Any, state: dict[str, Any]) -> None:
         vars(engine.optimizer.loss_scaler).update(state["loss_scaler"])
 
 
-def together(what: str, action: Any, failure: str | None = None) -> Any:
-    """Run ``action`` on every rank; if it fails on any, raise on all, so that none waits for one that has left."""
-    result = None
-    if failure is None:
-        try:
-            result = action()
-        except Exception as error:
-            failure = str(error) or type(error).__name__
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    met = [f"process rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
-    if met:
-        raise CheckpointError(f"checkpoint {what} failed; " + "; ".join(met)).shared()
-    return result
-
-
 def _gather_manifest(own: dict[str, Any]) -> dict[str, Any]:
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own)
@@ -416,32 +401,3 @@ def _checksum(path: Path) -> dict[str, int]:
         while chunk := file.read(1 << 22):
             checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
     return {"bytes": size, "crc32": checksum}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1))
-
-
-def _replace(aside: Path, folder: Path) -> None:
-    """Make what was written last a power cut, then give it its name."""
-    for path in aside.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_folder(aside)
-    if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        aside.rename(folder)
-        shutil.rmtree(old)
-    else:
-        aside.rename(folder)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from ..config.json_file import flatten
 from ..errors import UserError
 from .attempt import may_restart, store_of_attempt
+from .environment import process_rank, world_size
 from .versions import installed_versions
 
 _REPORT_TIMEOUT = timedelta(minutes=30)
@@ -24,28 +25,6 @@ _meetings = 0
 # Rank 0 may host the store's server: other ranks go on to make a process group on the same address and would meet a
 # server that is just closing, were it not kept.
 _store: Any = None
-
-
-def ensure_environment() -> None:
-    """Make a run without a launcher look like one process rank under ``torchrun``."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for key, value in single.items():
-        os.environ.setdefault(key, value)
-
-
-def process_rank() -> int:
-    """This process's rank, as the launcher set it."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """The number of process ranks, as the launcher set it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def make_process_group(backend: str, timeout: timedelta) -> None:

@@ -8,9 +8,6 @@ import signal
 from contextlib import suppress
 from types import FrameType, TracebackType
 
-EXIT_PREEMPTED = 75
-"""Exit code of a run that was asked to end and has saved: EX_TEMPFAIL of sysexits.h, try again later."""
-
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .agreement import process_rank, world_size
-
-EXIT_HUNG = 76
-"""Exit code of a rank that its watchdog has ended."""
+from ..files import write_json
+from .environment import process_rank, world_size
+from .exit_codes import EXIT_HUNG
 
 STACKS = "stacks"
 # Seconds that the ranks have to write where they are before one of them compares, and that a rank whose interpreter is
@@ -94,9 +93,7 @@ class Watchdog:
             faulthandler.dump_traceback(file=self._file)
             self._file.flush()
             report = {"rank": rank, "host": host, "beats": self._beats, "place": self._place}
-            aside = self._report_path(rank).with_suffix(".tmp")
-            aside.write_text(json.dumps(report))
-            aside.replace(self._report_path(rank))
+            write_json(self._report_path(rank), report)
             time.sleep(_PATIENCE)
             self._say(f"error: process rank {rank} on {host}: {self._diagnosis()}")
         finally:

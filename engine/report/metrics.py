@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
 from ..run_folder import METRICS, TENSORBOARD
 
 
@@ -14,9 +15,7 @@ class MetricsLog:
         """Open the files; what a run that was cut short wrote beyond ``first_step`` is taken out."""
         path = run_dir / METRICS
         kept = [line for line in _lines(path) if first_step and _step_of(line) <= first_step]
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text("".join(kept))
-        aside.replace(path)
+        write_text(path, "".join(kept))
         self._file = path.open("a", buffering=1)
         self._writer: Any = None
         if tensorboard:

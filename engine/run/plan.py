@@ -18,7 +18,8 @@ from ..data.packed import PackedTokens
 from ..data.prepare import PreparedData, prepare_data
 from ..errors import UserError
 from ..offload.attach import check_offload
-from ..ranks.agreement import agree, process_rank, world_size
+from ..ranks.agreement import agree
+from ..ranks.environment import process_rank, world_size
 from ..run_folder import RunLock, check_same_run, check_shared, check_writable, folder_beside
 from .model import abstract_model, model_config
 from .sample import check_prompt

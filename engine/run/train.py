@@ -28,8 +28,9 @@ from ..config.redaction import redact
 from ..data.packed import RankSampler, training_loader
 from ..data.tokenizer import load_tokenizer
 from ..errors import CheckpointError, UserError
+from ..files import write_json
 from ..offload.meter import OffloadMeter, summarize_offload
-from ..ranks.agreement import ensure_environment, process_rank, world_size
+from ..ranks.environment import ensure_environment, process_rank, world_size
 from ..ranks.preemption import Preempted, StopRequest
 from ..ranks.watchdog import Watchdog
 from ..report.metrics import MetricsLog, step_records
@@ -44,7 +45,7 @@ from ..report.summary import (
 )
 from ..report.summary_table import print_summary
 from ..report.timing import PhaseTimer
-from ..run_folder import CHECKPOINTS, CONFIG, METRICS, STARTS, SUMMARY, TOKENIZER, write_json
+from ..run_folder import CHECKPOINTS, CONFIG, METRICS, STARTS, SUMMARY, TOKENIZER
 from .evaluate import evaluate
 from .model import build_model
 from .plan import Plan, plan_together

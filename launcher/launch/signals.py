@@ -5,9 +5,7 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from narrowgauge.engine.ranks.preemption import EXIT_PREEMPTED
-
-_BAD_INPUT = 2
+from narrowgauge.engine.ranks.exit_codes import EXIT_BAD_INPUT, EXIT_PREEMPTED
 
 
 class StopSignals:
@@ -74,7 +72,7 @@ def exit_code(codes: Sequence[int], signals: StopSignals) -> int:
     """One code for those of all hosts: 0, 2 for bad input, 75 where the ranks were asked to end, else 1."""
     if not any(codes):
         return 0
-    if _BAD_INPUT in codes:
-        return _BAD_INPUT
+    if EXIT_BAD_INPUT in codes:
+        return EXIT_BAD_INPUT
     asked = any(number != signal.SIGINT for number in signals.received)
     return EXIT_PREEMPTED if asked or all(code in (0, EXIT_PREEMPTED) for code in codes) else 1

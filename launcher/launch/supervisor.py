@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from narrowgauge.engine.ranks.exit_codes import EXIT_BAD_INPUT
 from narrowgauge.engine.ranks.versions import installed_versions
 
 from .process_tree import adopt_orphans, end_children
@@ -31,7 +32,7 @@ def main() -> int:
     problem = _problem(order)
     print(json.dumps({"problem": problem}), flush=True)  # noqa: T201
     if problem is not None or not sys.stdin.readline():
-        return 2
+        return EXIT_BAD_INPUT
     return _Supervisor(order).run()
 
 

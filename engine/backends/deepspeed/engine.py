@@ -9,7 +9,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from narrowgauge.optimizers import CompactOptimizer, OwnOptimizer, ShardedOptimizer
 from narrowgauge.optimizers.compact.backend import LocalBackend, SubspaceBackend
 
-from ...checkpoint.checkpoint import load_checkpoint, save_checkpoint, together
+from ...checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from ...files import write_text
+from ...ranks.together import together
 from .shards import EngineShards
 from .subspace import PartitionedStateBackend, PartitionedWeightBackend
 
@@ -85,9 +87,7 @@ class Engine(DeepSpeedEngine):
 
     def _write_latest(self, save_dir: Path, tag: str) -> None:
         if self.global_rank == 0:
-            aside = save_dir / "latest.tmp"
-            aside.write_text(tag)
-            aside.replace(save_dir / "latest")
+            write_text(save_dir / "latest", tag)
 
     def load_checkpoint(
         self,

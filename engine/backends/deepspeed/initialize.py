@@ -22,7 +22,8 @@ from ...config.optimizer_params import make_optimizer
 from ...config.redaction import redact
 from ...errors import ConfigError, UserError
 from ...offload.attach import attach_offload, make_offload
-from ...ranks.agreement import agree, ensure_environment, make_process_group, process_rank
+from ...ranks.agreement import agree, make_process_group
+from ...ranks.environment import ensure_environment, process_rank
 from .engine import Engine
 from .extensions import ensure_extensions
 from .subspace import GatherOnceBackend

@@ -10,7 +10,7 @@ from tests.support.command import environment
 
 SCRIPT = """
 import os, time, torch
-from narrowgauge.engine.preflight import agree
+from narrowgauge.engine.ranks.agreement import agree
 rank = int(os.environ["RANK"])
 assert agree({"a": 1}, choice=f"of {rank}") == "of 0"
 time.sleep(float(os.environ["DELAY"]) * rank)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from narrowgauge.engine.ranks.preemption import EXIT_PREEMPTED
+from narrowgauge.engine.ranks.exit_codes import EXIT_PREEMPTED
 from tests.support.command import losses, records, run, start, tiny_config
 
 MORE = ["--set", "training.steps=120", "--set", "training.eval_interval=30", "--set", "training.checkpoint_interval=25"]

@@ -263,7 +263,7 @@ SHIFTED = """
 import sys, time
 real = time.time
 time.time = lambda: real() + {shift}
-from narrowgauge.launcher.doctor_node import main
+from narrowgauge.launcher.doctor.node import main
 sys.exit(main())
 """
 
