@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.compare import machine
 from benchmarks.network_rank import METHODS, Shape
 from benchmarks.network_report import plot, predict, show
+from benchmarks.results_file import write_rows
 from tests.cluster.network import Network, missing
 
 UNLIMITED = "unlimited"
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--cores-per-host", type=float, default=0.5)
     parser.add_argument("--out", type=Path, default=Path("runs/network"))
     parser.add_argument("--report", action="store_true", help="measure nothing, show what is in --out")
+    parser.add_argument("--csv", type=Path, help="write the rows here")
     parser.add_argument("--plot", type=Path, help="write a PNG here")
     for name, value in vars(Shape()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
@@ -137,8 +139,10 @@ def main() -> None:
     results = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("hosts-*.json"))]
     rows = [row for result in results for row in predict(result, UNLIMITED)]
     show(rows)
+    if arguments.csv is not None:
+        write_rows(arguments.csv, rows)
     if arguments.plot is not None:
-        plot(rows, arguments.plot)
+        plot(arguments.plot, rows)
 
 
 if __name__ == "__main__":

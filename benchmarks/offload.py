@@ -10,7 +10,6 @@ python -m benchmarks.offload --leaks 500             what is left after so many 
 
 import argparse
 import statistics
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -35,10 +34,11 @@ from benchmarks.offload_cases import (
     recomputes,
 )
 from benchmarks.offload_checks import compare_budget, compare_io, compare_rss, look_for_leaks, one_rss
+from benchmarks.offload_report import CURVE, plot, rows_of
+from benchmarks.results_file import write_rows
 
 _MIB, _GB = 1 << 20, 1e9
 _TRIES = 5
-_CURVE = ["keep 75 %", "keep 50 %", "keep 25 %", "offload everything"]
 
 
 def make_cases(arguments: argparse.Namespace, names: list[str]) -> dict[str, Case]:
@@ -60,9 +60,7 @@ def compare_steps(arguments: argparse.Namespace) -> None:
     """All cases in turn, in an order that moves on by one each round."""
     names = list(arguments.cases)
     if arguments.plot is not None:
-        names = [
-            name for name in NAMES if name in {*names, *_CURVE, "adaptive", "save_on_cpu", RECOMPUTE, LAYER_INPUTS}
-        ]
+        names = [name for name in NAMES if name in {*names, *CURVE, "adaptive", "save_on_cpu", RECOMPUTE, LAYER_INPUTS}]
     cases = make_cases(arguments, names)
     console = Console(width=150, highlight=False)
     expected = cases[KEEP].gradients()
@@ -108,8 +106,10 @@ def compare_steps(arguments: argparse.Namespace) -> None:
         case.close()
     if arguments.json is not None:
         write(arguments.json, found, vars(arguments))
+    if arguments.csv is not None:
+        write_rows(arguments.csv, rows_of(found))
     if arguments.plot is not None:
-        plot(arguments.plot, found)
+        plot(arguments.plot, rows_of(found))
 
 
 def _quiet_step(case: Case, limit: float) -> tuple[Phases, float, int]:
@@ -153,44 +153,6 @@ def _title(arguments: argparse.Namespace) -> str:
     return f"LLaMA, {shape}, float32, {arguments.device}, {arguments.rounds} rounds: forward and backward"
 
 
-def plot(path: Path, found: dict[str, dict[str, Any]]) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("--plot needs matplotlib: pip install 'narrowgauge[plot]'")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    points = {
-        name: (figures["memory"]["resident"] / _MIB, figures["step"]["ratio"], figures["step"]["ratio_quartiles"])
-        for name, figures in found.items()
-        if "1/10" not in name
-    }
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.2), dpi=110)
-    curve = [points[name] for name in [*_CURVE[::-1], KEEP] if name in points]
-    axes.plot([x for x, _, _ in curve], [y for _, y, _ in curve], color="#7f9fc8", linewidth=1, zorder=1)
-    above = True
-    for name, (x, y, (low, high)) in sorted(points.items(), key=lambda item: (item[1][0], item[1][1])):
-        color = "#c44e52" if recomputes(name) else "#1f4e96"
-        axes.errorbar(x, y, [[max(0.0, y - low)], [max(0.0, high - y)]], fmt="o", color=color, capsize=2, markersize=5)
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(6, 7 if above else -14),
-            textcoords="offset points",
-            fontsize=9,
-            color=color,
-            ha="right" if x > 0.85 * max(x for x, _, _ in points.values()) else "left",
-        )
-        above = not above
-    axes.set(xlabel="saved bytes in memory, peak (MiB)", ylabel="time of forward and backward / keep all")
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.25)
-    figure.tight_layout()
-    figure.savefig(path)
-    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
@@ -220,6 +182,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--csv", type=Path, help="write one row per case here")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     if arguments.hidden < 512 or arguments.hidden % 64:

@@ -2,7 +2,7 @@
 
 python -m benchmarks.quality --jobs 2                            sweep all methods; run it again to resume
 python -m benchmarks.quality --methods adamw 'grass-*'           only these (AdamW always: the others start from it)
-python -m benchmarks.quality --report --markdown FILE --plot PNG what has been found, also while a sweep runs
+python -m benchmarks.quality --report --csv FILE --plot PNG      what has been found, also while a sweep runs
 python -m benchmarks.quality --time                              step times, interleaved, for the report
 
 Every run is a file in the results folder, named by its method and a hash of all its settings; a run that exists is not
@@ -23,9 +23,10 @@ import torch
 
 from benchmarks.quality_data import SMALL, Task, Text
 from benchmarks.quality_methods import METHODS
-from benchmarks.quality_report import best_results, plot, show_table, write_markdown
+from benchmarks.quality_report import best_results, plot, rows_of, show_table, title_of, write_markdown
 from benchmarks.quality_sweep import BASELINE, Search, Sweep
 from benchmarks.quality_time import compare_main, time_methods
+from benchmarks.results_file import write_rows
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--small", action="store_true", help="a tiny model and text, to see that everything works")
     parser.add_argument("--report", action="store_true", help="print the table instead of sweeping")
     parser.add_argument("--markdown", type=Path, help="write the table here instead of sweeping")
+    parser.add_argument("--csv", type=Path, help="write the numbers here instead of sweeping")
     parser.add_argument("--plot", type=Path, help="draw loss against memory here, a PNG, instead of sweeping")
     parser.add_argument(
         "--time", action="store_true", help="measure step times, here and at a larger shape, instead of sweeping"
@@ -88,7 +90,7 @@ def main(words: Sequence[str] | None = None) -> int:
         compare_main(rounds=arguments.rounds, interval=arguments.interval, small=arguments.small, json=arguments.json)
         return 0
     search = Search(task, Text(task).fingerprint, arguments.out, repeats=arguments.repeats)
-    if not (arguments.report or arguments.markdown or arguments.plot):
+    if not (arguments.report or arguments.markdown or arguments.csv or arguments.plot):
         sweep = Sweep(search, methods, jobs=arguments.jobs, threads=arguments.threads)
         count = sweep.execute()
         if sweep.failed:
@@ -102,8 +104,10 @@ def main(words: Sequence[str] | None = None) -> int:
         show_table(search, found)
     if arguments.markdown:
         write_markdown(arguments.markdown, search, found)
+    if arguments.csv:
+        write_rows(arguments.csv, rows_of(search, found))
     if arguments.plot:
-        plot(arguments.plot, search, found)
+        plot(arguments.plot, rows_of(search, found), task=title_of(search, found))
     return 0
 
 

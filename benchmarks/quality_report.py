@@ -9,11 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.labels import place_labels
 from benchmarks.quality_run import Rates
 from benchmarks.quality_sweep import BASELINE, Search
 from benchmarks.quality_time import read_times
+from benchmarks.results_file import Row
 
-_MIB, _KIB = 1 << 20, 1 << 10
+_MIB = 1 << 20
+_MARKED = "grass-columns-1/8"
+_RIGHT: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": 8, "color": "#44688c"}
 _COLUMNS = (
     "method",
     "validation loss",
@@ -56,51 +60,76 @@ def _without_rates(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != "rates"}
 
 
-def memory_of(result: dict[str, Any]) -> int:
-    """Bytes that the method needs beside the model's weights and activations."""
-    return sum(result["bytes"][key] for key in ("optimizer", "gradients", "added_weights"))
-
-
-def _rows(folder: Path, found: dict[str, dict[str, Any]]) -> list[list[str]]:
-    base = found[BASELINE]["loss"] if BASELINE in found else None
-    rows, times = [], read_times(folder)
+def rows_of(search: Search, found: dict[str, dict[str, Any]]) -> list[Row]:
+    """A row of numbers for each method: losses, rates, sizes in MiB, times against AdamW."""
+    rows, times = [], read_times(search.folder)
     for method, result in found.items():
         size, rates = result["bytes"], result["settings"]["rates"]
+        losses = [result["loss"], *result["repeated"]]
+        seeds = [statistics.fmean(losses), min(losses), max(losses)] if len(losses) > 1 else [None] * 3
+        step, optimizer_step = (times.get(method, {}).get(phase, {}).get("ratio") for phase in ("step", "optimizer"))
         rows.append(
-            [
-                method if result["finished"] else f"{method} (unfinished)",
-                f"{result['loss']:.4f}",
-                f"{100 * (result['loss'] / base - 1):+.2f} %" if base is not None else "",
-                _over_seeds([result["loss"], *result["repeated"]]),
-                f"{rates['lr']:.3g}",
-                f"{rates['matrix_lr']:.3g}",
-                _size(size["optimizer"]),
-                f"{100 * (size['optimizer'] / size['optimizer_formula'] - 1):+.2f} %",
-                _size(size["gradients"]),
-                _size(size["added_weights"]),
-                _size(size["wire"]),
-                *(_ratio(times.get(method, {}).get(phase)) for phase in ("step", "optimizer")),
-                f"{result['parameters']['trained'] / 1e6:.2f} M",
-                str(result["runs"]),
-            ]
+            {
+                "method": method,
+                "loss": result["loss"],
+                **dict(zip(("loss_mean", "loss_low", "loss_high"), seeds, strict=True)),
+                "lr": rates["lr"],
+                "matrix_lr": rates["matrix_lr"],
+                "optimizer_mib": size["optimizer"] / _MIB,
+                "above_formula_percent": 100 * (size["optimizer"] / size["optimizer_formula"] - 1),
+                "gradients_mib": size["gradients"] / _MIB,
+                "added_weights_mib": size["added_weights"] / _MIB,
+                "sent_mib": size["wire"] / _MIB,
+                "step_ratio": step,
+                "optimizer_step_ratio": optimizer_step,
+                "trained_millions": result["parameters"]["trained"] / 1e6,
+                "runs": result["runs"],
+                "finished": "yes" if result["finished"] else "no",
+            }
         )
     return rows
 
 
-def _over_seeds(losses: list[float]) -> str:
-    spread = f"{statistics.fmean(losses):.4f} ({min(losses):.4f}-{max(losses):.4f})"
-    return spread if len(losses) > 1 else ""
+def _cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The rows as text, one string for each of ``_COLUMNS``."""
+    base = next((row["loss"] for row in rows if row["method"] == BASELINE), None)
+    return [
+        [
+            row["method"] if row["finished"] == "yes" else f"{row['method']} (unfinished)",
+            f"{row['loss']:.4f}",
+            f"{100 * (row['loss'] / base - 1):+.2f} %" if base is not None else "",
+            _over_seeds(row),
+            f"{row['lr']:.3g}",
+            f"{row['matrix_lr']:.3g}",
+            _size(row["optimizer_mib"]),
+            f"{row['above_formula_percent']:+.2f} %",
+            _size(row["gradients_mib"]),
+            _size(row["added_weights_mib"]),
+            _size(row["sent_mib"]),
+            _ratio(row["step_ratio"]),
+            _ratio(row["optimizer_step_ratio"]),
+            f"{row['trained_millions']:.2f} M",
+            f"{row['runs']:.0f}",
+        ]
+        for row in rows
+    ]
 
 
-def _ratio(figures: dict[str, Any] | None) -> str:
-    return f"{figures['ratio']:.2f}x" if figures is not None else "not timed"
+def _over_seeds(row: Row) -> str:
+    if row["loss_mean"] is None:
+        return ""
+    return f"{row['loss_mean']:.4f} ({row['loss_low']:.4f}-{row['loss_high']:.4f})"
 
 
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / _MIB:.2f} MiB" if num_bytes >= _MIB else f"{num_bytes / _KIB:.1f} KiB"
+def _ratio(ratio: float | None) -> str:
+    return f"{ratio:.2f}x" if ratio is not None else "not timed"
 
 
-def _title(search: Search, found: dict[str, dict[str, Any]]) -> str:
+def _size(mib: float) -> str:
+    return f"{mib:.2f} MiB" if mib >= 1 else f"{1024 * mib:.1f} KiB"
+
+
+def title_of(search: Search, found: dict[str, dict[str, Any]]) -> str:
     task, any_result = search.task, next(iter(found.values()))
     beta2 = found[BASELINE]["settings"]["rates"]["beta2"] if BASELINE in found else "unknown"
     return (
@@ -110,43 +139,77 @@ def _title(search: Search, found: dict[str, dict[str, Any]]) -> str:
 
 
 def show_table(search: Search, found: dict[str, dict[str, Any]]) -> None:
-    table = Table(title=_title(search, found), title_justify="left")
+    table = Table(title=title_of(search, found), title_justify="left")
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
-    for row in _rows(search.folder, found):
+    for row in _cells(rows_of(search, found)):
         table.add_row(*row)
     Console(width=260).print(table)
 
 
 def write_markdown(path: Path, search: Search, found: dict[str, dict[str, Any]]) -> None:
     lines = [
-        f"{_title(search, found)}:",
+        f"{title_of(search, found)}:",
         "",
         f"| {' | '.join(_COLUMNS)} |",
         f"|---|{'---:|' * (len(_COLUMNS) - 1)}",
-        *(f"| {' | '.join(row)} |" for row in _rows(search.folder, found)),
+        *(f"| {' | '.join(row)} |" for row in _cells(rows_of(search, found))),
     ]
     path.write_text("\n".join(lines) + "\n")
 
 
-def plot(path: Path, search: Search, found: dict[str, dict[str, Any]]) -> None:
-    """Loss against memory, one point per method, hollow where the search is not finished."""
+def plot(path: Path, rows: Sequence[Row], *, task: str) -> Any:
+    """Draw loss against memory, one point per method, and mark the methods that match AdamW in less memory.
+
+    Args:
+        path: The PNG to write.
+        rows: As :func:`rows_of` returns them; those that are not finished are drawn hollow.
+        task: What was trained, for the title.
+
+    Returns:
+        The figure.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    families = sorted({method.split("-")[0] for method in found})
-    for method, result in found.items():
-        x, y = memory_of(result) / _MIB, result["loss"]
-        color = f"C{families.index(method.split('-')[0])}"
-        axes.scatter(x, y, edgecolors=color, facecolors=color if result["finished"] else "none")
-        axes.annotate(method, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    if BASELINE in found:
-        axes.axhline(found[BASELINE]["loss"], color="grey", linewidth=0.8, linestyle="--")
-        axes.axhline(1.01 * found[BASELINE]["loss"], color="lightgrey", linewidth=0.8, linestyle=":")
+    points = [(memory_of(row), row["loss"]) for row in rows]
+    for row, (x, y) in zip(rows, points, strict=True):
+        color = _color(row["method"])
+        axes.plot(x, y, "o", color=color, markerfacecolor=color if row["finished"] == "yes" else "white", zorder=3)
+    axes.margins(x=0.12, y=0.12)
+    title = "Validation loss against memory"
+    by_name = {row["method"]: point for row, point in zip(rows, points, strict=True)}
+    if BASELINE in by_name:
+        memory, loss = by_name[BASELINE]
+        axes.axhspan(0.99 * loss, 1.01 * loss, color="#dbe9f6", zorder=0)
+        axes.axhline(loss, color="grey", linewidth=0.8, linestyle="--", zorder=1)
+        axes.text(0.99, 1.01 * loss, "within 1 % of AdamW", transform=axes.get_yaxis_transform(), **_RIGHT)
+        if _MARKED in by_name:
+            share = by_name[_MARKED][0] / memory
+            title = f"Grass on 1/8 of the columns: AdamW's loss with {share:.2f}x of its memory"
     axes.set_xlabel("optimizer state, gradients and added weights, MiB")
-    axes.set_ylabel("validation loss at the best rates")
-    axes.set_title(_title(search, found), fontsize=10)
-    figure.savefig(path, dpi=150)
+    axes.set_ylabel("validation loss at each method's best rates")
+    axes.set_title(f"{title}\n", fontsize=11, fontweight="bold", loc="left")
+    axes.text(0, 1.02, f"{task}; hollow: fewer rates tried", transform=axes.transAxes, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    names = [row["method"] for row in rows]
+    place_labels(axes, points, names, [_style(name) for name in names])
+    figure.savefig(path)
+    return figure
+
+
+def memory_of(row: Row) -> float:
+    """MiB that the method needs beside the model's weights and activations."""
+    return row["optimizer_mib"] + row["gradients_mib"] + row["added_weights_mib"]
+
+
+def _color(method: str) -> str:
+    return {BASELINE: "black", "grass": "#1f4e96"}.get(method.split("-")[0], "#b07d2b")
+
+
+def _style(method: str) -> dict[str, Any]:
+    bold = method in (BASELINE, _MARKED)
+    return {"fontsize": 9 if bold else 8, "fontweight": "bold" if bold else "normal", "color": _color(method)}
