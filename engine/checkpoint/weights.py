@@ -1,11 +1,9 @@
-"""The plain weights as Hugging Face safetensors, written and read at any ZeRO stage, one parameter at a time."""
+"""The plain weights as Hugging Face safetensors, written and read in any engine, one parameter at a time."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import deepspeed
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from narrowgauge.optimizers.layers.compact import CompactWeight
 from narrowgauge.optimizers.layers.plain import plain_parameters
 
-from ..backends.deepspeed.subspace import own_shard
+from ..protocol import TrainingEngine, WeightSource
 
 _SHARD_BYTES = 4 << 30
 INDEX_NAME = "model.safetensors.index.json"
@@ -26,8 +24,16 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def save_weights(engine: Any, folder: Path | None) -> tuple[list[str], str | None]:
-    """Write the folded weights. Collective: parameters sharded by ZeRO-3 are gathered in turn.
+def whole_weights(engine: TrainingEngine) -> Iterator[tuple[str, Tensor]]:
+    """``TrainingEngine.whole_weights`` of an engine whose model has Hugging Face's names and layout."""
+    for name, parameter in plain_parameters(engine.module):
+        with engine.gathered([parameter]):
+            yield name, parameter
+    yield from _buffers(engine.module)
+
+
+def save_weights(engine: TrainingEngine, folder: Path | None) -> tuple[list[str], str | None]:
+    """Write the folded weights. Collective: sharded parameters are gathered in turn.
 
     Args:
         folder: on the rank that writes; None on the others.
@@ -38,11 +44,8 @@ def save_weights(engine: Any, folder: Path | None) -> tuple[list[str], str | Non
     """
     writer = _ShardWriter(folder) if folder is not None else None
     failure = None
-    for name, parameter in plain_parameters(engine.module):
-        with deepspeed.zero.GatheredParameters([parameter]):
-            failure = failure or _attempt(writer, name, parameter)
-    for name, buffer in _buffers(engine.module):
-        failure = failure or _attempt(writer, name, buffer)
+    for name, tensor in engine.whole_weights():
+        failure = failure or _attempt(writer, name, tensor)
     if writer is None:
         return [], None
     try:
@@ -98,60 +101,47 @@ class _ShardWriter:
         return [*names, INDEX_NAME]
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """The file of each weight in a folder written by :func:`save_weights`."""
-    found = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
+class WeightFiles:
+    """The weights in a folder written by :func:`save_weights`, as a :class:`WeightSource`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path_of: dict[str, Path] = {}
+        for path in sorted(folder.glob("model*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._path_of.update(dict.fromkeys(file.keys(), path))
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        if name not in self._path_of:
+            return None
+        with safe_open(self._path_of[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        with safe_open(self._path_of[name], framework="pt") as file:
+            return file.get_tensor(name)
 
 
 @torch.no_grad()
-def load_weights(engine: Any, folder: Path, *, rebuild_compact: bool) -> None:
-    """Read the weights a rank holds, whole or its shards; no communication.
-
-    Args:
-        rebuild_compact: also take the compact values, and all masters, from the weights read.
-
-    Raises:
-        ValueError: a weight is missing or has another shape; nothing has been read then.
-    """
-    files, model = weight_files(folder), engine.module
-    targets = [*plain_parameters(model), *_buffers(model)]
+def load_weights(engine: TrainingEngine, source: WeightSource, *, rebuild_compact: bool) -> None:
+    """``TrainingEngine.load_weights`` of an engine whose model has Hugging Face's names and layout."""
+    targets = [*plain_parameters(engine.module), *_buffers(engine.module)]
     for name, tensor in targets:
-        shape = list(getattr(tensor, "ds_shape", tensor.shape))
-        found = _shape_in(files[name], name) if name in files else None
-        if found != shape:
-            raise ValueError(f"{folder}: {name}: shape {shape} is needed, {found or 'nothing'} found")
+        expected, found = engine.shape_of(tensor), source.shape(name)
+        if found != expected:
+            got = "nothing" if found is None else list(found)
+            raise ValueError(f"{name}: expected shape {list(expected)}, got {got}")
     for name, tensor in targets:
-        with safe_open(files[name], framework="pt") as file:
-            values = file.get_tensor(name)
-        if hasattr(tensor, "ds_tensor"):
-            _fill_shard(tensor, values)
-        else:
-            tensor.copy_(values)
+        _fill(engine, tensor, source.read(name))
     if not rebuild_compact:
         return
     names = {id(tensor): name for name, tensor in targets}
-    for module in model.modules():
+    for module in engine.module.modules():
         if isinstance(module, CompactWeight):
-            name = names[id(module.weight)]
-            with safe_open(files[name], framework="pt") as file:
-                values = module.compact_of(file.get_tensor(name).to(module.weight.device))
-            if hasattr(module.compact, "ds_tensor"):
-                _fill_shard(module.compact, values)
-            else:
-                module.compact.copy_(values)
-    if hasattr(engine.optimizer, "refresh_fp32_params"):
-        engine.optimizer.refresh_fp32_params()
+            whole = source.read(names[id(module.weight)]).to(module.weight.device)
+            _fill(engine, module.compact, module.compact_of(whole))
+    engine.model_to_masters()
 
 
-def _shape_in(path: Path, name: str) -> list[int]:
-    with safe_open(path, framework="pt") as file:
-        return file.get_slice(name).get_shape()
-
-
-def _fill_shard(parameter: Any, values: Tensor) -> None:
-    shard, start = own_shard(parameter)
-    shard.copy_(values.reshape(-1)[start : start + shard.numel()])
+def _fill(engine: TrainingEngine, tensor: Tensor, values: Tensor) -> None:
+    part, start = engine.local_part(tensor)
+    part.copy_(values.reshape(-1)[start : start + part.numel()].view(part.shape))

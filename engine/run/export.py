@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..checkpoint.checkpoint import find_checkpoints, verify_files
+from ..checkpoint.files import find_checkpoints, verify_files
 from ..checkpoint.weights import INDEX_NAME
 from ..errors import UserError
 from ..run_folder import CHECKPOINTS, CONFIG, TOKENIZER

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
+from ..protocol import TrainingEngine
 
 
 def check_prompt(prompt: str, tokenizer_folder: Path | None) -> None:
@@ -23,22 +24,26 @@ def check_prompt(prompt: str, tokenizer_folder: Path | None) -> None:
 
 
 @torch.no_grad()
-def sample_text(engine: Any, tokenizer_folder: Any, prompt: str, num_tokens: int, seed: int) -> str | None:
-    """Generate with temperature 0.8; returns the text on process rank 0. Collective under ZeRO-3, where every rank
-    takes part.
+def sample_text(
+    engine: TrainingEngine, tokenizer_folder: Path | None, prompt: str, num_tokens: int, seed: int
+) -> str | None:
+    """Generate with temperature 0.8; returns the text on process rank 0. Collective where every rank takes part in a
+    forward.
     """
-    together = engine.zero_optimization_stage() == 3
+    together = engine.forward_is_collective
     if dist.get_rank() > 0 and not together:
         return None
+    assert tokenizer_folder is not None  # see check_prompt
     tokenizer = load_tokenizer(tokenizer_folder)
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(engine.device)
     # The prompt's end, and as many tokens as the model's positions leave room for.
-    context = getattr(engine.module.config, "max_position_embeddings", None) or tokens.shape[1] + num_tokens
+    model: Any = engine.module
+    context = getattr(model.config, "max_position_embeddings", None) or tokens.shape[1] + num_tokens
     tokens = tokens[:, 1 - context :]
     num_tokens = min(num_tokens, context - tokens.shape[1])
     torch.manual_seed(seed)
-    engine.eval()
-    generated = engine.module.generate(
+    model.eval()
+    generated = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=num_tokens,
@@ -48,5 +53,5 @@ def sample_text(engine: Any, tokenizer_folder: Any, prompt: str, num_tokens: int
         synced_gpus=together,
         pad_token_id=tokenizer.eos_token_id,
     )
-    engine.train()
+    model.train()
     return tokenizer.decode(generated[0], skip_special_tokens=True) if dist.get_rank() == 0 else None

@@ -7,7 +7,8 @@ import shutil
 import socket
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
-from narrowgauge.offload import ActivationOffload
 from narrowgauge.optimizers.numerics.seeds import derive_seed
 
+from ..backends.deepspeed.build import build
 from ..backends.deepspeed.extensions import ensure_extensions
-from ..backends.deepspeed.initialize import init_distributed, initialize
-from ..backends.deepspeed.traffic import TrafficCounter
-from ..checkpoint.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from ..backends.deepspeed.initialize import init_distributed
+from ..checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from ..checkpoint.files import find_checkpoints
 from ..config.json_file import digest
 from ..config.redaction import redact
 from ..data.packed import RankSampler, training_loader
@@ -30,6 +31,7 @@ from ..data.tokenizer import load_tokenizer
 from ..errors import CheckpointError, UserError
 from ..files import write_json
 from ..offload.meter import OffloadMeter, summarize_offload
+from ..protocol import TrainingEngine
 from ..ranks.environment import ensure_environment, process_rank, world_size
 from ..ranks.preemption import Preempted, StopRequest
 from ..ranks.watchdog import Watchdog
@@ -85,8 +87,7 @@ def train(
             with Watchdog(plan.training.hang_timeout, plan.run_dir) as run.watchdog:
                 run.execute()
         finally:
-            if run.offload is not None:
-                run.offload.close()
+            run.close()
             dist.destroy_process_group()
             if lock is not None:
                 lock.release()
@@ -100,25 +101,24 @@ class _Run:
         self.plan, self.console = plan, console
         # What this rank was asked, and whether any rank was by the end of the last step.
         self.stop, self.must_stop = stop, False
+        self.doing = "the start"
         self.is_first_rank = process_rank() == 0
-        self.timer, self.traffic = PhaseTimer(), TrafficCounter()
+        self.timer, self.data_wait = PhaseTimer(), 0.0
         self.tokens_per_step = plan.batches.total * plan.data.sequence_length
         self.watchdog: Watchdog
-        self.engine: Any = None
-        self.offload: ActivationOffload | None = None
+        self.engine: TrainingEngine
         self.offload_meter = OffloadMeter(None)
         self.history: dict[str, Any] = {"loss_first": None, "loss_last": None, "eval_loss_first": None}
 
     def execute(self) -> None:
         plan = self.plan
         self.engine = self._make_engine()
-        self.offload = getattr(self.engine, "activation_offload", None)
-        self.offload_meter = OffloadMeter(self.offload)
+        self.offload_meter = OffloadMeter(self.engine.activation_offload)
         self.watchdog.beat("loading the checkpoint")
         first_step = self._resume()
         if self.is_first_rank:
             self._write_head(first_step)
-        self.traffic.attach()
+        self.engine.traffic.attach()
         metrics = (
             MetricsLog(plan.run_dir, first_step=first_step, tensorboard=plan.logging.tensorboard)
             if self.is_first_rank
@@ -128,10 +128,16 @@ class _Run:
             with ProgressView(self.console, first_step=first_step, num_steps=plan.training.steps) as view:
                 self._loop(first_step, view if self.is_first_rank else None, metrics)
         finally:
-            self.traffic.detach()
+            self.engine.traffic.detach()
             if metrics is not None:
                 metrics.close()
         self._finish()
+
+    def close(self) -> None:
+        """Give back what the engine holds, if it came to be."""
+        engine = self.__dict__.get("engine")
+        if engine is not None:
+            engine.close()
 
     def _write_head(self, first_step: int) -> None:
         plan = self.plan
@@ -144,6 +150,7 @@ class _Run:
         }
         with (plan.run_dir / STARTS).open("a") as file:
             file.write(json.dumps(start) + "\n")
+        model: Any = self.engine.module
         resolved = {
             "config": redact(plan.config.raw),
             "world_size": world_size(),
@@ -151,13 +158,13 @@ class _Run:
             "train_micro_batch_size_per_gpu": plan.batches.micro,
             "gradient_accumulation_steps": plan.batches.accumulation_steps,
             "resolved": redact(plan.config.parsed.model_dump(mode="json", exclude_unset=False, exclude_none=True)),
-            "model": {**self.engine.module.config.to_dict(), "use_cache": True},
+            "model": {**model.config.to_dict(), "use_cache": True},
             "data_fingerprint": plan.prepared.fingerprint,
         }
         write_json(plan.run_dir / CONFIG, resolved)
-        parameters, ranks = count_parameters(self.engine.module)["total"], world_size()
+        parameters, ranks = count_parameters(self.engine)["total"], world_size()
         self.console.print(
-            f"{parameters:,} parameters, {plan.config.raw['optimizer']['type']} at ZeRO-{plan.config.zero_stage} on"
+            f"{parameters:,} parameters, {plan.config.raw['optimizer']['type']} at {self.engine.description} on"
             f" {ranks} rank{'s' if ranks > 1 else ''}, {self.tokens_per_step:,} tokens per step; {plan.run_dir}",
             highlight=False,
         )
@@ -165,14 +172,9 @@ class _Run:
             # Not a copy of the folder: the user's may be a whole model.
             load_tokenizer(plan.prepared.tokenizer).save_pretrained(str(plan.run_dir / TOKENIZER))
 
-    def _make_engine(self) -> Any:
+    def _make_engine(self) -> TrainingEngine:
         plan = self.plan
-        settings = plan.config.deepspeed_dict() | {
-            "train_batch_size": plan.batches.total,
-            "train_micro_batch_size_per_gpu": plan.batches.micro,
-            "gradient_accumulation_steps": plan.batches.accumulation_steps,
-        }
-        settings.setdefault("steps_per_print", 1 << 62)
+        settings = plan.config.deepspeed_dict()
         model = build_model(
             plan.model,
             plan.model_config,
@@ -181,14 +183,11 @@ class _Run:
             zero3_config=settings if plan.config.zero_stage == 3 else None,
         )
         schedule = plan.training.lr_schedule
-        if plan.config.offload() is not None:
-            settings["activation_offload"] = plan.config.raw["activation_offload"]
-        engine, *_ = initialize(
-            model=model,
-            config=settings,
-            lr_scheduler=make_schedule(schedule, plan.training.steps) if schedule is not None else None,
+        return build(
+            plan.config,
+            model,
+            schedule=make_schedule(schedule, plan.training.steps) if schedule is not None else None,
         )
-        return engine
 
     def _resume(self) -> int:
         """Continue from the newest checkpoint that is whole; returns the step it was written after."""
@@ -225,14 +224,15 @@ class _Run:
             last_step=training.steps,
             micro_batch_size=plan.batches.micro,
             accumulation_steps=plan.batches.accumulation_steps,
-            rank=process_rank(),
-            world_size=world_size(),
+            rank=self.engine.data_parallel.rank,
+            world_size=self.engine.data_parallel.size,
         )
-        batches = iter(training_loader(plan.train_data, sampler, plan.data.num_workers))
+        batches = training_loader(plan.train_data, sampler, plan.data.num_workers)
+        waited_for = self._watch(batches)
         if first_step == 0:
             self.history["eval_loss_first"] = self._evaluate(0, view, metrics)
         for step in range(first_step + 1, training.steps + 1):
-            record = self._step(step, batches)
+            record = self._step(step, waited_for)
             if metrics is not None and (step % plan.logging.interval == 0 or step == training.steps):
                 metrics.write(step, record)
             if view is not None:
@@ -252,30 +252,17 @@ class _Run:
         engine, plan = self.engine, self.plan
         # A pure function of the step, so that a resumed run draws the same dropout.
         torch.manual_seed(derive_seed(plan.training.seed, "step", step, process_rank()))
-        before = self.traffic.reduced, self.traffic.gathered
+        traffic, self.data_wait = engine.traffic, 0.0
+        before = traffic.reduced, traffic.gathered
         started = time.perf_counter()
         learning_rates = _learning_rates(engine)
         # The loss, and the number of ranks that were asked to end.
         sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-        waited = 0.0
-        for _ in range(plan.batches.accumulation_steps):
-            asked = time.perf_counter()
-            self.watchdog.beat(f"step {step}, waiting for data")
-            tokens = next(batches).to(engine.device, non_blocking=True)
-            waited += time.perf_counter() - asked
-            self.watchdog.beat(f"step {step}, forward")
-            with self.timer.phase("forward"):
-                loss = engine(input_ids=tokens, labels=tokens).loss
-            self.watchdog.beat(f"step {step}, backward")
-            with self.timer.phase("backward"):
-                engine.backward(loss)
-            self.watchdog.beat(f"step {step}, optimizer")
-            with self.timer.phase("optimizer"):
-                engine.step()
-            sums[0] += loss.detach()
+        self.doing = f"step {step}"
+        sums[0] = engine.train_step(batches, self._phase)
         sent = {
-            "reduced": round(self.traffic.reduced - before[0]),
-            "gathered": round(self.traffic.gathered - before[1]),
+            "reduced": round(traffic.reduced - before[0]),
+            "gathered": round(traffic.gathered - before[1]),
         }
         sums[1] = self.stop.received is not None
         dist.all_reduce(sums)
@@ -283,7 +270,7 @@ class _Run:
         self.must_stop = num_asked > 0
         mean = loss_sum / (plan.batches.accumulation_steps * world_size())
         moved, stalled = self.offload_meter.step()
-        seconds = {**self.timer.collect(), "data_wait": waited, **stalled}
+        seconds = {**self.timer.collect(), "data_wait": self.data_wait, **stalled}
         seconds["step"] = time.perf_counter() - started
         if not math.isfinite(mean):
             folder = plan.run_dir / CHECKPOINTS
@@ -291,16 +278,34 @@ class _Run:
         if self.history["loss_first"] is None:
             self.history["loss_first"] = mean
         self.history["loss_last"] = mean
-        norm = engine.get_global_grad_norm()
         return {
             "loss": mean,
             **learning_rates,
-            "grad_norm": float(norm) if norm is not None else None,
+            "grad_norm": engine.grad_norm(),
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / seconds["step"],
             "bytes": {**sent, **moved},
             "seconds": seconds,
         }
+
+    def _watch(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The batches, with the time that the step waits for them."""
+        batches = iter(batches)
+        while True:
+            self.watchdog.beat(f"{self.doing}, waiting for data")
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.data_wait += time.perf_counter() - asked
+            yield batch
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.watchdog.beat(f"{self.doing}, {name}")
+        with self.timer.phase(name):
+            yield
 
     def _evaluate(self, step: int, view: ProgressView | None, metrics: MetricsLog | None) -> float:
         loss = evaluate(
@@ -357,19 +362,19 @@ class _Run:
             statistics.fmean(record["bytes"][kind] for record in records) for kind in ("reduced", "gathered")
         )
         state, state_dense = optimizer_state_bytes(engine)
-        offloaded = summarize_offload(records, self.offload)
+        offloaded = summarize_offload(records, engine.activation_offload)
         return {
             "schema_version": SCHEMA_VERSION,
             "config_sha256": digest(plan.config.raw),
             "world_size": world_size(),
-            "zero_stage": plan.config.zero_stage,
+            "zero_stage": engine.zero_stage,
             "steps": plan.training.steps,
             "tokens": plan.training.steps * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / median["step"],
             **self.history,
-            "parameters": count_parameters(engine.module),
+            "parameters": count_parameters(engine),
             "bytes": {
-                **traffic_bytes(engine, reduced, gathered),
+                **traffic_bytes(engine, reduced=reduced, gathered=gathered),
                 "optimizer_state": state,
                 "optimizer_state_dense": state_dense,
                 "peak_memory": memory,
@@ -390,9 +395,9 @@ def _follow_schedule(scheduler: Any) -> None:
             group["lr"] = base * factor(scheduler.last_epoch)
 
 
-def _learning_rates(engine: Any) -> dict[str, float]:
+def _learning_rates(engine: TrainingEngine) -> dict[str, float]:
     """The rate of dense parameters as ``lr``, and of the matrices, compact or whole, as ``lr_matrix``."""
-    groups = engine.basic_optimizer.param_groups
+    groups = engine.optimizer.param_groups
     rates = {group.get("kind", "dense"): float(group["lr"]) for group in reversed(groups)}
     found = {"lr": rates.get("dense", next(iter(rates.values())))}
     matrix = rates.get("compact", rates.get("matrix"))

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 from narrowgauge.optimizers import CompactOptimizer, OwnOptimizer, ShardedOptimizer
 from narrowgauge.optimizers.compact.backend import LocalBackend, SubspaceBackend
@@ -12,11 +11,13 @@ from narrowgauge.optimizers.compact.backend import LocalBackend, SubspaceBackend
 from ...checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from ...files import write_text
 from ...ranks.together import together
+from .privates import ConsolidationHook
 from .shards import EngineShards
 from .subspace import PartitionedStateBackend, PartitionedWeightBackend
+from .training import DeepSpeedTraining
 
 
-class Engine(DeepSpeedEngine):
+class Engine(ConsolidationHook):
     """A ``DeepSpeedEngine`` whose client optimizer is one of ours; used like the original.
 
     DeepSpeed replaces the optimizer's parameters by flat shards and calls its ``step`` once per group or sub-group,
@@ -80,7 +81,7 @@ class Engine(DeepSpeedEngine):
         if exclude_frozen_parameters:
             raise ValueError("exclude_frozen_parameters: the frozen weights hold what was trained; they are needed")
         tag = tag if tag is not None else f"global_step{self.global_steps}"
-        save_checkpoint(self, Path(save_dir) / tag, client_state or {})
+        save_checkpoint(DeepSpeedTraining(self), Path(save_dir) / tag, client_state or {})
         if save_latest:
             together("save", lambda: self._write_latest(Path(save_dir), tag))
         return True
@@ -115,18 +116,16 @@ class Engine(DeepSpeedEngine):
             return None, None
         folder = Path(load_dir) / (tag if tag is not None else latest.read_text().strip())
         client_state = load_checkpoint(
-            self,
+            DeepSpeedTraining(self),
             folder,
             optimizer_states=load_optimizer_states and not load_module_only,
             scheduler_state=load_lr_scheduler_states and not load_module_only,
         )
         return str(folder), client_state
 
-    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
-        """DeepSpeed collects parameters without asking the layers; give it folded weights and take the compact values
-        out.
-        """
+    def before_consolidation(self) -> None:
         self.write_back()
-        state = super()._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
+
+    def after_consolidation(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         compact = {f"{layer.name}.compact" for layer in self.own_optimizer.layers}
-        return {k: v for k, v in state.items() if k not in compact} if state is not None else None
+        return {k: v for k, v in state.items() if k not in compact}

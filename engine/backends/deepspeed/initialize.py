@@ -26,6 +26,7 @@ from ...ranks.agreement import agree, make_process_group
 from ...ranks.environment import ensure_environment, process_rank
 from .engine import Engine
 from .extensions import ensure_extensions
+from .privates import configure_python_gc
 from .subspace import GatherOnceBackend
 from .supported import check_supported
 
@@ -200,7 +201,7 @@ def _make_engine(
         dist_init_required=dist_init_required,
         **arguments,
     )
-    engine._configure_python_gc()
+    configure_python_gc(engine)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from narrowgauge.optimizers.sharding.shards import Shard
 
 from ...errors import UserError
+from .privates import fragment_of, groups_and_masters, stage_3_masters_to_model, stage_3_position, whole_shape
 
 
 def local_shards(engine: Any) -> list[Shard]:
@@ -39,23 +40,17 @@ def _groups(engine: Any) -> list[tuple[list[Any], Tensor]]:
     Raises:
         UserError: the engine's optimizer keeps its masters in a form that is not known here.
     """
-    optimizer = engine.optimizer
-    for groups, flats in (
-        ("bit16_groups", "single_partition_of_fp32_groups"),
-        ("bf16_groups", "fp32_groups_flat_partition"),
-        ("fp16_groups", "fp32_partitioned_groups_flat"),
-    ):
-        if hasattr(optimizer, groups) and hasattr(optimizer, flats):
-            return list(zip(getattr(optimizer, groups), getattr(optimizer, flats), strict=True))
-    raise UserError(
-        f"checkpoints of DeepSpeed's {type(optimizer).__name__} are not supported; use ZeRO stage 1, 2 or 3"
-    )
+    found = groups_and_masters(engine.optimizer)
+    if found is None:
+        name = type(engine.optimizer).__name__
+        raise UserError(f"checkpoints of DeepSpeed's {name} are not supported; use ZeRO stage 1, 2 or 3")
+    return found
 
 
 def _stage_1_2(engine: Any) -> Iterator[Shard]:
     for parameters, flat in _groups(engine):
         for parameter in parameters:
-            mapping = parameter._hp_mapping
+            mapping = fragment_of(parameter)
             if mapping is not None:
                 low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
                 shape = tuple(parameter.shape)
@@ -66,11 +61,11 @@ def _stage_3(engine: Any) -> Iterator[Shard]:
     optimizer = engine.optimizer
     for parameters, flat in _groups(engine):
         for parameter in parameters:
-            _, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            offset, size = stage_3_position(optimizer, parameter)
             start = size * parameter.ds_zero_partition_rank
             length = max(0, min(size, parameter.ds_numel - start))
             if length:
-                yield Shard(engine.param_names[parameter], tuple(parameter.ds_shape), start, length, flat, int(offset))
+                yield Shard(engine.param_names[parameter], whole_shape(parameter), start, length, flat, offset)
 
 
 class EngineShards:
@@ -82,7 +77,7 @@ class EngineShards:
         for shard in local_shards(engine):
             self._shards.setdefault(id(shard.flat), []).append(shard)
         self._members = {
-            id(flat): {engine.param_names[p]: tuple(getattr(p, "ds_shape", p.shape)) for p in parameters}
+            id(flat): {engine.param_names[p]: whole_shape(p) for p in parameters}
             for parameters, flat in _groups(engine)
         }
 
@@ -111,5 +106,4 @@ def masters_to_model(engine: Any) -> None:
     if engine.zero_optimization_stage() < 3:
         optimizer.update_lp_params()
         return
-    for group in range(len(optimizer.fp16_groups)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    stage_3_masters_to_model(optimizer)

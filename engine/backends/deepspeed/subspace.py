@@ -13,7 +13,6 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.runtime.utils import all_gather_dp_groups
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 
@@ -24,6 +23,8 @@ from narrowgauge.optimizers.layers.targets import CompactLayer
 from narrowgauge.optimizers.numerics.rounding import stochastic_round_
 from narrowgauge.optimizers.numerics.seeds import derive_seed
 from narrowgauge.optimizers.sharding.shards import ShardMap
+
+from .privates import flat_bit16, fragment_of, gather_again, own_shard
 
 
 class _OverRanks:
@@ -53,14 +54,7 @@ class PartitionedStateBackend(_OverRanks, LocalBackend):
 
     def __init__(self, zero_optimizer: Any, shards: Callable[[], ShardMap]) -> None:
         super().__init__(zero_optimizer, shards)
-        # DeepSpeed's BF16_Optimizer (ZeRO-1, bf16 with fp32 gradient accumulation) has other names for the same things.
-        bf16_optimizer = hasattr(zero_optimizer, "bf16_groups_flat")
-        self._flat = zero_optimizer.bf16_groups_flat if bf16_optimizer else zero_optimizer.bit16_groups_flat
-        self._partitions = (
-            zero_optimizer.bf16_partitioned_groups
-            if bf16_optimizer
-            else zero_optimizer.parallel_partitioned_bit16_groups
-        )
+        self._flat, self._partitions = flat_bit16(zero_optimizer)
 
     @torch.no_grad()
     def change_subspace(
@@ -70,7 +64,7 @@ class PartitionedStateBackend(_OverRanks, LocalBackend):
             self._round_masters(layers, seed)
         super().change_subspace(layers, indices, decays, seed=seed)
         for layer in layers:
-            mapping = _compact(layer)._hp_mapping
+            mapping = fragment_of(layer.module.compact)
             if mapping is not None:
                 mapping.update_hp()
 
@@ -80,14 +74,14 @@ class PartitionedStateBackend(_OverRanks, LocalBackend):
     ) -> None:
         super().add_changes(layers, decays, seed=seed, decay_last=decay_last)
         for layer in layers:
-            mapping = _compact(layer)._hp_mapping
+            mapping = fragment_of(layer.module.compact)
             if mapping is not None:
                 mapping.hp_fragment.zero_()
 
     def _round_masters(self, layers: Sequence[CompactLayer], seed: int) -> None:
         """Round this rank's fp32 masters stochastically into the bf16 compact values, and gather all ranks'."""
         for layer in layers:
-            mapping = _compact(layer)._hp_mapping
+            mapping = fragment_of(layer.module.compact)
             if mapping is not None:
                 stochastic_round_(
                     mapping.lp_fragment,
@@ -209,13 +203,6 @@ def _compact(layer: CompactLayer) -> Any:
     return layer.module.compact
 
 
-def own_shard(parameter: Any) -> tuple[Tensor, int]:
-    """This rank's shard of a ZeRO-3 parameter without its padding, and the position of its first element."""
-    shard = parameter.ds_tensor
-    start = shard.numel() * comm.get_rank(group=parameter.ds_process_group)
-    return shard.narrow(0, 0, max(0, min(shard.numel(), parameter.ds_numel - start))), start
-
-
 def _gather_compact(module: CompactWeight, shard: Tensor) -> Tensor:
     """All ranks' shards of the compact values, flat, on this rank's device."""
     compact: Any = module.compact
@@ -261,14 +248,3 @@ def _fill_compact_shard(module: SelectedWeight) -> None:
     own, start = own_shard(compact)
     own.copy_(whole.narrow(0, min(start, compact.ds_numel), own.numel()))
     safe_set_local_fp32_param(compact, compact.ds_tensor)
-
-
-def gather_again(parameters: Sequence[Tensor]) -> None:
-    """After shards were written behind DeepSpeed's back: renew the copies that ZeRO-3 keeps gathered.
-
-    These are parameters below ``stage3_param_persistence_threshold``. Collective; does nothing at other stages.
-    """
-    live: list[Any] = [p for p in parameters if getattr(p, "ds_status", None) is ZeroParamStatus.AVAILABLE]
-    if live:
-        live[0].partition(param_list=live)
-        live[0].all_gather(param_list=live)

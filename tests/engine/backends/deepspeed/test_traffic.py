@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from narrowgauge.engine.backends.deepspeed.traffic import TrafficCounter, dense_traffic, dense_traffic_zero3
+from narrowgauge.engine.backends.deepspeed.traffic import TrafficCounter
+from narrowgauge.engine.report.dense_traffic import dense_traffic, dense_traffic_zero3
 from narrowgauge.optimizers import CompactLinear
 from tests.support.models import token_batch
 from tests.support.ranks import RankPool

@@ -1,0 +1,28 @@
+"""A run's DeepSpeed engine from its configuration."""
+
+from torch import nn
+
+from ...config.config import Config
+from ...protocol import Schedule
+from ...ranks.environment import world_size
+from .initialize import initialize
+from .training import DeepSpeedTraining
+
+
+def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> DeepSpeedTraining:
+    """Make the engine of a run. Collective.
+
+    Raises:
+        ConfigError: DeepSpeed, or an optimizer, refuses a setting.
+    """
+    batches = config.batches(world_size())
+    settings = config.deepspeed_dict() | {
+        "train_batch_size": batches.total,
+        "train_micro_batch_size_per_gpu": batches.micro,
+        "gradient_accumulation_steps": batches.accumulation_steps,
+    }
+    settings.setdefault("steps_per_print", 1 << 62)
+    if config.offload() is not None:
+        settings["activation_offload"] = config.raw["activation_offload"]
+    engine, *_ = initialize(model=model, config=settings, lr_scheduler=schedule)
+    return DeepSpeedTraining(engine)

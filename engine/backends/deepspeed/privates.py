@@ -1,0 +1,113 @@
+"""What is used of DeepSpeed beside its public interface (0.19): an upgrade has to look here.
+
+ZeRO-3 puts ``ds_*`` attributes on parameters; ZeRO-1 and 2 link each parameter to its piece of the fp32 masters by
+``_hp_mapping``; the optimizer wrappers name their flat groups each in its own way.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor
+
+# By wrapper: the attribute with the parameters of each group, and the one with the flat masters of this rank.
+_GROUPS_AND_MASTERS = (
+    ("bit16_groups", "single_partition_of_fp32_groups"),  # ZeRO-1 and 2
+    ("bf16_groups", "fp32_groups_flat_partition"),  # ZeRO-1 in bf16 with fp32 accumulation
+    ("fp16_groups", "fp32_partitioned_groups_flat"),  # ZeRO-3: sub-groups
+)
+
+
+def groups_and_masters(wrapper: Any) -> list[tuple[list[Any], Tensor]] | None:
+    """The parameters of each group (at stage 3: sub-group) and the flat tensor with this rank's part of their
+    masters; None for a wrapper that is not known here.
+    """
+    for groups, masters in _GROUPS_AND_MASTERS:
+        if hasattr(wrapper, groups) and hasattr(wrapper, masters):
+            return list(zip(getattr(wrapper, groups), getattr(wrapper, masters), strict=True))
+    return None
+
+
+def groups_of(wrapper: Any) -> list[list[Any]]:
+    """The parameters of each group (at stage 3: sub-group), or of the plain optimizer's."""
+    for groups, _ in _GROUPS_AND_MASTERS:
+        if hasattr(wrapper, groups):
+            return getattr(wrapper, groups)
+    return [group["params"] for group in wrapper.param_groups]
+
+
+def flat_bit16(wrapper: Any) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Of ZeRO-1 and 2: the flat low-precision parameters of each group, and the ranks' parts of them."""
+    if hasattr(wrapper, "bf16_groups_flat"):
+        return wrapper.bf16_groups_flat, wrapper.bf16_partitioned_groups
+    return wrapper.bit16_groups_flat, wrapper.parallel_partitioned_bit16_groups
+
+
+def fragment_of(parameter: Any) -> Any:
+    """ZeRO-1 and 2: where this rank's part of a parameter's master lies; None if it has none."""
+    return parameter._hp_mapping
+
+
+def stage_3_position(wrapper: Any, parameter: Any) -> tuple[int, int]:
+    """Offset and size of a parameter's part in the flat masters of its sub-group, padding included."""
+    _, offset, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
+    return int(offset), int(size)
+
+
+def stage_3_masters_to_model(wrapper: Any) -> None:
+    for group in range(len(wrapper.fp16_groups)):
+        wrapper._reassign_or_swap_out_partitioned_parameters(group)
+
+
+def is_sharded(parameter: Any) -> bool:
+    """Whether ZeRO-3 has cut the parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def is_persistent(parameter: Any) -> bool:
+    """Whether ZeRO-3 keeps the parameter gathered."""
+    return bool(parameter.ds_persist)
+
+
+def own_shard(parameter: Any) -> tuple[Tensor, int]:
+    """This rank's shard of a ZeRO-3 parameter without its padding, and the position of its first element."""
+    shard = parameter.ds_tensor
+    start = shard.numel() * comm.get_rank(group=parameter.ds_process_group)
+    return shard.narrow(0, 0, max(0, min(shard.numel(), parameter.ds_numel - start))), start
+
+
+def gather_again(parameters: Sequence[Tensor]) -> None:
+    """After shards were written behind DeepSpeed's back: renew the copies that ZeRO-3 keeps gathered.
+
+    These are parameters below ``stage3_param_persistence_threshold``. Collective; does nothing at other stages.
+    """
+    live: list[Any] = [p for p in parameters if getattr(p, "ds_status", None) is ZeroParamStatus.AVAILABLE]
+    if live:
+        live[0].partition(param_list=live)
+        live[0].all_gather(param_list=live)
+
+
+def configure_python_gc(engine: DeepSpeedEngine) -> None:
+    """What ``deepspeed.initialize`` does last."""
+    engine._configure_python_gc()
+
+
+class ConsolidationHook(DeepSpeedEngine):
+    """DeepSpeed consolidates ZeRO-3 weights (``save_16bit_model``) without asking the layers."""
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
+        self.before_consolidation()
+        state: dict[str, torch.Tensor] | None = super()._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
+        return self.after_consolidation(state) if state is not None else None
+
+    def before_consolidation(self) -> None: ...
+
+    def after_consolidation(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state

@@ -1,0 +1,207 @@
+"""The optimizer's part of a checkpoint: masters and moments by parameter, whatever they were cut into."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from narrowgauge.optimizers import OwnOptimizer
+from narrowgauge.optimizers.sharding.shards import Shard, StatePiece
+
+from ..errors import CheckpointError
+from ..protocol import TrainingEngine
+
+_MASTER = "master"
+
+
+@dataclass(frozen=True)
+class _SavedPiece:
+    """Where a saved piece of a parameter's state lies."""
+
+    start: int
+    length: int
+    path: Path
+    key: str
+
+
+def write_optimizer(engine: TrainingEngine, folder: Path) -> str | None:
+    """Write this rank's masters and moments; returns the file's name, None where another rank writes the same."""
+    if engine.state_is_replicated and engine.data_parallel.rank > 0:
+        return None
+    own_pieces = _own_pieces(engine)
+    tensors = {f"{p.name}|{p.start}|{p.key}": p.tensor.cpu().clone() for pieces in own_pieces.values() for p in pieces}
+    flat, state = None, {}
+    for shard in engine.shards():
+        if shard.flat is not flat:
+            flat, state = shard.flat, _dense_state(engine, shard.flat)
+        prefix = f"{shard.name}|{shard.start}|"
+        tensors[prefix + _MASTER] = shard.of(shard.flat).cpu().clone()
+        own_keys = {piece.key for piece in own_pieces.get(shard.flat, ())}
+        for key, value in state.items():
+            if key in own_keys or isinstance(value, int | float) or (torch.is_tensor(value) and value.dim() == 0):
+                continue
+            if not torch.is_tensor(value) or value.shape != shard.flat.shape:
+                raise CheckpointError(f"optimizer state {key!r} is neither shaped like its parameter nor a number")
+            tensors[prefix + key] = shard.of(value).cpu().clone()
+    name = f"optimizer-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
+    save_file(tensors, folder / name)
+    return name
+
+
+def _dense_state(engine: TrainingEngine, flat: Tensor) -> Mapping[str, Any]:
+    """The state of a flat tensor; 8-bit moments in fp32."""
+    own = engine.own_optimizer
+    return own.dense_state(flat) if own is not None else engine.optimizer.state.get(flat, {})
+
+
+def _own_pieces(engine: TrainingEngine) -> dict[Tensor, list[StatePiece]]:
+    """By flat tensor, the state that is not shaped like it."""
+    own = engine.own_optimizer
+    return {flat: list(own.state_pieces(flat)) for flat in _flats(engine)} if own is not None else {}
+
+
+def _flats(engine: TrainingEngine) -> list[Tensor]:
+    return list({id(shard.flat): shard.flat for shard in engine.shards()}.values())
+
+
+def write_subspace(own: OwnOptimizer | None, folder: Path) -> list[str]:
+    """Write what describes the subspaces; returns the names of the files."""
+    tensors = own.subspace_state().get("tensors") if own is not None else None
+    if not tensors:
+        return []
+    save_file(tensors, folder / "subspace.safetensors")
+    return ["subspace.safetensors"]
+
+
+def optimizer_numbers(engine: TrainingEngine) -> dict[str, Any]:
+    """The optimizer's entries of ``state.json``: everything but tensors."""
+    own = engine.own_optimizer
+    return {
+        "scalars": _scalars(engine),
+        "groups": [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups],
+        "subspace": {k: v for k, v in own.subspace_state().items() if k != "tensors"} if own is not None else None,
+    }
+
+
+def _scalars(engine: TrainingEngine) -> dict[str, dict[str, Any]]:
+    """The numbers in the optimizer's state (Adam's step), by parameter; equal on all ranks that share a parameter's
+    group.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    groups = engine.parameter_groups()
+    by_group: dict[int, dict[str, Any]] = {}
+    for shard in engine.shards():
+        numbers = {}
+        for key, value in engine.optimizer.state.get(shard.flat, {}).items():
+            if torch.is_tensor(value) and value.dim() == 0:
+                numbers[key] = {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
+            elif isinstance(value, int | float):
+                numbers[key] = {"value": value, "dtype": None}
+        found[shard.name] = numbers
+        by_group.setdefault(groups[shard.name], numbers)
+    # A parameter that lies wholly on other ranks has the numbers of its group.
+    return {name: found.get(name, by_group.get(group, {})) for name, group in groups.items()}
+
+
+def load_subspace(own: OwnOptimizer | None, folder: Path, state: Mapping[str, Any]) -> None:
+    """Restore what :func:`write_subspace` wrote.
+
+    Raises:
+        CheckpointError: it is another optimizer's; nothing has changed then.
+    """
+    if (state["subspace"] is None) != (own is None):
+        kind = "an optimizer that is not narrowgauge's" if own is not None else "one of narrowgauge's optimizers"
+        raise CheckpointError(f"{folder}: saved with {kind}")
+    if own is None:
+        return
+    tensors, path = {}, folder / "subspace.safetensors"
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    try:
+        own.load_subspace_state({**state["subspace"], "tensors": tensors})
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+@torch.no_grad()
+def load_optimizer(engine: TrainingEngine, folder: Path, state: Mapping[str, Any]) -> None:
+    """Read this rank's pieces of masters and moments from whatever pieces were saved.
+
+    Raises:
+        CheckpointError: a part is missing; the engine is partly restored then.
+    """
+    saved = _index_pieces(folder)
+    for group, values in zip(engine.optimizer.param_groups, state["groups"], strict=True):
+        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in values.items()})
+    own_pieces, own, flats = _own_pieces(engine), engine.own_optimizer, _flats(engine)
+    if own is not None:
+        for flat in flats:
+            own.expect_dense_state(flat)
+    for shard in engine.shards():
+        if _MASTER not in saved.get(shard.name, {}):
+            raise CheckpointError(f"{folder}: no state of {shard.name}; the engine is partly restored")
+        own_keys = {piece.key for piece in own_pieces.get(shard.flat, ())}
+        for key, pieces in saved[shard.name].items():
+            if key not in own_keys:
+                tensor = shard.flat if key == _MASTER else _state_tensor(engine.optimizer, shard, key)
+                _read_into(shard.of(tensor), shard.name, shard.start, pieces)
+        for key, number in state["scalars"][shard.name].items():
+            _set_scalar(engine.optimizer, shard, key, number)
+    for piece in (piece for pieces in own_pieces.values() for piece in pieces):
+        _read_into(piece.tensor, piece.name, piece.start, saved.get(piece.name, {}).get(piece.key, []))
+    if own is not None:
+        for flat in flats:
+            own.accept_dense_state(flat)
+
+
+def _index_pieces(folder: Path) -> dict[str, dict[str, list[_SavedPiece]]]:
+    pieces: dict[str, dict[str, list[_SavedPiece]]] = {}
+    for path in sorted(folder.glob("optimizer-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for full_key in file.keys():  # noqa: SIM118 (not a dict)
+                name, start, key = full_key.rsplit("|", 2)
+                length = file.get_slice(full_key).get_shape()[0]
+                pieces.setdefault(name, {}).setdefault(key, []).append(_SavedPiece(int(start), length, path, full_key))
+    return pieces
+
+
+def _read_into(target: Tensor, name: str, start: int, pieces: Sequence[_SavedPiece]) -> None:
+    """Fill ``target``, the elements of a parameter's state from ``start`` on, from the saved pieces that overlap it."""
+    filled = 0
+    for piece in pieces:
+        first = max(start, piece.start)
+        last = min(start + target.numel(), piece.start + piece.length)
+        if first < last:
+            with safe_open(piece.path, framework="pt") as file:
+                values = file.get_slice(piece.key)[first - piece.start : last - piece.start]
+            target[first - start : last - start].copy_(values)
+            filled += last - first
+    if filled != target.numel():
+        raise CheckpointError(
+            f"{name}: expected {target.numel()} elements, got {filled}; the engine is partly restored"
+        )
+
+
+def _state_tensor(optimizer: torch.optim.Optimizer, shard: Shard, key: str) -> Tensor:
+    state = optimizer.state[shard.flat]
+    if key not in state:
+        state[key] = torch.zeros_like(shard.flat, requires_grad=False)
+    return state[key]
+
+
+def _set_scalar(optimizer: torch.optim.Optimizer, shard: Shard, key: str, number: Mapping[str, Any]) -> None:
+    value = number["value"]
+    if number["dtype"] is not None:
+        groups = optimizer.param_groups
+        group = next((g for g in groups if any(p is shard.flat for p in g["params"])), optimizer.defaults)
+        on_device = group.get("fused") or group.get("capturable")
+        device = shard.flat.device if on_device else "cpu"
+        value = torch.tensor(value, dtype=getattr(torch, number["dtype"]), device=device)
+    optimizer.state[shard.flat][key] = value
