@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowgauge.offload import ActivationOffload
-from narrowgauge.optimizers import OwnOptimizer
+from narrowgauge.optimizers import EngineOptimizer
 from narrowgauge.optimizers.sharding.shards import Shard
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class TrainingEngine(Protocol):
     @property
     def optimizer(self) -> torch.optim.Optimizer: ...
     @property
-    def own_optimizer(self) -> OwnOptimizer | None: ...
+    def own_optimizer(self) -> EngineOptimizer | None: ...
     @property
     def lr_scheduler(self) -> Any: ...
     @property

@@ -1,5 +1,6 @@
 """What all optimizers of this package offer to an engine, its checkpoints and its summary."""
 
+from abc import ABC
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from .layers.targets import CompactLayer
 from .sharding.shards import StatePiece
 
 
-class OwnOptimizer(torch.optim.Optimizer):
+class EngineOptimizer(torch.optim.Optimizer, ABC):
     """A ``torch.optim.Optimizer`` whose step an engine can finish, and whose state is saved by parameter.
 
     Attributes:
@@ -25,8 +26,9 @@ class OwnOptimizer(torch.optim.Optimizer):
     num_steps: int
     in_engine: bool
 
-    def _begin(self) -> None:
-        """At the end of the constructor: count steps, until an engine does."""
+    def __init__(self, groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        """As torch's; steps are counted from here on, until an engine does."""
+        super().__init__(groups, defaults)
         self.num_steps, self.in_engine = 0, False
         self._step_hook = self.register_step_post_hook(type(self)._after_own_step)
 

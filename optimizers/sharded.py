@@ -1,6 +1,7 @@
 """What the optimizers on full gradients have in common: groups, shards, counting, state."""
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -9,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .engine_optimizer import OwnOptimizer
+from .engine_optimizer import EngineOptimizer
 from .layers.targets import find_targets
 from .param_groups import build_groups
 from .sharding.shards import LocalShards, ShardMap
 
 
-class ShardedOptimizer(OwnOptimizer):
+class ShardedOptimizer(EngineOptimizer):
     """An optimizer on the whole averaged gradient that works on shards of parameters.
 
     In plain PyTorch, under DDP and at ZeRO stage 0 a shard is a whole parameter. ZeRO replaces the parameters of the
@@ -72,7 +73,6 @@ class ShardedOptimizer(OwnOptimizer):
         groups = build_groups(model, [], matrices, param_groups, lr=lr, matrix_lr_scale=matrix_lr_scale)
         super().__init__(groups, {"lr": lr, **defaults})
         self.shards: ShardMap = LocalShards(model)
-        self._begin()
         self._warned = False
         self._warn_of_traffic()
 
@@ -116,12 +116,12 @@ class ShardedOptimizer(OwnOptimizer):
                 self._update(group, flats)
         return loss
 
+    @abstractmethod
     def _update(self, group: dict[str, Any], flats: Sequence[Tensor]) -> None:
         """One step of the parameters or flat partitions ``flats`` of ``group``, all with gradients.
 
         Collective if it sums over ``self.shards``: every rank comes here for the same groups in the same order.
         """
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and the counters under ``subspace``."""

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from narrowgauge.optimizers import OwnOptimizer
+from narrowgauge.optimizers import EngineOptimizer
 from narrowgauge.optimizers.sharding.shards import Shard, StatePiece
 
 from ..errors import CheckpointError
@@ -70,7 +70,7 @@ def _flats(engine: TrainingEngine) -> list[Tensor]:
     return list({id(shard.flat): shard.flat for shard in engine.shards()}.values())
 
 
-def write_subspace(own: OwnOptimizer | None, folder: Path) -> list[str]:
+def write_subspace(own: EngineOptimizer | None, folder: Path) -> list[str]:
     """Write what describes the subspaces; returns the names of the files."""
     tensors = own.subspace_state().get("tensors") if own is not None else None
     if not tensors:
@@ -109,7 +109,7 @@ def _scalars(engine: TrainingEngine) -> dict[str, dict[str, Any]]:
     return {name: found.get(name, by_group.get(group, {})) for name, group in groups.items()}
 
 
-def load_subspace(own: OwnOptimizer | None, folder: Path, state: Mapping[str, Any]) -> None:
+def load_subspace(own: EngineOptimizer | None, folder: Path, state: Mapping[str, Any]) -> None:
     """Restore what :func:`write_subspace` wrote.
 
     Raises:

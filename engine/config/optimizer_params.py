@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional, get_type_hints
 import torch
 from pydantic import Field, create_model, model_validator
 
-from narrowgauge.optimizers import OPTIMIZERS, CompactOptimizer, OwnOptimizer
+from narrowgauge.optimizers import OPTIMIZERS, CompactOptimizer, EngineOptimizer
 
 from .deepspeed_keys import Count, Flag, StrictBlock
 
@@ -58,7 +58,7 @@ class OptimizerParams(StrictBlock):
         return found
 
 
-def _schema_of(cls: type[OwnOptimizer]) -> type[OptimizerParams]:
+def _schema_of(cls: type[EngineOptimizer]) -> type[OptimizerParams]:
     hints = get_type_hints(cls.__init__)
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(cls).parameters.items():
@@ -87,7 +87,9 @@ OUR_ONLY = {key for schema in OUR_OPTIMIZERS.values() for key in schema.model_fi
 }
 
 
-def make_optimizer(name: str, model: torch.nn.Module, arguments: dict[str, Any], backend: Any = None) -> OwnOptimizer:
+def make_optimizer(
+    name: str, model: torch.nn.Module, arguments: dict[str, Any], backend: Any = None
+) -> EngineOptimizer:
     """An optimizer of ours on ``model``.
 
     Args:

@@ -1,20 +1,21 @@
 """What the optimizers of compact parameters have in common: base, fold, refresh, state."""
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..engine_optimizer import OwnOptimizer
+from ..engine_optimizer import EngineOptimizer
 from ..layers.targets import CompactLayer
 from ..param_groups import build_groups
 from .backend import LocalBackend, SubspaceBackend
 from .inner import BaseName, dense_state, make_base, quantize_state_
 
 
-class CompactOptimizer(OwnOptimizer):
+class CompactOptimizer(EngineOptimizer):
     """Trains the compact parameters of converted layers, and all others, with a base optimizer.
 
     Parameter groups and state are shared with the base, so that whoever replaces the groups' parameters (ZeRO does)
@@ -93,7 +94,6 @@ class CompactOptimizer(OwnOptimizer):
         owner = {id(layer.module.compact): layer.name for layer in self.layers}
         # By position: engines replace the parameters of the groups, and loading a state replaces the groups.
         self._group_of = {owner[id(p)]: i for i, g in enumerate(groups) for p in g["params"] if id(p) in owner}
-        self._begin()
         self._observe_next_step()
 
     def _fill_compact(self) -> None:
@@ -151,9 +151,9 @@ class CompactOptimizer(OwnOptimizer):
         """Whether the subspace changes after the step that was just counted."""
         return self.refresh_interval is not None and bool(self.layers) and self.num_steps % self.refresh_interval == 0
 
+    @abstractmethod
     def _fold(self, learning_rates: Sequence[float]) -> None:
         """Bring the weights up to date after a step."""
-        raise NotImplementedError
 
     def _decays(self, learning_rates: Sequence[float]) -> list[float]:
         """By what the step's decay multiplies each layer's weight; 1 for layers that had no gradient.
@@ -171,8 +171,9 @@ class CompactOptimizer(OwnOptimizer):
         self.num_refreshes += 1
         self._change_subspace()
 
+    @abstractmethod
     def _change_subspace(self) -> None:
-        raise NotImplementedError
+        """Take new subspaces, and let the compact parameters' moments follow or start again."""
 
     def _observe_next_step(self) -> None:
         """Begin to observe full gradients if the change of subspace after the coming step needs them."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from narrowgauge.optimizers import CompactOptimizer, OwnOptimizer, ShardedOptimizer
+from narrowgauge.optimizers import CompactOptimizer, EngineOptimizer, ShardedOptimizer
 from narrowgauge.optimizers.compact.backend import LocalBackend, SubspaceBackend
 
 from ...checkpoint.checkpoint import load_checkpoint, save_checkpoint
@@ -25,10 +25,10 @@ class Engine(ConsolidationHook):
     once per applied step.
     """
 
-    own_optimizer: OwnOptimizer
+    own_optimizer: EngineOptimizer
     module: torch.nn.Module
 
-    def __init__(self, *, optimizer: OwnOptimizer, **kwargs: Any) -> None:
+    def __init__(self, *, optimizer: EngineOptimizer, **kwargs: Any) -> None:
         self.__dict__["own_optimizer"] = optimizer
         super().__init__(optimizer=optimizer, **kwargs)
         if isinstance(optimizer, CompactOptimizer):

@@ -15,7 +15,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
 from torch import nn
 
-from narrowgauge.optimizers import OwnOptimizer
+from narrowgauge.optimizers import EngineOptimizer
 
 from ...config.config import Config, load_config, within
 from ...config.optimizer_params import make_optimizer
@@ -84,7 +84,7 @@ def initialize(
     """
     checked = config if isinstance(config, Config) else load_config(config)
     ensure_environment()
-    client = optimizer if isinstance(optimizer, OwnOptimizer) else None
+    client = optimizer if isinstance(optimizer, EngineOptimizer) else None
     ours = client is not None or checked.our_params() is not None
     if ours and optimizer is not None and checked.parsed.optimizer is not None:
         raise checked.error("optimizer: an optimizer was passed to initialize, and the configuration names another")
@@ -131,7 +131,7 @@ def initialize(
         restore_init_context()
 
 
-def _is_made_from(optimizer: OwnOptimizer, model: nn.Module) -> bool:
+def _is_made_from(optimizer: EngineOptimizer, model: nn.Module) -> bool:
     parameters = set(map(id, model.parameters()))
     return all(id(p) in parameters for group in optimizer.param_groups for p in group["params"])
 
@@ -173,7 +173,7 @@ def init_distributed(dist_init_required: bool | None = None) -> None:
         deepspeed.init_distributed(dist_backend=backend, dist_init_required=dist_init_required, verbose=False)
 
 
-def _make_optimizer(model: nn.Module, config: Config) -> OwnOptimizer:
+def _make_optimizer(model: nn.Module, config: Config) -> EngineOptimizer:
     params, block = config.our_params(), config.parsed.optimizer
     assert params is not None
     assert block is not None
@@ -185,7 +185,7 @@ def _make_optimizer(model: nn.Module, config: Config) -> OwnOptimizer:
 
 
 def _make_engine(
-    config: Config, optimizer: OwnOptimizer, *, dist_init_required: bool | None, **arguments: Any
+    config: Config, optimizer: EngineOptimizer, *, dist_init_required: bool | None, **arguments: Any
 ) -> _Made:
     settings = {key: value for key, value in config.deepspeed_dict().items() if key != "optimizer"}
     # What DeepSpeed asks of an optimizer it does not know.
@@ -205,7 +205,7 @@ def _make_engine(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _per_group_rates(config: Config, scheduler: dict[str, Any], optimizer: OwnOptimizer) -> dict[str, Any]:
+def _per_group_rates(config: Config, scheduler: dict[str, Any], optimizer: EngineOptimizer) -> dict[str, Any]:
     """Give a schedule that sets one rate for all groups a rate for each, so that the groups keep their proportions."""
     base = optimizer.defaults["lr"]
     if base == 0.0:

@@ -4,13 +4,13 @@ from typing import Any
 
 from torch import nn
 
-from narrowgauge.optimizers import OwnOptimizer
+from narrowgauge.optimizers import EngineOptimizer
 
 from ...config.config import Config
 
 
 def check_supported(
-    config: Config, model: nn.Module | None = None, mpu: Any = None, *, client: OwnOptimizer | None = None
+    config: Config, model: nn.Module | None = None, mpu: Any = None, *, client: EngineOptimizer | None = None
 ) -> None:
     """Refuse combinations in which one of our optimizers would train wrongly, or has never been tested.
 

@@ -11,7 +11,7 @@ from deepspeed import comm
 from torch import Tensor, nn
 
 from narrowgauge.offload import ActivationOffload
-from narrowgauge.optimizers import OwnOptimizer
+from narrowgauge.optimizers import EngineOptimizer
 from narrowgauge.optimizers.layers.plain import plain_parameters
 from narrowgauge.optimizers.sharding.shards import Shard
 
@@ -45,7 +45,7 @@ class DeepSpeedTraining:
         return self._engine.basic_optimizer
 
     @property
-    def own_optimizer(self) -> OwnOptimizer | None:
+    def own_optimizer(self) -> EngineOptimizer | None:
         return getattr(self._engine, "own_optimizer", None)
 
     @property
