@@ -36,6 +36,7 @@ from benchmarks.offload_cases import (
 from benchmarks.offload_checks import compare_budget, compare_io, compare_rss, look_for_leaks, one_rss
 from benchmarks.offload_report import CURVE, plot, rows_of
 from benchmarks.results_file import write_rows
+from narrowgauge.offload.backends import backend_names
 
 _MIB, _GB = 1 << 20, 1e9
 _TRIES = 5
@@ -173,7 +174,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--path", type=Path, default=Path(tempfile.gettempdir()), help="folder on the SSD")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--backend", choices=["auto", "threads", "aio", "gds"], default="auto")
+    parser.add_argument("--backend", choices=backend_names(), default="auto")
     parser.add_argument("--lanes", type=int, help="default: ActivationOffload's")
     parser.add_argument("--buffer-mib", type=int, default=0, help="0: ActivationOffload's default")
     parser.add_argument("--capacity-mib", type=int, default=4096, help="of the slab, for --rss and --budget")

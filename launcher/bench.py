@@ -12,8 +12,7 @@ from narrowgauge.engine.errors import UserError
 from narrowgauge.offload import OffloadError
 from narrowgauge.offload.backends import IOBackend, available_backends, make_backend
 from narrowgauge.offload.backends.probe import Speed, measure
-from narrowgauge.offload.options import to_folders
-from narrowgauge.offload.storage.slab import available_bytes
+from narrowgauge.offload.storage.filesystem import available_bytes, to_folders
 
 BLOCKS_MIB = (1, 4, 16)
 LANES = (1, 2, 4)

@@ -1,14 +1,18 @@
 """Keeping what forward saves for backward on NVMe."""
 
 from .activation_offload import ActivationOffload
+from .debug_state import DebugState
 from .errors import OffloadCorruptionError, OffloadError, OffloadIOError, OffloadSpaceError
+from .options import OffloadOptions
 from .stats import OffloadStats
 
 __all__ = [
     "ActivationOffload",
+    "DebugState",
     "OffloadCorruptionError",
     "OffloadError",
     "OffloadIOError",
+    "OffloadOptions",
     "OffloadSpaceError",
     "OffloadStats",
 ]

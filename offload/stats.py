@@ -1,27 +1,9 @@
-"""Counting what is saved, what of it is in memory, and what went to disk and back."""
+"""What was saved, what of it is in memory, what went to disk and back, and how that wears a drive."""
 
-import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
-
-
-class Level:
-    """An amount that goes up and down from several threads, and its highest value."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self.now = self.peak = 0
-
-    def add(self, amount: int) -> None:
-        with self._lock:
-            self.now += amount
-            if self.now > self.peak:
-                self.peak = self.now
-
-    def reset_peak(self) -> None:
-        with self._lock:
-            self.peak = self.now
 
 
 @dataclass
@@ -79,7 +61,15 @@ class Endurance:
 
     _DAY = 86400.0
 
-    def __init__(self, *, drive_bytes: float, rated_tbw: float | None, max_drive_writes_per_day: float | None) -> None:
+    def __init__(
+        self,
+        *,
+        drive_bytes: float,
+        rated_tbw: float | None,
+        max_drive_writes_per_day: float | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._drive_bytes, self._rated_tbw = drive_bytes, rated_tbw
         self._allowed_rate = (
             max_drive_writes_per_day * drive_bytes / self._DAY if max_drive_writes_per_day is not None else None
@@ -89,18 +79,18 @@ class Endurance:
     def start(self) -> None:
         """Begin to count time, once."""
         if self._started is None:
-            self._started = time.monotonic()
+            self._started = self._clock()
 
     def allowance(self, written: int, period: float) -> int | None:
         """Bytes that may be written in the coming ``period`` seconds, given what was; None without a limit."""
         if self._allowed_rate is None:
             return None
-        elapsed = time.monotonic() - self._started if self._started is not None else 0.0
+        elapsed = self._clock() - self._started if self._started is not None else 0.0
         return max(0, int(self._allowed_rate * (elapsed + period) - written))
 
     def per_day(self, written: int) -> float:
         """Bytes per day at the rate so far."""
-        elapsed = time.monotonic() - self._started if self._started is not None else 0.0
+        elapsed = self._clock() - self._started if self._started is not None else 0.0
         return written / elapsed * self._DAY if elapsed > 0 else 0.0
 
     def drive_writes_per_day(self, written: int) -> float:

@@ -8,12 +8,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from narrowgauge.offload.backends import BackendName
-from narrowgauge.offload.options import MAX_LANES, Granularity, is_auto_or_share
+from narrowgauge.offload import OffloadOptions
 
 from ..errors import ConfigError, did_you_mean
 from .deepspeed_keys import (
@@ -27,6 +26,7 @@ from .deepspeed_keys import (
 )
 from .json_file import apply_overrides, read_json
 from .launch_block import LaunchBlock
+from .offload_block import ActivationOffloadBlock
 from .optimizer_params import OUR_ONLY, OUR_OPTIMIZERS, OptimizerParams
 from .redaction import HIDDEN, redact
 
@@ -113,44 +113,6 @@ class LoggingBlock(StrictBlock):
     tensorboard: Flag = True
 
 
-def _folder_or_folders(value: Any) -> Any:
-    parts = value if isinstance(value, list) else [value]
-    if not parts or not all(isinstance(part, str) and part for part in parts):
-        raise ValueError("a folder, or a list of folders, is needed")
-    return value
-
-
-def _auto_or_share(value: Any) -> Any:
-    if not is_auto_or_share(value):
-        raise ValueError('"auto" or a number from 0 to 1 is allowed')
-    return value
-
-
-class ActivationOffloadBlock(StrictBlock):
-    """The arguments of :class:`narrowgauge.offload.ActivationOffload`, and a switch."""
-
-    enabled: Flag = True
-    path: Annotated[str | list[str], BeforeValidator(_folder_or_folders)]
-    """A folder on the SSD, or one per SSD; nothing is left in it."""
-    granularity: Granularity = "saved_tensors"
-    min_tensor_bytes: int = Field(256 << 10, ge=0)
-    keep_resident: Annotated[Literal["auto"] | float, BeforeValidator(_auto_or_share)] = "auto"
-    backend: BackendName = "auto"
-    num_lanes: int = Field(2, ge=1, le=MAX_LANES)
-    buffer_bytes: Count | None = None
-    host_memory_bytes: int = Field(0, ge=0)
-    capacity_bytes: Count | None = None
-    """Per process rank."""
-    io_timeout: float = Field(300.0, gt=0.0, allow_inf_nan=False)
-    rated_tbw: float | None = Field(None, gt=0.0, allow_inf_nan=False)
-    drive_bytes: Count | None = None
-    max_drive_writes_per_day: float | None = Field(None, gt=0.0, allow_inf_nan=False)
-
-    def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of the class."""
-        return self.model_dump(exclude={"enabled"})
-
-
 class RunConfig(DeepSpeedKeys):
     """The whole file."""
 
@@ -205,10 +167,10 @@ class Config:
             return None
         return OUR_OPTIMIZERS[block.type].model_validate(block.params)
 
-    def offload(self) -> ActivationOffloadBlock | None:
-        """The block of activation offload; None where it is off."""
+    def offload(self) -> OffloadOptions | None:
+        """The options of activation offload; None where it is off."""
         block = self.parsed.activation_offload
-        return block if block is not None and block.enabled else None
+        return block.options() if block is not None and block.enabled else None
 
     def unused_params(self) -> list[str]:
         """The ``optimizer.params`` of our optimizers that another type of optimizer does not take."""
@@ -362,7 +324,12 @@ def _describe(item: Any, schema: type[BaseModel]) -> str:
     message = item["msg"].removeprefix("Value error, ")
     found = item["input"]
     is_secret = HIDDEN in str(redact(found, tuple(map(str, keys))))
-    shown = "" if is_secret or isinstance(found, dict | BaseModel) else f" {json.dumps(found, default=str)[:60]} found;"
+    is_told = message.startswith("expected ")
+    shown = (
+        ""
+        if is_told or is_secret or isinstance(found, dict | BaseModel)
+        else f" {json.dumps(found, default=str)[:60]} found;"
+    )
     return f"{path}:{shown} {message[0].lower()}{message[1:]}"
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from narrowgauge.offload import ActivationOffload, OffloadError
 from narrowgauge.offload.activation_offload import check_room
-from narrowgauge.offload.backends import aio
+from narrowgauge.offload.backends import BACKENDS
 
 from ..config.config import Config
 
@@ -17,17 +17,19 @@ def check_offload(config: Config) -> None:
     """What can be known before there is a model: the folders can be written to and have room.
 
     Raises:
-        ConfigError: naming the folder, what was found and what is needed.
+        ConfigError: naming the folder, what is expected and what was found.
     """
-    block = config.offload()
-    if block is None:
+    options = config.offload()
+    if options is None:
         return
     if config.parsed.compile is not None and config.parsed.compile.deepcompile:
         raise config.error("compile.deepcompile: does not work with activation_offload: it plans memory itself")
-    if block.backend == "aio" and not aio.is_built() and not aio.can_build():
-        raise config.error("activation_offload.backend: aio needs a compiler and libaio (apt-get install libaio-dev)")
+    backend = BACKENDS.get(str(options.backend))
+    reason = backend.unbuildable_because() if backend is not None else None
+    if reason is not None:
+        raise config.error(f"activation_offload.backend: {options.backend}: {reason}")
     try:
-        check_room(block.path, block.capacity_bytes)
+        check_room(options.path, options.capacity_bytes)
     except OffloadError as error:
         raise config.error(f"activation_offload.path: {error}") from error
 
@@ -36,16 +38,16 @@ def make_offload(config: Config, model: nn.Module) -> ActivationOffload | None:
     """The offload that the configuration asks for.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: it cannot be made.
     """
-    block = config.offload()
-    if block is None:
+    options = config.offload()
+    if options is None:
         return None
     if type(model).__name__ == "PipelineModule":
         raise config.error("activation_offload: pipeline parallelism is not supported yet")
     check_offload(config)
     try:
-        return ActivationOffload(**block.arguments(), model=model)
+        return ActivationOffload(**vars(options), model=model)
     except (OffloadError, ValueError) as error:
         raise config.error(f"activation_offload: {error}") from error
 

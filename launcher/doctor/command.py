@@ -50,16 +50,15 @@ def _findings(path: Path, hosts: list[Host], build: bool, progress: Console) -> 
     broken = check_imports()
     yield from broken
     if not broken:
-        from .extensions import build_extensions, check_aio, check_compiler, check_extensions
-        from .gpus import check_gds, check_gpus
+        from .extensions import build_extensions, check_compiler, check_extensions, check_io_backends
+        from .gpus import check_gpus
 
         yield from _guarded("GPUs", check_gpus)
-        yield from _guarded("GPUDirect Storage", check_gds)
         if build:
             yield from build_extensions(progress)
         yield from _guarded("compiler", check_compiler)
         yield from _guarded("extensions", check_extensions)
-        yield from _guarded("asynchronous I/O", check_aio)
+        yield from _guarded("I/O backends", check_io_backends)
     yield from check_transformer_engine()
     yield from check_apex()
     if not broken:

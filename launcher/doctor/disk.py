@@ -6,8 +6,7 @@ from pathlib import Path
 from narrowgauge.offload import OffloadError
 from narrowgauge.offload.backends.probe import Speed, measure
 from narrowgauge.offload.backends.threads import ThreadsBackend
-from narrowgauge.offload.options import to_folders
-from narrowgauge.offload.storage.slab import available_bytes
+from narrowgauge.offload.storage.filesystem import available_bytes, to_folders
 
 from .finding import Finding, first_line, gibibytes
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch.utils.cpp_extension import get_cxx_compiler
 
 from narrowgauge.engine.backends.deepspeed.extensions import ensure_extensions, uncompiled_extensions
-from narrowgauge.offload.backends import aio
+from narrowgauge.offload.backends import BACKENDS
 from narrowgauge.offload.backends.deepspeed_build import build_folder, outdated, remove_stale_locks, stale_locks
 
 from .finding import Finding, first_line
@@ -27,7 +27,7 @@ def build_extensions(progress: Console) -> list[Finding]:
     """Remove what killed builds left and compile what runs load; errors, if any."""
     try:
         remove_stale_locks(_root(), partial(progress.print, highlight=False))
-        ensure_extensions(console=progress, aio=aio.can_build())
+        ensure_extensions(console=progress, aio=not any(backend.unbuildable_because() for backend in BACKENDS.values()))
     except Exception as error:
         # Compilers and loaders fail in many ways.
         return [Finding("error", "build", first_line(error), f"{_BUILD} shows all of the compiler's messages")]
@@ -82,16 +82,21 @@ def check_extensions() -> list[Finding]:
     return found or [Finding("ok", "extensions", f"what runs load is compiled for torch {torch.__version__}")]
 
 
-def check_aio() -> list[Finding]:
-    """DeepSpeed's asynchronous I/O, one of the backends of activation offload."""
-    subject = "asynchronous I/O"
-    if aio.is_built():
-        return [Finding("ok", subject, "compiled")]
-    if aio.can_build():
-        return [Finding("warning", subject, "not compiled; activation offload uses threads", f"{_BUILD} --aio")]
-    header = install_packages("libaio-devel" if shutil.which("apt-get") is None else "libaio-dev")
-    text = "libaio and its header are not installed; activation offload uses threads"
-    return [Finding("warning", subject, text, f"{header} && {_BUILD} --aio")]
+def check_io_backends() -> list[Finding]:
+    """Which ways of moving bytes activation offload can choose from; threads always work."""
+    found = []
+    for backend in BACKENDS.values():
+        reason = backend.unavailable_because()
+        if reason is None:
+            found.append(Finding("ok", backend.title, "works"))
+        elif backend.needs_build:
+            text = backend.unbuildable_because() or "not compiled"
+            found.append(
+                Finding("warning", backend.title, f"{text}; activation offload uses threads", f"{_BUILD} --aio")
+            )
+        else:
+            found.append(Finding("ok", backend.title, f"not used: {reason}"))
+    return found
 
 
 def _root() -> Path:

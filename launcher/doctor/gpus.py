@@ -1,4 +1,4 @@
-"""GPUs, their driver, NCCL, and GPUDirect Storage."""
+"""GPUs, their driver and NCCL."""
 
 import shutil
 import subprocess
@@ -7,8 +7,6 @@ from importlib.metadata import version
 
 import torch.cuda.nccl
 import torch.distributed
-
-from narrowgauge.offload.backends import gds
 
 from .finding import Finding, first_line, gibibytes
 from .packages import pip
@@ -85,9 +83,3 @@ def _try(number: int) -> Finding | None:
     except Exception as error:
         return Finding("error", f"GPU {number}", first_line(error), _GET_TORCH)
     return None
-
-
-def check_gds() -> list[Finding]:
-    """Whether activation offload can move bytes between GPU and disk directly; not needed."""
-    reason = gds.unavailable_because()
-    return [Finding("ok", "GPUDirect Storage", "works" if reason is None else f"not used: {reason}")]

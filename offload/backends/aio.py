@@ -4,7 +4,7 @@ As of DeepSpeed 0.19.8 it reports a failed write as a success, ends the process 
 nothing pending, and drops the end of a length that is not a multiple of 512. So every call here is one blocking
 transfer of whole blocks within a file whose length is known, a lane has its own handle, and the caller's checksums
 decide whether the bytes arrived. The first write of a process logs a warning from C++ inside ``std::call_once``, with
-the interpreter's lock held by whoever waits for that: two threads' first writes can stop each other for ever, so the
+the interpreter's lock held by whoever waits for that: two threads' first writes can stop each other forever, so the
 first one is done alone.
 """
 
@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from ..errors import OffloadError
+from .base import Backend
 from .deepspeed_build import build_extension, import_compiled, is_compiled
+from .registry import register
 
 _BLOCK_BYTES = 1 << 20
 _QUEUE_DEPTH = 32
@@ -53,18 +55,8 @@ def _comes_with(package: Path) -> bool:
     return any(package.glob("ops/aio/async_io_op*.so"))
 
 
-def can_build() -> bool:
-    """Whether a compiler would find libaio and its header."""
-    return bool(_builder().is_compatible(verbose=False))
-
-
-def build(announce: Callable[[str], None]) -> None:
-    """Compile the extension if need be; see :func:`~.extension.build_extension`."""
-    build_extension(_builder(), needs=_EXTENSIONS[:1], is_current=is_built, announce=announce)
-
-
 def _builder() -> Any:
-    """DeepSpeed's builder for this machine's accelerator; another one's flags would compile everything anew."""
+    """DeepSpeed's builder for this machine's accelerator; another one's flags would compile everything again."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator: Any = get_accelerator()
@@ -93,12 +85,33 @@ def _load() -> Any:
     return loaded["async_io"]
 
 
-class AioBackend:
+@register
+class AioBackend(Backend):
     """One handle a lane; moves page-locked buffers only, others it would copy."""
 
     name = "aio"
-    writes_in_place = False
-    moves_device_memory = False
+    title = "asynchronous I/O"
+    needs_build = True
+
+    @classmethod
+    def unavailable_because(cls) -> str | None:
+        if is_built():
+            return None
+        return "DeepSpeed is not installed" if _deepspeed() is None else "not compiled (narrowgauge build --aio)"
+
+    @classmethod
+    def unbuildable_because(cls) -> str | None:
+        if _deepspeed() is None:
+            return "DeepSpeed is not installed"
+        if is_built() or _builder().is_compatible(verbose=False):
+            return None
+        return "libaio and its header are not installed (apt-get install libaio-dev)"
+
+    @classmethod
+    def build(cls, announce: Callable[[str], None]) -> list[str]:
+        """Compile DeepSpeed's extension if need be; see :func:`~.deepspeed_build.build_extension`."""
+        build_extension(_builder(), needs=_EXTENSIONS[:1], is_current=is_built, announce=announce)
+        return [_EXTENSIONS[1]]
 
     def __init__(self) -> None:
         """Load the extension.
@@ -112,7 +125,7 @@ class AioBackend:
         if _lockable() < _LEAST_LOCKABLE:
             raise OffloadError(
                 f"backend: aio locks its buffers in memory, and this user may lock {_lockable():,} bytes (ulimit -l);"
-                f" at least {_LEAST_LOCKABLE:,} are needed"
+                f" expected at least {_LEAST_LOCKABLE:,}"
             )
         self._module: Any = _load()
         self._allocator = self._new_handle()
@@ -171,4 +184,4 @@ class AioLane:
 def _check_range(fd: int, offset: int, buffer: Tensor) -> None:
     size = os.fstat(fd).st_size
     if offset + buffer.nbytes > size:
-        raise OSError(errno.EIO, f"the file has {size} bytes, {offset + buffer.nbytes} are needed")
+        raise OSError(errno.EIO, f"expected a file of at least {offset + buffer.nbytes} bytes, got {size}")

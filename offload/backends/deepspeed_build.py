@@ -1,7 +1,7 @@
 """DeepSpeed's compiled extensions: built by one process of the machine at a time, or loaded as they are.
 
 DeepSpeed compiles what it lacks when it is loaded, on every rank at once, and a build that was killed leaves a lock
-file on which the next run waits for ever. Here one process builds while the others wait for it, and stale locks are
+file on which the next run waits forever. Here one process builds while the others wait for it, and stale locks are
 removed.
 """
 

@@ -12,23 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def unavailable_because() -> str | None:
-    """Why GPUDirect Storage cannot be used here; None where it can."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    try:
-        driver: Any = import_module("kvikio.cufile_driver")
-        defaults: Any = import_module("kvikio.defaults")
-    except ImportError:
-        return "kvikio is not installed (pip install narrowgauge[gds])"
-    if not driver.get("is_gds_available"):
-        return "cuFile finds no GPUDirect Storage driver (nvidia-fs)"
-    if defaults.is_compat_mode_preferred():
-        return "kvikio is in compatibility mode"
-    if _cufile_allows_compatibility_mode():
-        return "cuFile's compatibility mode is on (properties.allow_compat_mode in cufile.json)"
-    return None
+from .base import Backend
+from .registry import register
 
 
 def _cufile_allows_compatibility_mode() -> bool:
@@ -46,27 +31,41 @@ def _cufile_allows_compatibility_mode() -> bool:
         return True
 
 
-class GdsBackend:
+@register
+class GdsBackend(Backend):
     """Moves GPU memory; host memory, where a tensor lies there, as threads do."""
 
     name = "gds"
+    title = "GPUDirect Storage"
     writes_in_place = True
     moves_device_memory = True
 
     def __init__(self) -> None:
         """Raises ``OSError`` where GPUDirect Storage is not available."""
-        reason = unavailable_because()
+        reason = self.unavailable_because()
         if reason is not None:
-            raise OSError(f"GPUDirect Storage: {reason}")
+            raise OSError(f"{self.title}: {reason}")
+
+    @classmethod
+    def unavailable_because(cls) -> str | None:
+        """Why GPUDirect Storage cannot be used here; None where it can."""
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        try:
+            driver: Any = import_module("kvikio.cufile_driver")
+            defaults: Any = import_module("kvikio.defaults")
+        except ImportError:
+            return "kvikio is not installed (pip install narrowgauge[gds])"
+        if not driver.get("is_gds_available"):
+            return "cuFile finds no GPUDirect Storage driver (nvidia-fs)"
+        if defaults.is_compat_mode_preferred():
+            return "kvikio is in compatibility mode"
+        if _cufile_allows_compatibility_mode():
+            return "cuFile's compatibility mode is on (properties.allow_compat_mode in cufile.json)"
+        return None
 
     def lane(self) -> "GdsLane":
         return GdsLane()
-
-    def new_buffer(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-
-    def free_buffer(self, buffer: Tensor) -> None:
-        pass
 
 
 class GdsLane:

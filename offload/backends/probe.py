@@ -5,16 +5,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import OffloadIOError
-from ..storage.slab import SlabFile, available_bytes, round_up
-
-if TYPE_CHECKING:
-    from .base import IOBackend
+from ..storage.filesystem import available_bytes
+from ..storage.slab import SlabFile, round_up
+from .base import IOBackend
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Speed:
 
 
 def measure(
-    backend: "IOBackend",
+    backend: IOBackend,
     folder: Path,
     *,
     block_bytes: int = 4 << 20,
@@ -64,7 +62,7 @@ def measure(
     finally:
         for worker in workers:
             worker.close()
-        # Somebody may have lost patience with a disk that does not answer.
+        # After a pass that timed out, a thread may still be in a transfer.
         slab.close(in_use=any(worker.is_moving for worker in workers))
     return Speed(*(blocks * block_bytes / each for each in seconds[1:]))
 
@@ -91,7 +89,7 @@ def _pass(workers: "Sequence[_Worker]", timeout: float, *, write: bool, source: 
 
 
 class _Worker:
-    def __init__(self, backend: "IOBackend", slab: SlabFile, places: range, block_bytes: int) -> None:
+    def __init__(self, backend: IOBackend, slab: SlabFile, places: range, block_bytes: int) -> None:
         self._backend, self._slab, self._places, self._lane = backend, slab, places, backend.lane()
         self._buffer = backend.new_buffer(block_bytes).random_()
         self.folder, self.is_moving = slab.folder, False

@@ -1,37 +1,26 @@
 """``pwritev`` and ``preadv`` from Python threads: needs no compiler and no library."""
 
 import errno
-import mmap
 import os
-from contextlib import suppress
 
-import torch
 from torch import Tensor
+
+from .base import Backend
+from .registry import register
 
 _LARGEST_CALL = 1 << 30
 
 
-class ThreadsBackend:
+@register
+class ThreadsBackend(Backend):
     """Blocking system calls, one at a time per lane."""
 
     name = "threads"
+    title = "threads"
     writes_in_place = True
-    moves_device_memory = False
 
     def lane(self) -> "ThreadsLane":
         return ThreadsLane()
-
-    def new_buffer(self, nbytes: int) -> Tensor:
-        if torch.cuda.is_available():
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        memory = mmap.mmap(-1, nbytes)
-        with suppress(OSError):
-            # Pinning pages for direct I/O costs much less if they are few.
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=torch.uint8)
-
-    def free_buffer(self, buffer: Tensor) -> None:
-        pass
 
 
 class ThreadsLane:

@@ -57,14 +57,19 @@ class ForwardGraph:
             return Plain(tensor)
         known = getattr(storage, "_narrowgauge_record", None)
         record = known() if known is not None else None
-        if record is None or record.graph is not self or record.base() is not base or record.version != tensor._version:
+        if record is None or not self._has(record) or record.base() is not base or record.version != tensor._version:
             record = self._new_record(tensor, base, storage)
             storage._narrowgauge_record = weakref.ref(record)  # pyright: ignore[reportAttributeAccessIssue]
         return Handle(record, tensor)
 
+    def _has(self, record: Record) -> bool:
+        """Whether it is one of this forward's, not of another that saved the same storage."""
+        return record.index < len(self._records) and self._records[record.index]() is record
+
     def _new_record(self, tensor: Tensor, base: Tensor, storage: Any) -> Record:
-        self._transport.settle()
-        record = Record(self._transport, self, len(self._records), tensor, base, storage)
+        transport = self._transport
+        transport.settle()
+        record = Record(tensor, base, index=len(self._records), fetch=transport.fetch, counters=transport.counters)
         self._records.append(weakref.ref(record))
         marked = not self._only_marked or hasattr(storage, "_narrowgauge_layer_input")
         if marked and record.nbytes >= self._min_bytes:
@@ -78,13 +83,18 @@ class ForwardGraph:
 
     def unpack(self, packed: Handle | Plain) -> Tensor:
         """The saved-tensor hook of backward."""
-        if isinstance(packed, Handle):
-            self._transport.settle()
-            record = packed.record
-            if record.slot is not None and record.slot not in self._unpacked_at:
-                self._unpacked_at[record.slot] = time.perf_counter() - self.stall
-            self._prefetch(record)
-        return packed.unpack()
+        if isinstance(packed, Plain):
+            return packed.unpack()
+        self._transport.settle()
+        record = packed.record
+        if record.slot is not None and record.slot not in self._unpacked_at:
+            self._unpacked_at[record.slot] = time.perf_counter() - self.stall
+        self._prefetch(record)
+        try:
+            return packed.unpack()
+        finally:
+            self.stall += record.waited
+            record.waited = 0.0
 
     def _prefetch(self, record: Record) -> None:
         """Read what comes next, backwards from ``record``, as far as the buffers reach."""
@@ -97,6 +107,11 @@ class ForwardGraph:
             if before is not None and not self._transport.prefetch(before):
                 break
             self._cursor -= 1
+
+    def living_records(self) -> list[Record]:
+        """Those that autograd still holds, in the order of saving."""
+        found = [reference() for reference in self._records]
+        return [record for record in found if record is not None]
 
     @property
     def first_size(self) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..errors import OffloadError, OffloadSpaceError
 from .deaths import Deaths
+from .filesystem import available_bytes
 from .ranges import FreeRanges
 
 ALIGNMENT = 4096
@@ -42,6 +43,11 @@ class Extent:
     def path(self) -> Path:
         """The folder the slab lies in."""
         return self._slab.folder
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"{self.path} (byte {self.offset:,} of the slab)"
 
 
 class SlabFile:
@@ -72,7 +78,7 @@ class SlabFile:
         # Not by its name: the folder may have been removed since.
         available = available_bytes(self.fd)
         if missing > available:
-            raise OffloadSpaceError(f"{self.folder}: {available:,} bytes are free, {missing:,} more are needed")
+            raise OffloadSpaceError(f"{self.folder}: expected {missing:,} more bytes free, got {available:,}")
         try:
             os.ftruncate(self.fd, capacity)
             if capacity:
@@ -99,8 +105,13 @@ class SlabFile:
         return extent
 
     def used(self) -> int:
+        """Bytes in extents that are alive."""
+        return self.capacity - sum(length for _, length in self.free_ranges())
+
+    def free_ranges(self) -> list[tuple[int, int]]:
+        """Offsets and lengths of what is free, in order; no two of them touch."""
         self._deaths.settle()
-        return self.capacity - self._free.nbytes
+        return list(self._free.ranges)
 
     def close(self, *, in_use: bool = False) -> None:
         """Give the space back.
@@ -143,8 +154,12 @@ class SlabStore:
 
     def used(self) -> int:
         """Bytes in extents that are alive."""
+        return sum(self.used_by_file())
+
+    def used_by_file(self) -> list[int]:
+        """The same for each of the files."""
         with self._lock:
-            return sum(file.used() for file in self.files)
+            return [file.used() for file in self.files]
 
     def allocate(self, nbytes: int) -> Extent | None:
         """An extent of at least ``nbytes`` on the next file that has room; None if all are full."""
@@ -182,12 +197,6 @@ class SlabStore:
         """See :meth:`SlabFile.close`."""
         for file in self.files:
             file.close(in_use=in_use)
-
-
-def available_bytes(folder: Path | int) -> int:
-    """Free bytes of the filesystem that an ordinary user may take."""
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
 
 
 def _open_nameless(folder: Path) -> tuple[int, bool]:

@@ -51,29 +51,6 @@ class Transfer:
         return self._done.wait(timeout)
 
 
-class BandwidthMeter:
-    """Bytes moved in one direction, and the time in which at least one lane was moving them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._active, self._since = 0, 0.0
-        self.bytes, self.seconds = 0, 0.0
-
-    def begin(self) -> None:
-        with self._lock:
-            if self._active == 0:
-                self._since = time.perf_counter()
-            self._active += 1
-
-    def end(self, nbytes: int) -> None:
-        with self._lock:
-            now = time.perf_counter()
-            self.seconds += now - self._since
-            self._since = now
-            self._active -= 1
-            self.bytes += nbytes
-
-
 class Lanes:
     """Worker threads over two queues."""
 
@@ -88,10 +65,11 @@ class Lanes:
         self._writes: deque[Transfer] = deque()
         self._tokens, self._returns = tokens, returns
         self._threads: list[threading.Thread] = []
+        self._at_work = [False] * count
         try:
             for number in range(count):
                 thread = threading.Thread(
-                    target=self._run, args=(backend.lane(),), name=f"narrowgauge-offload-{number}", daemon=True
+                    target=self._run, args=(backend.lane(), number), name=f"narrowgauge-offload-{number}", daemon=True
                 )
                 thread.start()
                 self._threads.append(thread)
@@ -142,10 +120,22 @@ class Lanes:
             self._exit.detach()
         return ended
 
-    def _run(self, lane: Lane) -> None:
+    @property
+    def alive(self) -> int:
+        """Threads that have not ended."""
+        return sum(thread.is_alive() for thread in self._threads)
+
+    @property
+    def busy(self) -> int:
+        """Threads that look for transfers or carry them out; what the others did is given up."""
+        return sum(self._at_work)
+
+    def _run(self, lane: Lane, number: int) -> None:
         while self._tokens.get():
+            self._at_work[number] = True
             while self._do_one(self._reads, lane) or self._do_one(self._writes, lane):
                 pass
+            self._at_work[number] = False
         lane.close()
 
     def _do_one(self, queue: deque[Transfer], lane: Lane) -> bool:

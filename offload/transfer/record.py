@@ -1,19 +1,17 @@
 """One saved storage: where its bytes are, and how backward gets them."""
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
 
-from ..stats import Level
+from ..storage.level import Level
 from ..storage.slab import Extent
+from .buffers import Lent
+from .counters import Counters
 from .lanes import Transfer
-
-if TYPE_CHECKING:
-    from ..saving.graph import ForwardGraph
-    from .buffers import Lent
-    from .transport import Transport
 
 
 class Footprint:
@@ -43,6 +41,7 @@ class Record:
     ``extent`` on disk, or in several of these. Lanes write fields in an order in which at least one is always set.
 
     Attributes:
+        fetch: gets the bytes, wherever they are.
         nbytes: of the storage.
         base: weak; the tensor whose version counter ``version`` was read from. A storage may have several counters.
         version: the counter at saving.
@@ -53,18 +52,20 @@ class Record:
         extent, delta, checksum: the bytes on disk: ``nbytes`` of them, from byte ``delta`` of the extent on.
         slot: number among the tensors that may be offloaded; None for the others.
         pinned: a write that is under way must not give the memory up, backward is close.
+        waited: seconds for which backward waited for it.
     """
 
     __slots__ = (
         "__weakref__",
+        "_counters",
         "_version_probe",
         "base",
         "checksum",
         "delta",
         "device",
         "extent",
+        "fetch",
         "footprint",
-        "graph",
         "handles",
         "host",
         "index",
@@ -76,17 +77,30 @@ class Record:
         "slot",
         "storage",
         "storage_ref",
-        "transport",
         "unpacked",
         "version",
+        "waited",
         "whole",
         "write_transfer",
     )
 
     def __init__(
-        self, transport: "Transport", graph: "ForwardGraph", index: int, tensor: Tensor, base: Tensor, storage: Any
+        self,
+        tensor: Tensor,
+        base: Tensor,
+        *,
+        index: int,
+        fetch: "Callable[[Record], UntypedStorage]",
+        counters: Counters,
     ) -> None:
-        self.transport, self.graph, self.index = transport, graph, index
+        """
+        Args:
+            tensor: what is saved.
+            base: of which it is a view, or itself.
+            index: number among the records of one forward.
+        """
+        storage: Any = tensor.untyped_storage()
+        self.fetch, self._counters, self.index = fetch, counters, index
         self.device, self.nbytes = tensor.device, storage.nbytes()
         self.base, self.version = weakref.ref(base), tensor._version
         self.whole = base.numel() * base.element_size() == self.nbytes
@@ -103,11 +117,12 @@ class Record:
         self.ready: torch.cuda.Event | None = None
         self.pinned = False
         self.handles = self.unpacked = self.load = 0
+        self.waited = 0.0
         self.slot: int | None = None
         self.footprint = Footprint()
-        self.footprint.add(transport.saved, self.nbytes)
-        self.footprint.add(transport.resident, self.nbytes)
-        transport.deaths.watch(self, self.footprint.remove_all)
+        self.footprint.add(counters.saved, self.nbytes)
+        self.footprint.add(counters.resident, self.nbytes)
+        counters.deaths.watch(self, self.footprint.remove_all)
 
     @property
     def changed(self) -> bool:
@@ -118,6 +133,11 @@ class Record:
     def current_version(self) -> int:
         return self._version_probe._version
 
+    @property
+    def place(self) -> str:
+        """Where the bytes are on disk, for messages."""
+        return self.extent.place if self.extent is not None else "activation offload"
+
     def in_memory(self) -> UntypedStorage | None:
         """A storage that has the bytes now, without waiting."""
         return self.storage or self.storage_ref()
@@ -125,7 +145,7 @@ class Record:
     def give_up_storage(self) -> None:
         """Let go of the forward's memory, or of what was read back."""
         self.storage = None
-        self.footprint.remove(self.transport.resident)
+        self.footprint.remove(self._counters.resident)
 
     def take_storage(self, storage: UntypedStorage) -> None:
         """Hold memory that was read back."""
@@ -140,7 +160,7 @@ class Record:
         if self.write_transfer is None or self.pinned:
             return
         self.pinned = True
-        self.transport.forwarded += self.nbytes
+        self._counters.forwarded += self.nbytes
         if self.write_transfer.claim():
             self.write_transfer.finish()
 
@@ -163,18 +183,18 @@ class Handle:
 
         Raises:
             RuntimeError: it was changed in place since, as autograd says it.
-            OffloadError: its bytes cannot be had.
+            OffloadError: its bytes are unavailable.
         """
         record = self.record
         if record.changed:
             raise_changed(self.dtype, record.device, self.shape, record.current_version, record.version)
         original = self.original()
         if original is not None and original.untyped_storage() is record.in_memory():
-            # Somebody holds it. As without hooks: a tensor of our own over its memory could become a gradient.
+            # Somebody holds it. As without hooks: another tensor over its memory could become a gradient.
             if record.load == 0:
                 record.call_off_write()
             return original
-        storage = record.transport.fetch(record)
+        storage = record.fetch(record)
         if torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
             # What backward gets may become a gradient that is added to, and the bytes will be asked for again.
             storage = storage.clone()
@@ -190,12 +210,12 @@ class Handle:
 
 
 class Plain:
-    """What autograd holds for a tensor that is left where it is: a parameter, or one we do not handle."""
+    """What autograd holds for a tensor that is left where it is: a parameter, or one that cannot be offloaded."""
 
     __slots__ = ("tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
-        # An operation's own output would keep its graph alive for ever.
+        # An operation's own output would keep its graph alive forever.
         self.tensor = tensor if tensor.is_leaf else tensor.detach()
         self.version = tensor._version
 

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from narrowgauge.offload import ActivationOffload
 from narrowgauge.offload.backends import Lane
 from narrowgauge.offload.backends.threads import ThreadsBackend
-from narrowgauge.offload.storage.slab import Extent
-from narrowgauge.offload.transfer.record import Record
+from narrowgauge.offload.debug_state import StoredTensor
 from tests.support.command import ROOT, environment
 from tests.support.models import Block
 
@@ -308,7 +307,7 @@ class Twin:
     def step(self, *, settled: bool = False, before_backward: Callable[[], Any] | None = None) -> None:
         """Both do a step; their gradients are the same bits."""
         found = self.run.step(settled=settled, before_backward=before_backward)
-        self._compare(found)
+        self.compare(found)
 
     def step_fails(
         self,
@@ -331,7 +330,7 @@ class Twin:
         # Autograd's queue of this thread keeps nodes of the failed backward until the next one comes.
         torch.zeros((), requires_grad=True).mul(1).backward()
 
-    def _compare(self, found: list[Tensor]) -> None:
+    def compare(self, found: list[Tensor]) -> None:
         for number, (one, other) in enumerate(zip(found, self.reference.step(), strict=True)):
             check(torch.equal(one, other), f"gradient {number} of step {self.reference.at} differs")
 
@@ -339,24 +338,13 @@ class Twin:
 # Looking at the insides.
 
 
-def records_of(offload: ActivationOffload) -> list[Record]:
-    """Records of the latest forward that are alive."""
-    found = [reference() for reference in offload._graphs[-1]._records]
-    return [record for record in found if record is not None]
-
-
 def settle(offload: ActivationOffload, seconds: float = 20.0) -> None:
-    """Wait until each write of the latest forward is done."""
-    transfers = [record.write_transfer for record in records_of(offload)]
+    """Wait until each write of the latest forwards is done."""
     deadline = time.monotonic() + seconds
-    for transfer in transfers:
-        if transfer is not None and not transfer.wait(max(0.0, deadline - time.monotonic())):
+    while offload.debug_state().writes_pending:
+        if time.monotonic() > deadline:
             raise TimeoutError("a write is not done")
-
-
-def on_disk_only(offload: ActivationOffload) -> list[Record]:
-    """Records whose bytes are nowhere but in the slab."""
-    return [r for r in records_of(offload) if r.extent is not None and r.in_memory() is None and r.host is None]
+        time.sleep(0.0005)
 
 
 def through_page_cache(fd: int) -> int:
@@ -364,12 +352,12 @@ def through_page_cache(fd: int) -> int:
     return os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
 
 
-def flip_bit(extent: Extent, byte: int) -> None:
-    """In the slab, beneath everything."""
-    fd = through_page_cache(extent.fd)
+def flip_bit(stored: StoredTensor, byte: int) -> None:
+    """Of a tensor's bytes in the slab, or of those around them, beneath everything."""
+    fd = through_page_cache(stored.fd)
     try:
-        value = os.pread(fd, 1, extent.offset + byte)[0]
-        os.pwrite(fd, bytes([value ^ 0x10]), extent.offset + byte)
+        value = os.pread(fd, 1, stored.offset + byte)[0]
+        os.pwrite(fd, bytes([value ^ 0x10]), stored.offset + byte)
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -567,14 +555,13 @@ def read_truncated(folder: str, backend: str, flip: bool) -> None:
     twin.step(settled=True)
 
     def spoil() -> None:
-        victims = on_disk_only(offload)
-        assert victims
+        state = offload.debug_state()
+        assert state.stored
         if flip:
-            for victim in victims:
-                assert victim.extent is not None
-                flip_bit(victim.extent, victim.delta)
+            for victim in state.stored:
+                flip_bit(victim, 0)
         else:
-            os.ftruncate(offload._transport.store.files[0].fd, 4096)
+            os.ftruncate(state.slabs[0].fd, 4096)
 
     try:
         twin.run.step(settled=True, before_backward=spoil)
@@ -582,7 +569,7 @@ def read_truncated(folder: str, backend: str, flip: bool) -> None:
     except Exception as error:
         say(f"{type(error).__name__}: {error}")
     twin.run.give_up()
-    os.ftruncate(offload._transport.store.files[0].fd, 16 << 20)
+    os.ftruncate(offload.debug_state().slabs[0].fd, 16 << 20)
     twin.step(settled=True)
     offload.close()
     say("closed")
@@ -620,9 +607,8 @@ def train_on_rank(folder: str, rank: int, port: int, failing_rank: int, wrapped:
             loss = loss_of(model, step)
         settle(offload)
         if rank == failing_rank and step == 3:
-            victim = on_disk_only(offload)[len(on_disk_only(offload)) // 2]
-            assert victim.extent is not None
-            flip_bit(victim.extent, victim.delta)
+            stored = offload.debug_state().stored
+            flip_bit(stored[len(stored) // 2], 0)
         loss.backward()
         if not wrapped:
             for parameter in plain.parameters():

@@ -1,7 +1,6 @@
 """Running a computation with and without offload, and waiting for what the lanes do in the background."""
 
 import gc
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,19 +29,21 @@ class GatedBackend(ThreadsBackend):
     """Threads whose writes wait for a gate: a write that is not done yet, for as long as a test needs it."""
 
     def __init__(self) -> None:
-        self.gate = Event()
+        self.gate, self.begun = Event(), Event()
         self.gate.set()
 
     def lane(self) -> "GatedLane":
-        return GatedLane(self.gate)
+        return GatedLane(self)
 
 
 class GatedLane(ThreadsLane):
-    def __init__(self, gate: Event) -> None:
-        self._gate = gate
+    def __init__(self, backend: GatedBackend) -> None:
+        self._backend = backend
 
     def write(self, fd: int, offset: int, buffer: Tensor) -> None:
-        self._gate.wait()
+        if not self._backend.gate.is_set():
+            self._backend.begun.set()
+        self._backend.gate.wait()
         super().write(fd, offset, buffer)
 
 
@@ -56,28 +57,18 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 def settle(offload: ActivationOffload) -> None:
     """Wait until no write is queued or under way, so that backward has to read."""
-    records = [reference() for graph in offload._graphs for reference in graph._records]
-    transfers = [record.write_transfer for record in records if record is not None]
-    del records
-    wait_until(lambda: all(t is None or t.is_done for t in transfers), "a write is not done")
+    wait_until(lambda: offload.debug_state().writes_pending == 0, "a write is not done")
 
 
 def rest(offload: ActivationOffload) -> None:
     """Wait until no lane is at work: what one works on is still held, and counted, although autograd let go of it."""
-    lanes = {thread.ident for thread in offload._transport._lanes._threads}
-
-    def at_rest() -> bool:
-        frames = sys._current_frames()
-        return all(frames[lane].f_code.co_name == "_run" for lane in lanes if lane in frames)
-
-    wait_until(at_rest, "a lane is at work")
+    wait_until(lambda: offload.debug_state().lanes_busy == 0, "a lane is at work")
 
 
 def level(offload: ActivationOffload) -> tuple[int, int, int]:
     """What there is of anything that must come back to 0."""
-    transport = offload._transport
-    transport.settle()
-    return transport.store.used(), transport.saved.now, transport.resident.now
+    state = offload.debug_state()
+    return state.slab_bytes, state.saved, state.resident
 
 
 def assert_nothing_left(offload: ActivationOffload) -> None:

@@ -25,7 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from narrowgauge.offload import ActivationOffload, activation_offload
+from narrowgauge.offload import ActivationOffload
 from narrowgauge.offload.backends import choice
 from narrowgauge.offload.backends.probe import measure
 from narrowgauge.offload.backends.threads import ThreadsBackend, ThreadsLane
@@ -48,8 +48,7 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (activation_offload, choice):
-        monkeypatch.setattr(module, "measure", partial(measure, total_bytes=8 << 20))
+    monkeypatch.setattr(choice, "measure", partial(measure, total_bytes=8 << 20))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
 from rich.console import Console
 
-from narrowgauge.offload.backends import aio as aio_backend
+from narrowgauge.offload.backends import BACKENDS
 from narrowgauge.offload.backends.deepspeed_build import build_extension, is_compiled
 
 from ...config.config import Config
@@ -32,9 +32,9 @@ def ensure_extensions(config: Config | None = None, console: Console | None = No
     for builder in _builders(_of_optimizer(config) if config is not None else []):
         build_extension(builder, announce=partial(_announce, console))
         names.append(builder.name)
-    if aio or (offload is not None and offload.backend == "aio"):
-        aio_backend.build(partial(_announce, console))
-        names.append("async_io")
+    for name, backend in BACKENDS.items():
+        if (aio and backend.needs_build) or (offload is not None and offload.backend == name):
+            names += backend.build(partial(_announce, console))
     return names
 
 

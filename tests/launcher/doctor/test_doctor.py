@@ -63,6 +63,7 @@ def test_this_machine(tmp_path: Path) -> None:
         assert of(findings, subject)
     for subject in (
         "asynchronous I/O",
+        "threads",
         "apex",
         "free space",
         "/dev/shm",  # noqa: S108

@@ -72,6 +72,7 @@ def test_interrupt_while_closing_gives_the_space_back(tmp_path: Path) -> None:
     x = torch.randn(10_000, requires_grad=True)
     with offload:
         y = x.exp().sin().sum()
+    assert backend.begun.wait(20)
     # A signal proper: it wakes a thread that waits.
     timer = threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
     timer.start()
@@ -79,8 +80,8 @@ def test_interrupt_while_closing_gives_the_space_back(tmp_path: Path) -> None:
         offload.close()
     assert offload.stats().capacity == 64 << 20
     # The number of the descriptor stays taken: a write is still to come. It does not lead to the slab any more.
-    (file,) = offload._transport.store.files
-    assert file.fd == -1
+    (slab,) = offload.debug_state().slabs
+    assert slab.fd == -1
     backend.gate.set()
     del y, offload
     gc.collect()

@@ -13,7 +13,8 @@ import pytest
 
 from narrowgauge.offload import OffloadError, OffloadSpaceError
 from narrowgauge.offload.storage import slab as slab_module
-from narrowgauge.offload.storage.slab import ALIGNMENT, Extent, SlabFile, SlabStore, available_bytes, round_up
+from narrowgauge.offload.storage.filesystem import available_bytes
+from narrowgauge.offload.storage.slab import ALIGNMENT, Extent, SlabFile, SlabStore, round_up
 from tests.offload.faults import open_descriptors
 
 MiB = 1 << 20
@@ -39,7 +40,7 @@ def without_tmpfile(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def assert_consistent(slab: SlabFile, alive: list[Extent]) -> None:
     """Extents and free ranges cover the slab once, in whole blocks, and no two free ranges touch."""
     assert slab.used() == sum(extent.nbytes for extent in alive)
-    free = list(slab._free.ranges)
+    free = slab.free_ranges()
     ranges = sorted([(extent.offset, extent.nbytes) for extent in alive] + free)
     end = 0
     for offset, nbytes in ranges:
@@ -72,7 +73,7 @@ def test_extents_never_overlap(tmp_path: Path, seed: int) -> None:
     assert refused
     alive.clear()
     assert slab.used() == 0
-    assert slab._free.ranges == [(0, MiB)]
+    assert slab.free_ranges() == [(0, MiB)]
     slab.close()
 
 
