@@ -141,7 +141,7 @@ def test_evaluation_stores_nothing_and_destroy_closes(one_rank: RankPool, tmp_pa
     [
         ({"path": "/nowhere"}, "activation_offload.path: /nowhere: no such folder"),
         ({"path": "/proc/self/status"}, "activation_offload.path: /proc/self/status: not a folder"),
-        ({"path": "{tmp}", "capacity_bytes": 1 << 60}, "bytes are free"),
+        ({"path": "{tmp}", "capacity_bytes": 1 << 60}, "more bytes free, got"),
         ({"path": "{tmp}", "backend": "gds"}, "activation_offload: backend: gds cannot be used"),
         ({}, "activation_offload.path: this key is needed"),
         ({"path": "{tmp}", "keep_resident": 1.5}, "activation_offload.keep_resident"),
