@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from narrowgauge.optimizers.sharding.shards import Shard
@@ -17,13 +18,14 @@ from ...errors import UserError
 from .privates import fragment_of, groups_and_masters, stage_3_masters_to_model, stage_3_position, whole_shape
 
 
-def local_shards(engine: Any) -> list[Shard]:
+def local_shards(engine: DeepSpeedEngine) -> list[Shard]:
     """This rank's shards of all trainable parameters of a DeepSpeed engine, in a fixed order.
 
     Raises:
         UserError: the engine's optimizer keeps its masters in a form that is not known here.
     """
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    optimizer: Any = engine.optimizer
+    stage = engine.zero_optimization_stage()
     if isinstance(optimizer, torch.optim.Optimizer):
         return [
             Shard(engine.param_names[p], tuple(p.shape), 0, p.numel(), p, 0)
@@ -34,7 +36,7 @@ def local_shards(engine: Any) -> list[Shard]:
     return list(shards(engine))
 
 
-def _groups(engine: Any) -> list[tuple[list[Any], Tensor]]:
+def _groups(engine: DeepSpeedEngine) -> list[tuple[list[Any], Tensor]]:
     """The parameters of each group, or sub-group at stage 3, and the flat tensor that holds this rank's part of them.
 
     Raises:
@@ -47,7 +49,7 @@ def _groups(engine: Any) -> list[tuple[list[Any], Tensor]]:
     return found
 
 
-def _stage_1_2(engine: Any) -> Iterator[Shard]:
+def _stage_1_2(engine: DeepSpeedEngine) -> Iterator[Shard]:
     for parameters, flat in _groups(engine):
         for parameter in parameters:
             mapping = fragment_of(parameter)
@@ -57,7 +59,7 @@ def _stage_1_2(engine: Any) -> Iterator[Shard]:
                 yield Shard(engine.param_names[parameter], shape, low.start, high.numel, flat, high.start)
 
 
-def _stage_3(engine: Any) -> Iterator[Shard]:
+def _stage_3(engine: DeepSpeedEngine) -> Iterator[Shard]:
     optimizer = engine.optimizer
     for parameters, flat in _groups(engine):
         for parameter in parameters:
@@ -71,7 +73,7 @@ def _stage_3(engine: Any) -> Iterator[Shard]:
 class EngineShards:
     """The shards of a DeepSpeed engine at ZeRO stage 1, 2 or 3, for optimizers that work on shards."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: DeepSpeedEngine) -> None:
         self._device = engine.device
         self._shards: dict[int, list[Shard]] = {}
         for shard in local_shards(engine):
@@ -98,9 +100,9 @@ class EngineShards:
 
 
 @torch.no_grad()
-def masters_to_model(engine: Any) -> None:
+def masters_to_model(engine: DeepSpeedEngine) -> None:
     """Make the model's parameters, on all ranks, the rounded copies of the masters. Collective."""
-    optimizer = engine.optimizer
+    optimizer: Any = engine.optimizer
     if isinstance(optimizer, torch.optim.Optimizer):
         return
     if engine.zero_optimization_stage() < 3:

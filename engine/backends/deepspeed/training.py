@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from narrowgauge.offload import ActivationOffload
@@ -28,8 +29,8 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 class DeepSpeedTraining:
     """A ``DeepSpeedEngine``, with one of our optimizers or any other, as the training loop and checkpoints use it."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._engine: Any = engine
         self._traffic = TrafficCounter()
 
     @property
