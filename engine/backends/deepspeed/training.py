@@ -30,41 +30,41 @@ class DeepSpeedTraining:
     """A ``DeepSpeedEngine``, with one of our optimizers or any other, as the training loop and checkpoints use it."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
-        self._engine: Any = engine
+        self._deepspeed: Any = engine
         self._traffic = TrafficCounter()
 
     @property
     def module(self) -> nn.Module:
-        return self._engine.module
+        return self._deepspeed.module
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self._engine.device)
+        return torch.device(self._deepspeed.device)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        return self._engine.basic_optimizer
+        return self._deepspeed.basic_optimizer
 
     @property
     def own_optimizer(self) -> EngineOptimizer | None:
-        return getattr(self._engine, "own_optimizer", None)
+        return getattr(self._deepspeed, "own_optimizer", None)
 
     @property
     def lr_scheduler(self) -> Any:
-        return self._engine.lr_scheduler
+        return self._deepspeed.lr_scheduler
 
     @property
     def data_parallel(self) -> ParallelGroup:
-        group = self._engine.data_parallel_group
-        return ParallelGroup(comm.get_rank(group), self._engine.dp_world_size, group)
+        group = self._deepspeed.data_parallel_group
+        return ParallelGroup(comm.get_rank(group), self._deepspeed.dp_world_size, group)
 
     @property
     def accumulation_steps(self) -> int:
-        return self._engine.gradient_accumulation_steps()
+        return self._deepspeed.gradient_accumulation_steps()
 
     @property
     def activation_offload(self) -> ActivationOffload | None:
-        return getattr(self._engine, "activation_offload", None)
+        return getattr(self._deepspeed, "activation_offload", None)
 
     @property
     def traffic(self) -> TrafficCounter:
@@ -76,7 +76,7 @@ class DeepSpeedTraining:
 
     @property
     def zero_stage(self) -> int:
-        return int(self._engine.zero_optimization_stage())
+        return int(self._deepspeed.zero_optimization_stage())
 
     @property
     def forward_is_collective(self) -> bool:
@@ -87,7 +87,7 @@ class DeepSpeedTraining:
         return self.zero_stage == 0
 
     def train_step(self, batches: Iterator[Tensor], phase: Phase) -> Tensor:
-        engine = self._engine
+        engine = self._deepspeed
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         for _ in range(self.accumulation_steps):
             tokens = next(batches).to(engine.device, non_blocking=True)
@@ -102,7 +102,7 @@ class DeepSpeedTraining:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor) -> Tensor:
-        engine = self._engine
+        engine = self._deepspeed
         tokens = tokens.to(engine.device)
         engine.eval()
         loss = engine(input_ids=tokens, labels=tokens).loss
@@ -110,15 +110,15 @@ class DeepSpeedTraining:
         return loss
 
     def grad_norm(self) -> float | None:
-        norm = self._engine.get_global_grad_norm()
+        norm = self._deepspeed.get_global_grad_norm()
         return float(norm) if norm is not None else None
 
     def shards(self) -> Sequence[Shard]:
-        return local_shards(self._engine)
+        return local_shards(self._deepspeed)
 
     def parameter_groups(self) -> Mapping[str, int]:
-        groups = groups_of(self._engine.optimizer)
-        return {self._engine.param_names[p]: number for number, group in enumerate(groups) for p in group}
+        groups = groups_of(self._deepspeed.optimizer)
+        return {self._deepspeed.param_names[p]: number for number, group in enumerate(groups) for p in group}
 
     def shape_of(self, parameter: Tensor) -> tuple[int, ...]:
         return whole_shape(parameter)
@@ -130,28 +130,28 @@ class DeepSpeedTraining:
         return own_shard(parameter) if is_sharded(parameter) else (parameter.detach(), 0)
 
     def before_save(self) -> None:
-        if hasattr(self._engine, "write_back"):
-            self._engine.write_back()
+        if hasattr(self._deepspeed, "write_back"):
+            self._deepspeed.write_back()
 
     def masters_to_model(self) -> None:
-        masters_to_model(self._engine)
+        masters_to_model(self._deepspeed)
 
     def model_to_masters(self) -> None:
-        if hasattr(self._engine.optimizer, "refresh_fp32_params"):
-            self._engine.optimizer.refresh_fp32_params()
+        if hasattr(self._deepspeed.optimizer, "refresh_fp32_params"):
+            self._deepspeed.optimizer.refresh_fp32_params()
 
     def after_load(self) -> None:
         gather_again(list(self.module.parameters()))
 
     def counters(self) -> dict[str, Any]:
-        counters: dict[str, Any] = {key: getattr(self._engine, key) for key in _COUNTERS}
-        if self._engine.fp16_enabled():
-            scaler = vars(self._engine.optimizer.loss_scaler)
+        counters: dict[str, Any] = {key: getattr(self._deepspeed, key) for key in _COUNTERS}
+        if self._deepspeed.fp16_enabled():
+            scaler = vars(self._deepspeed.optimizer.loss_scaler)
             counters["loss_scaler"] = {k: v for k, v in scaler.items() if isinstance(v, int | float)}
         return counters
 
     def restore_counters(self, values: Mapping[str, Any]) -> None:
-        engine = self._engine
+        engine = self._deepspeed
         for key in _COUNTERS:
             setattr(engine, key, values[key])
         # Where the next step ends is counted from here, and the number of micro-batches in a step may have changed.
@@ -160,7 +160,7 @@ class DeepSpeedTraining:
             vars(engine.optimizer.loss_scaler).update(values.get("loss_scaler", {}))
 
     def memory_layout(self) -> MemoryLayout:
-        engine, stage = self._engine, self.zero_stage
+        engine, stage = self._deepspeed, self.zero_stage
         # ZeRO-3 in fp32 without offload steps its shards themselves.
         has_masters = stage > 0 and (
             stage < 3 or engine.bfloat16_enabled() or engine.fp16_enabled() or bool(engine.optimizer.offload_optimizer)
@@ -168,11 +168,11 @@ class DeepSpeedTraining:
         return MemoryLayout(has_masters=has_masters, num_shares=engine.dp_world_size if stage else 1)
 
     def dense_traffic(self, *, gathered: float) -> tuple[float, float]:
-        size, steps = self._engine.dp_world_size, self.accumulation_steps
+        size, steps = self._deepspeed.dp_world_size, self.accumulation_steps
         parameters = trained_when_dense(self.module)
         element = torch.finfo(parameters[0].dtype).bits // 8
         trainable = element * sum(map(self._numel, parameters))
-        reduced_as = torch.finfo(self._engine.communication_data_type).bits // 8 / element
+        reduced_as = torch.finfo(self._deepspeed.communication_data_type).bits // 8 / element
         if self.zero_stage < 3:
             reduced, dense_gathered = dense_traffic(
                 stage=self.zero_stage, parameter_bytes=trainable, world_size=size, accumulation_steps=steps
