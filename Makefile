@@ -1,13 +1,14 @@
-# make train   set up, then train the quickstart (ARGS=--fresh trains it again in a new folder)
-# make test    set up, then lint, types and tests (TESTS="-m 'not slow'" for the quick ones)
+# make train    set up, then train the quickstart (ARGS=--fresh trains it again in a new folder)
+# make test     set up, then lint, types and every behaviour once
+# make test-all the same with the slow tests, which repeat it in more cases
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?= configs/quickstart.json
 ARGS   ?=
-TESTS  ?=
+PYTEST := $(BIN)/python -m pytest
 
-.PHONY: train test lint
+.PHONY: train lint test test-all
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -33,4 +34,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) -m 'not slow and not processes' --numprocesses 2 --dist worksteal
+	$(PYTEST) -m 'not slow and processes'
+
+test-all: lint
+	$(PYTEST) -m 'not processes' --numprocesses 2 --dist worksteal
+	$(PYTEST) -m processes

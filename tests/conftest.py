@@ -1,4 +1,4 @@
-"""Fixtures: process ranks shared by the session, and a cache of tokenizers and tokens."""
+"""Fixtures: process ranks shared by the session, and a small corpus; marks tests that start processes."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +9,20 @@ import pytest
 from tests.support.ranks import RankPool
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small, and two run side by side
+
+_FOLDER = Path(__file__).parent
+_START_PROCESSES = [
+    _FOLDER / name for name in ("cluster", "engine/ranks", "engine/run", "launcher", "support", "test_docs.py")
+]
+_POOLS = {"one_rank", "two_ranks", "three_ranks"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        uses_pool = _POOLS.intersection(getattr(item, "fixturenames", ()))
+        if uses_pool or any(item.path.is_relative_to(folder) for folder in _START_PROCESSES):
+            item.add_marker(pytest.mark.processes)
 
 
 @pytest.fixture(scope="session")
