@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cases import mark_the_rest_slow
 from tests.support.ranks import RankPool
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,12 +14,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small, and two run si
 
 _FOLDER = Path(__file__).parent
 _START_PROCESSES = [
-    _FOLDER / name for name in ("cluster", "engine/ranks", "engine/run", "launcher", "support", "test_docs.py")
+    _FOLDER / name
+    for name in ("cluster", "engine/ranks", "engine/run", "launcher", "support/test_slow_stage.py", "test_docs.py")
 ]
 _POOLS = {"one_rank", "two_ranks", "three_ranks"}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_rest_slow(items)
     for item in items:
         uses_pool = _POOLS.intersection(getattr(item, "fixturenames", ()))
         if uses_pool or any(item.path.is_relative_to(folder) for folder in _START_PROCESSES):

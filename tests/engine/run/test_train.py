@@ -121,7 +121,7 @@ def test_other_launchers_give_the_same_run(finished: Path, tmp_path: Path, ranks
     assert losses(tmp_path / "run") == pytest.approx(losses(finished / "run"), abs=5e-6)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_every_zero_stage_gives_the_same_run(finished: Path, tmp_path: Path, stage: int) -> None:
     changes = [f"logging.run_dir={tmp_path}/run", f"zero_optimization.stage={stage}"]
     result = run("train", str(finished / "config.json"), *(word for c in changes for word in ("--set", c)), ranks=2)
@@ -129,8 +129,14 @@ def test_every_zero_stage_gives_the_same_run(finished: Path, tmp_path: Path, sta
     assert losses(tmp_path / "run") == pytest.approx(losses(finished / "run"), abs=5e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "dtype"), [("Grass", "bf16"), ("Grass", "fp32"), ("AdamW", "bf16")])
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [
+        ("Grass", "bf16"),
+        pytest.param("Grass", "fp32", marks=pytest.mark.slow),
+        pytest.param("AdamW", "bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_resumes_bit_equal(corpus: Path, tmp_path: Path, optimizer: str, dtype: str) -> None:
     """SIGKILL to everything in the middle of a step; the next start goes on from the last checkpoint."""
     changes: dict[str, Any] = {"bf16": {"enabled": True}} if dtype == "bf16" else {}
@@ -139,9 +145,9 @@ def test_a_killed_run_resumes_bit_equal(corpus: Path, tmp_path: Path, optimizer:
     config = str(tiny_config(corpus, tmp_path, **changes))
     more = [
         "--set",
-        "training.steps=200",
+        "training.steps=100",
         "--set",
-        "training.eval_interval=100",
+        "training.eval_interval=50",
         "--set",
         "training.keep_checkpoints=100",
     ]

@@ -298,7 +298,7 @@ def continue_partitioned(
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", ["channel", "mini"])
+@pytest.mark.parametrize("kind", ["channel", pytest.param("mini", marks=pytest.mark.slow)])
 def test_state_does_not_depend_on_the_cut(two_ranks: RankPool, three_ranks: RankPool, kind: str) -> None:
     """Saved on three ranks between two refreshes, continued on one and on two across the next."""
     options, cuts = KINDS[kind], [0.213, 0.641]
@@ -311,6 +311,7 @@ def test_state_does_not_depend_on_the_cut(two_ranks: RankPool, three_ranks: Rank
             assert float((found[name] - value).norm() / value.norm()) < 1e-12, name
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("kind", ["channel", "mini"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compatible", [False, True])

@@ -203,9 +203,16 @@ def joined(of_ranks: list[Pieces]) -> dict[tuple[str, str], Tensor]:
     return {key: torch.cat([parts[start] for start in sorted(parts)]) for key, parts in pieces.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["Grass", "GaLore"])
-@pytest.mark.parametrize(("saved_at", "loaded_at", "saved_after"), [(1, 1, 7), (1, 3, 7), (3, 1, 7), (1, 0, 5)])
+@pytest.mark.parametrize("kind", ["Grass", pytest.param("GaLore", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("saved_at", "loaded_at", "saved_after"),
+    [
+        pytest.param(1, 1, 7, marks=pytest.mark.slow),
+        (1, 3, 7),
+        pytest.param(3, 1, 7, marks=pytest.mark.slow),
+        pytest.param(1, 0, 5, marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_holds_the_moments_for_any_number_of_ranks(
     two_ranks: RankPool,
     one_rank: RankPool,

@@ -200,6 +200,7 @@ def through_disk(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("saved_after", [3, 6, 10])
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(selection: Any, saved_after: int) -> None:

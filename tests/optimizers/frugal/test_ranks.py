@@ -96,6 +96,7 @@ def cut_against_whole(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("options", CUT_CASES, ids=str)
 def test_shards_cut_anywhere_equal_whole_parameters(
@@ -242,12 +243,14 @@ def check_vote(pool: RankPool, selection: str, zeros: bool, size: int) -> None:
             assert 0 <= bits - result["free"] < 16
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("selection", ["columns", "rows", "randk", "blockwise"])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_majority_vote_on_two_ranks(two_ranks: RankPool, selection: str, zeros: bool) -> None:
     check_vote(two_ranks, selection, zeros, 2)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("selection", ["columns", "randk"])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_majority_vote_on_three_ranks(three_ranks: RankPool, selection: str, zeros: bool) -> None:

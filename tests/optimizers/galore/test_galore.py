@@ -46,6 +46,7 @@ def difference(model: nn.Module, twin: nn.Module) -> float:
     return max(float((found[k] - wanted[k]).norm() / wanted[k].norm()) for k in wanted)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-7), (torch.float64, 1e-12)])
@@ -272,6 +273,7 @@ def through_disk(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("options", [{}, {"moments": "reset"}, {"projector": "svd", "side": "full"}])
 @pytest.mark.parametrize(("saved_after", "trained_before"), [(3, 4), (4, 2), (5, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,6 +20,7 @@ def through_disk(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("side", ["columns", "rows"])
 @pytest.mark.parametrize("selection", ["uniform", "block"])
 @pytest.mark.parametrize("saved_after", [3, 7, 10])

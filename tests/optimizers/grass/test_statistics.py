@@ -258,6 +258,7 @@ def test_ranks_choose_alike_bit_for_bit_in_bf16(two_ranks: RankPool, rule: str) 
     assert any(not torch.equal(value, first[5][name]) for name, value in first[0].items())
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("saved_after", [2, 3, 4])
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(rule: str, saved_after: int) -> None:

@@ -33,6 +33,7 @@ def compact_pair(
     return layer, dense, optimizer
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("shape", [(40,), (5, 40), (2, 5, 40), (2, 3, 5, 40)])
@@ -207,6 +208,7 @@ def test_peak_memory_of_backward_has_no_room_for_the_full_gradient(side: str) ->
     assert peak(layer) <= 4 * (tokens * n + 2 * rank * n + tokens * rank)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_compiled_model_trains_alike_and_a_refresh_compiles_nothing(side: str, selection: str) -> None:

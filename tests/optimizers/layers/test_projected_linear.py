@@ -56,6 +56,7 @@ SIDES = [
 ]
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize(("left", "right"), SIDES)
 @pytest.mark.parametrize("shape", [(N,), (TOKENS, N), (2, 3, 5, N)])
 @pytest.mark.parametrize("bias", [True, False])

@@ -150,6 +150,7 @@ def train_partitioned(kind: str, extra: dict[str, Any], cuts: list[float]) -> tu
     return error, partition.num_sums, len(optimizer.param_groups)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize(("kind", "extra"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("cuts", [[0.37], [0.9999]], ids=["within-rows", "almost-all-on-one-rank"])
 def test_norms_are_those_of_whole_tensors_cut_over_two_ranks(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.cases import cases
 from tests.support.models import is_matrix, tiny
 from tests.support.ranks import RankPool
 from tests.support.zero_sharded import compare_with_one_process, continue_from, save_at
@@ -34,7 +35,10 @@ CASES: dict[str, tuple[dict[str, Any], int, bool, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("params", "stage", "zero_init", "overrides"), CASES.values(), ids=CASES)
+SLOW = {"zero1", "zero2", "zero3", "zero2-mini", "zero3-mini"}
+
+
+@pytest.mark.parametrize(("params", "stage", "zero_init", "overrides"), cases(CASES, slow=SLOW))
 def test_two_ranks_equal_one_process_in_fp32(
     two_ranks: RankPool, params: dict[str, Any], stage: int, zero_init: bool, overrides: dict[str, Any]
 ) -> None:
@@ -62,7 +66,7 @@ def test_moments_of_matrices_are_cut_between_the_ranks(two_ranks: RankPool, stag
     assert max(found) < 0.55 * sum(found)
 
 
-@pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 3), (3, 2)])
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 3), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_a_checkpoint_of_two_ranks_continues_on_one_and_two(
     two_ranks: RankPool, one_rank: RankPool, tmp_path: Path, saved_at: int, loaded_at: int
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from narrowgauge.optimizers import Frugal
+from tests.support.cases import cases
 from tests.support.models import is_matrix, tiny
 from tests.support.ranks import RankPool
 from tests.support.references.frugal import ReferenceFrugal
@@ -90,7 +91,19 @@ CASES: dict[str, tuple[int, dict[str, Any], bool, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("stage", "params", "zero_init", "overrides"), CASES.values(), ids=CASES)
+SLOW = {
+    "zero1-rows",
+    "zero1-randk",
+    "zero1-blockwise",
+    "zero1-random",
+    "zero2-svd",
+    "zero3-randk",
+    "zero0-svd",
+    "zero3-svd-offload",
+}
+
+
+@pytest.mark.parametrize(("stage", "params", "zero_init", "overrides"), cases(CASES, slow=SLOW))
 def test_two_ranks_equal_one_process_in_fp32(
     two_ranks: RankPool, stage: int, params: dict[str, Any], zero_init: bool, overrides: dict[str, Any]
 ) -> None:
@@ -125,8 +138,14 @@ def load_and_go_on(stage: int, params: dict[str, Any], folder: str) -> list[floa
     return losses
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("selection", "written", "read"), [("randk", 1, 3), ("svd", 3, 2), ("columns", 2, 0)])
+@pytest.mark.parametrize(
+    ("selection", "written", "read"),
+    [
+        ("randk", 1, 3),
+        pytest.param("svd", 3, 2, marks=pytest.mark.slow),
+        pytest.param("columns", 2, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_continues_on_other_ranks_and_stages(
     two_ranks: RankPool, one_rank: RankPool, tmp_path: Path, selection: str, written: int, read: int
 ) -> None:

@@ -11,6 +11,7 @@ from narrowgauge.engine.backends.deepspeed.supported import check_supported
 from narrowgauge.engine.config.config import load_config
 from narrowgauge.engine.errors import ConfigError
 from narrowgauge.optimizers import GaLore
+from tests.support.cases import cases
 from tests.support.models import tiny, token_batch
 from tests.support.ranks import RankPool
 from tests.support.zero import ds_config, finish, full_weights, make_engine, train_step
@@ -52,7 +53,17 @@ CASES: dict[str, tuple[dict[str, Any], int, bool, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("params", "stage", "zero_init", "overrides"), CASES.values(), ids=CASES)
+SLOW = {
+    "zero2-svd",
+    "zero3-svd",
+    "zero3-sketch",
+    "zero3-reset-offload",
+    "zero3-nothing-persistent",
+    "zero3-all-persistent",
+}
+
+
+@pytest.mark.parametrize(("params", "stage", "zero_init", "overrides"), cases(CASES, slow=SLOW))
 def test_two_ranks_equal_one_process_in_fp32(
     two_ranks: RankPool, params: dict[str, Any], stage: int, zero_init: bool, overrides: dict[str, Any]
 ) -> None:
@@ -66,14 +77,17 @@ def test_two_ranks_equal_one_process_in_fp32(
             assert torch.equal(result["subspace"]["tensors"][key], basis)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saved_at", "loaded_at", "saved_after"),
     [
-        *[(stage, stage, after) for stage in (1, 3) for after in (INTERVAL - 1, INTERVAL, INTERVAL + 1)],
+        *[
+            pytest.param(stage, stage, after, marks=pytest.mark.slow)
+            for stage in (1, 3)
+            for after in (INTERVAL - 1, INTERVAL, INTERVAL + 1)
+        ],
         (1, 3, INTERVAL),
-        (3, 0, INTERVAL),
-        (2, 1, INTERVAL + 1),
+        pytest.param(3, 0, INTERVAL, marks=pytest.mark.slow),
+        pytest.param(2, 1, INTERVAL + 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_of_two_ranks_continues_on_one_and_two(
@@ -96,8 +110,7 @@ def in_bf16(stage: int) -> tuple[list[float], dict[str, Tensor]]:
     return losses, weights
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_bf16_follows_fp32_and_the_ranks_agree_bit_for_bit(two_ranks: RankPool, stage: int) -> None:
     """Means over ten steps, relative: single losses carry bf16's rounding of the logits."""
     (found, weights), (other, other_weights) = two_ranks.run(in_bf16, stage)
@@ -197,6 +210,7 @@ def test_moments_are_cut_between_the_ranks(two_ranks: RankPool, stage: int) -> N
     assert max(found) < 0.55 * sum(found)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize(
     ("params", "message"),
     [

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.cases import cases
 from tests.support.models import tiny, token_batch
 from tests.support.ranks import RankPool
 from tests.support.references.selected import SelectedReference, projections
@@ -83,7 +84,10 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("stage", "params", "overrides"), CASES.values(), ids=CASES)
+SLOW = {"zero1-multinomial-vocabulary"}
+
+
+@pytest.mark.parametrize(("stage", "params", "overrides"), cases(CASES, slow=SLOW))
 def test_two_ranks_equal_one_process_in_fp32(
     two_ranks: RankPool, stage: int, params: dict[str, Any], overrides: dict[str, Any]
 ) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.cases import cases
 from tests.support.ranks import RankPool
 from tests.support.zero_sharded import compare_with_one_process, continue_from, save_at
 
@@ -31,7 +32,10 @@ CASES: dict[str, tuple[str, dict[str, Any], int, bool, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "params", "stage", "zero_init", "overrides"), CASES.values(), ids=CASES)
+SLOW = {"lamb-zero2", "lamb-zero3", "lars-zero1", "lars-zero2", "lars-zero3"}
+
+
+@pytest.mark.parametrize(("kind", "params", "stage", "zero_init", "overrides"), cases(CASES, slow=SLOW))
 def test_two_ranks_equal_one_process_in_fp32(
     two_ranks: RankPool, kind: str, params: dict[str, Any], stage: int, zero_init: bool, overrides: dict[str, Any]
 ) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.cases import cases
 from tests.support.ranks import RankPool
 from tests.support.zero import PARAMS, ds_config, finish, full_weights, make_engine, reference_run, train_step, worst
 
@@ -55,7 +56,19 @@ CASES: dict[str, tuple[int, dict[str, Any], bool, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("stage", "params", "zero_init", "overrides"), CASES.values(), ids=CASES)
+SLOW = {
+    "zero1-columns",
+    "zero2-columns",
+    "zero3-columns",
+    "zero3-rows",
+    "zero1-offload-decay-all",
+    "zero3-offload-decay-all",
+    "zero3-columns-zero-init",
+    "zero3-rows-block",
+}
+
+
+@pytest.mark.parametrize(("stage", "params", "zero_init", "overrides"), cases(CASES, slow=SLOW))
 def test_two_ranks_equal_one_process_in_fp32(
     two_ranks: RankPool, stage: int, params: dict[str, Any], zero_init: bool, overrides: dict[str, Any]
 ) -> None:
@@ -67,6 +80,13 @@ def test_two_ranks_equal_one_process_in_fp32(
         assert result["weights"] < 2e-5
 
 
+IN_BF16: dict[str, tuple[int, dict[str, Any]]] = {
+    **{f"zero{stage}": (stage, {}) for stage in (1, 2, 3)},
+    "zero1-fp32-accumulation": (1, {"data_types": {"grad_accum_dtype": "fp32"}}),
+    "zero2-offload": (2, CPU_OFFLOAD),
+}
+
+
 def losses_in_bf16(stage: int, side: str, overrides: dict[str, Any]) -> list[float]:
     engine = make_engine(ds_config(stage, bf16={"enabled": True}, params={"side": side}, **overrides))
     losses = [train_step(engine, step) for step in range(50)]
@@ -75,13 +95,8 @@ def losses_in_bf16(stage: int, side: str, overrides: dict[str, Any]) -> list[flo
     return losses
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("side", ["columns", "rows"])
-@pytest.mark.parametrize(
-    ("stage", "overrides"),
-    [(1, {}), (2, {}), (3, {}), (1, {"data_types": {"grad_accum_dtype": "fp32"}}), (2, CPU_OFFLOAD)],
-    ids=["zero1", "zero2", "zero3", "zero1-fp32-accumulation", "zero2-offload"],
-)
+@pytest.mark.parametrize("side", ["columns", pytest.param("rows", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("stage", "overrides"), cases(IN_BF16, slow=IN_BF16.keys() - {"zero1-fp32-accumulation"}))
 def test_bf16_follows_fp32_over_fifty_steps(
     two_ranks: RankPool, stage: int, side: str, overrides: dict[str, Any]
 ) -> None:

@@ -63,6 +63,7 @@ def measure(stage: int, accumulation: int, dense: bool, zero: dict[str, Any], de
 PINNED = {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0, "stage3_param_persistence_threshold": 1000}
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("dense", [False, True], ids=["grass", "dense"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2])
@@ -95,6 +96,7 @@ def predicted_dense(
     )
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("zero", [PINNED, {"stage3_param_persistence_threshold": 1000}], ids=["pinned", "reused"])
 def test_zero_3_sends_what_follows_from_its_collectives(
