@@ -62,6 +62,11 @@ class SharedCopy:
         self._kept = _Kept(weakref.ref(storage, self._forget), whole_key, copy, self._num_layers - 1)
         return copy
 
+    @property
+    def copy(self) -> Tensor | None:
+        """The copy that is held now, for layers of the group that have not had it yet."""
+        return self._kept.copy if self._kept is not None else None
+
     def _forget(self, storage: "weakref.ref[torch.UntypedStorage]") -> None:
         kept = self._kept
         if kept is not None and kept.storage is storage:

@@ -1,7 +1,7 @@
-"""Real process ranks for tests: a few spawned processes in one gloo group, kept for many calls.
+"""Real process ranks for tests: a few processes in one gloo group, kept for many calls.
 
-Starting a rank costs seconds of imports; a test's work is often less. A call that raises or hangs on any rank ends
-all of them, and the next call starts new ones.
+Importing PyTorch and DeepSpeed takes seconds; a test's work is often less. One server imports them, and every rank is a
+fork of it. A call that raises or hangs on any rank ends all of them, and the next call starts new ones.
 """
 
 import importlib
@@ -55,7 +55,8 @@ class RankPool:
             return True, f"the process died with exit code {self._processes[rank].exitcode}"
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["deepspeed"])
         rendezvous = tempfile.mktemp(prefix="narrowgauge-ranks-")  # noqa: S306 (the store makes the file)
         for rank in range(self._world_size):
             own, other = context.Pipe()

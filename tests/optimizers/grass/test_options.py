@@ -167,24 +167,24 @@ def test_neither_input_nor_copy_is_kept_alive() -> None:
         alive = weakref.ref(x)
         outputs = [getattr(model, name)(x) for name in layers]
         shared: SharedCopy = model.q.shared
-        held = shared._kept
+        held = shared.copy
         assert (held is None) == (layers == "qkv")
-        kept = weakref.ref(held.copy.untyped_storage()) if held is not None else lambda: None
+        kept = weakref.ref(held.untyped_storage()) if held is not None else lambda: None
         del x, held
         gc.collect()
         assert alive() is None
-        assert shared._kept is None
+        assert shared.copy is None
         torch.autograd.backward([y.sum() for y in outputs])
         del outputs
         gc.collect()
         assert kept() is None
     with torch.no_grad():
         model.q(torch.randn(5, 12, dtype=torch.float64))
-    assert model.q.shared._kept is None
+    assert model.q.shared.copy is None
     with torch.inference_mode():
         x = torch.randn(5, 12, dtype=torch.float64)
     model.q(x)
-    assert model.q.shared._kept is None
+    assert model.q.shared.copy is None
 
 
 def test_threads_with_inputs_of_their_own_get_their_own_copies() -> None:
@@ -206,7 +206,7 @@ def test_threads_with_inputs_of_their_own_get_their_own_copies() -> None:
     for thread in threads:
         thread.join()
     assert not failures
-    assert model.q.shared._kept is None
+    assert model.q.shared.copy is None
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -265,7 +265,7 @@ def test_a_copied_model_shares_within_itself() -> None:
     copied = copy.deepcopy(model)
     assert copied.q.shared is copied.k.shared
     assert copied.q.shared is not model.q.shared
-    assert copied.q.shared._kept is None
+    assert copied.q.shared.copy is None
 
 
 def test_groups_by_globs() -> None:

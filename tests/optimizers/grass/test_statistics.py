@@ -3,7 +3,7 @@
 import argparse
 import inspect
 import io
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from narrowgauge.optimizers import Grass
+from narrowgauge.optimizers.grass.norms import NormStatistics
 from tests.support.models import is_matrix, tiny, token_batch, train_steps
 from tests.support.ranks import RankPool
 from tests.support.references.selected import SelectedReference, projection, projections
@@ -192,11 +193,12 @@ def test_the_sketch_finds_the_largest_norms_of_a_trained_models_gradient(trained
 def observed_norms(rank: int, world_size: int, num_micro: int, statistics: str, side: str) -> dict[str, Tensor]:
     """Squared norms of one batch of twelve, cut into micro-batches and over ranks."""
     model = tiny(dtype=torch.float64)
-    options: dict[str, Any] = {"side": side, "selection": "top", "statistics": statistics, "shared_inputs": None}
-    optimizer = Grass(model, density=0.3, refresh_interval=1, **options)
+    optimizer = Grass(model, side=cast(Any, side), density=0.3, shared_inputs=None)
+    observed = NormStatistics(cast(Any, statistics), 32)
+    observed.start(optimizer.layers, seed=0)
     for micro_batch in token_batch(0, 12).chunk(num_micro):
         (model(micro_batch.chunk(world_size)[rank]) / num_micro).backward()
-    found = optimizer._statistics.finish(optimizer.layers, optimizer.backend)
+    found = observed.finish(optimizer.layers, optimizer.backend)
     return {layer.name: squares for layer, squares in zip(optimizer.layers, found, strict=True)}
 
 
