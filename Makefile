@@ -1,6 +1,7 @@
 # make train    set up, then train the quickstart (ARGS=--fresh trains it again in a new folder)
 # make test     set up, then lint, types and every behaviour once
 # make test-all the same with the slow tests, which repeat it in more cases
+# make docs     set up, then the docs with the API reference, in build/docs
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,7 +9,7 @@ CONFIG ?= configs/quickstart.json
 ARGS   ?=
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: train lint test test-all
+.PHONY: train lint test test-all docs
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -40,3 +41,6 @@ test: lint
 test-all: lint
 	$(PYTEST) -m 'not processes' --numprocesses 2 --dist worksteal
 	$(PYTEST) -m processes
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env docs build/docs

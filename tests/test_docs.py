@@ -60,3 +60,12 @@ def test_every_block_is_found() -> None:
     assert len(examples("python")) >= 3
     assert len(examples("bash run")) >= 1
     assert len(examples("json")) >= 1
+
+
+@pytest.mark.slow
+def test_the_reference_is_made_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx")
+    words = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", str(ROOT / "docs")]
+    check([*words, str(tmp_path / "docs")], tmp_path)
+    page = (tmp_path / "docs" / "api" / "optimizers.html").read_text()
+    assert 'id="narrowgauge.optimizers.Grass"' in page
