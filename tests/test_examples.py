@@ -52,6 +52,8 @@ def test_train_export_generate(tmp_path: Path) -> None:
         str(EXAMPLES / "train_export_generate.sh"),
         "--set",
         f'data.train=["{ROOT}/optimizers/**/*.py"]',
+        "--set",
+        f'data.validation=["{ROOT}/README.md"]',
     ]
     printed = output_of(words, tmp_path)
     assert (tmp_path / "runs" / "tiny" / "summary.json").is_file()

@@ -77,7 +77,7 @@ def check_extensions() -> list[Finding]:
         text = f"{folder.name}: compiled before torch {torch.__version__} was installed"
         found.append(Finding("warning", "extensions", text, f"rm -r {shlex.quote(str(folder))}"))
     for lock in stale_locks(root):
-        text = f"{lock.parent.name}: locked by a build that was killed; the next one waits for ever"
+        text = f"{lock.parent.name}: locked by a build that was killed; the next one waits forever"
         found.append(Finding("error", "extensions", text, f"rm {shlex.quote(str(lock))}"))
     return found or [Finding("ok", "extensions", f"what runs load is compiled for torch {torch.__version__}")]
 
