@@ -61,7 +61,7 @@ class ShardedOptimizer(EngineOptimizer):
         if any(isinstance(p, DTensor) for p in model.parameters()):
             raise ValueError(
                 f"{type(self).__name__}: the model's parameters are sharded by fully_shard, which is not supported; use"
-                " DistributedDataParallel, or DeepSpeed ZeRO through narrowgauge.engine.initialize"
+                " DistributedDataParallel, or ZeRO through an engine"
             )
         matrices: list[str] = []
         try:
@@ -105,7 +105,7 @@ class ShardedOptimizer(EngineOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update the parameters of all groups; under ZeRO, of those that DeepSpeed has put into the groups."""
+        """Update the parameters of all groups; under ZeRO, of those that the engine has put into the groups."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

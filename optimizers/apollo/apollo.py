@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from ..layers.shape import whole_shape
 from ..numerics.adam import adam_directions, late_correction
 from ..numerics.precision import compute_dtype, widen, write_back
 from ..numerics.seeds import derive_seed
@@ -404,7 +405,7 @@ def _next_reference_seed(seed: int) -> int:
 
 def _check_rank(model: nn.Module, targets: Sequence[str], rank: int) -> None:
     shapes = {name: model.get_parameter(name) for name in targets}
-    shorter = {name: min(getattr(p, "ds_shape", p.shape)) for name, p in shapes.items()}
+    shorter = {name: min(whole_shape(p)) for name, p in shapes.items()}
     name, side = min(shorter.items(), key=lambda item: item[1])
     if rank > side:
         raise ValueError(f"rank: {rank} is above the shorter side {side} of {name!r}; at most {side} fits every matrix")

@@ -8,10 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..layers.projected_linear import ProjectedLinear
-from ..layers.selected_weight import SelectedWeight
 from ..layers.targets import CompactLayer
-from ..numerics.rounding import stochastic_round_
 from ..numerics.seeds import derive_seed
 from ..sharding.shards import ShardMap
 
@@ -77,16 +74,15 @@ class LocalBackend:
     @torch.no_grad()
     def fold(self, layers: Sequence[CompactLayer]) -> None:
         for layer in layers:
-            selected(layer).write_(layer.module.weight, layer.module.compact)
+            layer.module.apply_(layer.module.weight, layer.module.compact)
 
     @torch.no_grad()
     def change_subspace(
         self, layers: Sequence[CompactLayer], indices: Sequence[Tensor], decays: Sequence[float], *, seed: int
     ) -> None:
         for layer, index, decay in zip(layers, indices, decays, strict=True):
-            module = selected(layer)
-            decay_(module.weight, decay, seed=derive_seed(seed, "decay", layer.name))
-            module.write_(module.weight, module.compact)
+            module = layer.module
+            module.apply_(module.weight, module.compact, decay, seed=derive_seed(seed, "decay", layer.name))
             module.set_subspace({"index": index})
             module.compact.copy_(module.compact_of(module.weight))
 
@@ -95,9 +91,8 @@ class LocalBackend:
         self, layers: Sequence[CompactLayer], decays: Sequence[float], *, seed: int, decay_last: bool = False
     ) -> None:
         for layer, decay in zip(layers, decays, strict=True):
-            module = projected(layer)
-            change = module.lift(module.compact, 0, module.weight_shape[0])
-            add_(module.weight, change, decay, seed=derive_seed(seed, "fold", layer.name), decay_last=decay_last)
+            module, fold_seed = layer.module, derive_seed(seed, "fold", layer.name)
+            module.apply_(module.weight, module.compact, decay, seed=fold_seed, decay_last=decay_last)
             module.compact.zero_()
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
@@ -116,50 +111,3 @@ class LocalBackend:
 
     def shards(self) -> ShardMap | None:
         return None
-
-
-def selected(layer: CompactLayer) -> SelectedWeight:
-    """The layer's module, where compact values are values of the weight."""
-    assert isinstance(layer.module, SelectedWeight)
-    return layer.module
-
-
-def projected(layer: CompactLayer) -> ProjectedLinear:
-    """The layer's module, where compact values are a change of the weight."""
-    assert isinstance(layer.module, ProjectedLinear)
-    return layer.module
-
-
-def add_(weight: Tensor, change: Tensor, decay: float, *, seed: int, offset: int = 0, decay_last: bool = False) -> None:
-    """``weight = decay * weight + change`` in place, in bf16 with stochastic rounding.
-
-    Args:
-        change: in at least fp32, as many elements as ``weight``.
-        offset: position of the first element within the whole tensor, for a shard.
-        decay_last: ``decay * (weight + change)`` instead.
-    """
-    change = change.reshape(weight.shape)
-    if weight.dtype is torch.bfloat16:
-        whole = weight.float()
-        stochastic_round_(weight, add_to(whole, change, decay, decay_last), seed=seed, offset=offset)
-    else:
-        add_to(weight, change.to(weight.dtype), decay, decay_last)
-
-
-def add_to(weight: Tensor, change: Tensor, decay: float, decay_last: bool) -> Tensor:
-    """:func:`add_` in the weight's own precision."""
-    return weight.add_(change).mul_(decay) if decay_last else weight.mul_(decay).add_(change)
-
-
-def decay_(weight: Tensor, factor: float, *, seed: int, offset: int = 0) -> None:
-    """Scale ``weight`` in place; in bf16 with stochastic rounding, where a factor near 1 would else be lost.
-
-    Args:
-        offset: position of the first element within the whole tensor, for a shard.
-    """
-    if factor == 1.0:
-        return
-    if weight.dtype is torch.bfloat16:
-        stochastic_round_(weight, weight.float() * factor, seed=seed, offset=offset)
-    else:
-        weight.mul_(factor)

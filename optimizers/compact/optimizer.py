@@ -134,8 +134,8 @@ class CompactOptimizer(EngineOptimizer):
         owned = {id(p) for group in self.param_groups for p in group["params"]}
         if any(id(m.compact) not in owned or m.compact.dim() != 2 for m in (layer.module for layer in self.layers)):
             raise RuntimeError(
-                f"another library replaced the parameters of {type(self).__name__} (DeepSpeed ZeRO and FSDP do): under"
-                " DeepSpeed use narrowgauge.engine.initialize; FSDP is not supported"
+                f"another library replaced the parameters of {type(self).__name__} (ZeRO and FSDP do): under ZeRO"
+                " let this package's initialize make the engine; FSDP is not supported"
             )
         super()._after_own_step(args, kwargs)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..layers.shape import whole_shape
 from ..layers.targets import rank_of
 from ..numerics.seeds import derive_seed
 from ..numerics.selection import SELECTION_RULES, select_index
@@ -84,7 +85,7 @@ class Subspaces:
         self._density = density
         self._block_order = block_order
         self._seed = seed
-        self._shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+        self._shapes = {name: whole_shape(p) for name, p in model.named_parameters()}
         of_kind = {**rules, "matrix": "projected", "other": "full"}
         self.rules = {name: of_kind[kind] for name, kind in _kinds_of(model, targets).items()}
         self.projected = [name for name, rule in self.rules.items() if rule == "projected"]
@@ -167,5 +168,5 @@ def _kinds_of(model: nn.Module, targets: Sequence[str]) -> dict[str, str]:
             elif id(parameter) in heads:
                 kinds[name] = "head"
             else:
-                kinds[name] = "norms" if len(getattr(parameter, "ds_shape", parameter.shape)) < 2 else "other"
+                kinds[name] = "norms" if len(whole_shape(parameter)) < 2 else "other"
     return kinds

@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..compact.backend import SubspaceBackend, projected
+from ..compact.backend import SubspaceBackend
 from ..compact.inner import BaseName, check_base
 from ..compact.optimizer import CompactOptimizer
 from ..compact.sketches import directions
 from ..layers.projected_linear import ProjectedLinear
+from ..layers.shape import whole_shape
 from ..layers.targets import CompactLayer, find_targets, rank_of
 from ..layers.wrappers import refuse_wrapped
 from ..numerics.seeds import derive_seed
@@ -70,7 +71,7 @@ class GaLore(CompactOptimizer):
         reference_compatible: as ``galore-torch``, in plain PyTorch and DDP only: the bases are taken from the gradient
             of the same step, epsilon and decay as above, moments are kept. Needs ``projector="svd"`` and base AdamW.
             Where gradients are clipped, the norm is that of their projection with the former bases.
-        backend: where the tensors live; given by ``narrowgauge.engine``.
+        backend: where the tensors live; given by an engine.
 
     Raises:
         ValueError: an option out of range, globs that match nothing, or a model that is already wrapped.
@@ -185,8 +186,8 @@ class GaLore(CompactOptimizer):
             if not is_observed:
                 layer.module.drop_probe()
             elif self.projector == "sketch":
-                side = "rows" if projected(layer).left is not None else "columns"
-                size = min(projected(layer).compact_rank() + self.oversampling, *layer.module.weight_shape)
+                side = layer.module.side
+                size = min(layer.module.rank + self.oversampling, *layer.module.weight_shape)
                 omega = directions(layer, side=side, size=size, seed=derive_seed(self.seed, self.num_refreshes))
                 layer.module.start_probe(side, omega)
             else:
@@ -207,7 +208,7 @@ class GaLore(CompactOptimizer):
         self.num_refreshes += 1
         gradients = self._observed()
         for layer, gradient in zip(self.layers, gradients, strict=True):
-            module = projected(layer)
+            module = layer.module
             before = module.project_gradient(gradient)
             self._set_bases(layer, gradient)
             given = module.compact.grad
@@ -273,11 +274,9 @@ class GaLore(CompactOptimizer):
         return statistics
 
     def _set_bases(self, layer: CompactLayer, statistic: Tensor) -> None:
-        module, found = projected(layer), {}
-        for key, of_rows in (("left", True), ("right", False)):
-            basis = getattr(module, key)
-            if basis is None:
-                continue
+        module, found = layer.module, {}
+        for key, basis in module.subspace().items():
+            of_rows = key == "left"
             if self.reference_compatible:
                 found[key] = leading_basis(statistic.float(), basis.shape[1], of_rows=of_rows).to(basis.dtype)
                 continue
@@ -304,7 +303,7 @@ def _convert(
     """Convert the targets with seeded random bases; those that the rank covers whole are named only."""
     layers, full = [], []
     for name, linear in targets.items():
-        m, n = getattr(linear.weight, "ds_shape", linear.weight.shape)
+        m, n = whole_shape(linear.weight)
         own_rank = rank_of(min(m, n), rank=rank, density=density)
         on_left = side in ("left", "full") or (side == "std" and m < n)
         on_right = side in ("right", "full") or (side == "std" and m >= n)

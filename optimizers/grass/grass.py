@@ -6,10 +6,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..compact.backend import SubspaceBackend, projected
+from ..compact.backend import SubspaceBackend
 from ..compact.inner import BaseName, check_base
 from ..compact.optimizer import CompactOptimizer
-from ..layers.selected_weight import Side
+from ..layers.compact import Side
 from ..layers.targets import find_targets
 from ..layers.vocabulary import find_vocabulary
 from ..layers.wrappers import refuse_wrapped
@@ -18,7 +18,7 @@ from ..numerics.selection import SELECTION_RULES, replacement_scales, select_ind
 from ..options import check_adam, check_choice, check_count, check_one_given, check_share
 from ..sharding.shards import LocalShards
 from .interval import AdaptiveInterval
-from .layers import SelectedTarget, convert_selected, dim_of, index_of, ranks_of
+from .layers import SelectedTarget, convert_selected, ranks_of
 from .moments import carry_moments
 from .norms import NormStatistics, Statistics
 from .sharing import SharedInputs, find_groups
@@ -35,7 +35,7 @@ class Grass(CompactOptimizer):
     The layers are converted in place to :class:`SelectedLinear`; their full weight gradient is never formed, stored or
     reduced. Every ``refresh_interval`` steps all layers select new columns or rows together, and the compact
     parameters' moments and step count start again. All other parameters are plain AdamW. Works alone, under DDP, and
-    through :func:`narrowgauge.engine.initialize` under DeepSpeed ZeRO.
+    through an engine under ZeRO.
 
     Source: Muhamed, Li, Woodruff, Diab, Smith (2024), "Grass: Compute Efficient Low-Memory LLM Training with
     Structured Sparse Gradients", arXiv 2406.17660: its ``P^T = rho B``, with ``rho = 1`` and, for
@@ -92,7 +92,7 @@ class Grass(CompactOptimizer):
         seed: of the selection; the same on all process ranks.
         base: the optimizer of all parameters: ``AdamW``, ``AdamW8bit`` (bitsandbytes, moments in 8 bits) or
             ``Adafactor``.
-        backend: where the tensors live; given by ``narrowgauge.engine``.
+        backend: where the tensors live; given by an engine.
 
     Raises:
         ValueError: an option out of range, a rank above a layer's selected dimension, globs that match nothing, or a
@@ -253,27 +253,28 @@ class Grass(CompactOptimizer):
     @torch.no_grad()
     def _change_subspace(self) -> None:
         """Select new columns or rows in every layer, and let the compact parameters' moments follow or start again."""
-        old = [index_of(layer).clone() for layer in self.layers]
+        old = [layer.module.selected().clone() for layer in self.layers]
+        dims = [layer.module.weight_shape[layer.module.dim] for layer in self.layers]
         norms = self._norms()
         indices = [
             select_index(
                 self.rule,
-                dim_of(layer),
-                index_of(layer).numel(),
+                dim,
+                layer.module.rank,
                 seed=self.seed,
                 refresh=self.num_refreshes,
                 name=self._choice_of[layer.name],
                 norms=norms.get(self._choice_of[layer.name]),
             )
-            for layer in self.layers
+            for layer, dim in zip(self.layers, dims, strict=True)
         ]
         if self._interval is not None and self.layers:
-            self._interval.observe(_similarity(old, indices, [dim_of(layer) for layer in self.layers]))
+            self._interval.observe(_similarity(old, indices, dims))
         if self.rule.repeats:
             for layer, index in zip(self.layers, indices, strict=True):
-                module, scales = projected(layer), replacement_scales(norms[self._choice_of[layer.name]], index)
-                key = "right" if module.right is not None else "left"
-                module.set_subspace({key: scales, f"{key}_index": index})
+                scales = replacement_scales(norms[self._choice_of[layer.name]], index)
+                key = "right" if layer.module.side == "columns" else "left"
+                layer.module.set_subspace({key: scales, f"{key}_index": index})
         else:
             decays = [self.param_groups[self._group_of[layer.name]]["pending_decay"] for layer in self.layers]
             self.backend.change_subspace(self.layers, indices, decays, seed=self.seed + self.num_refreshes)

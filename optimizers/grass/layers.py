@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..layers.compact import Side
 from ..layers.projected_linear import ProjectedLinear
 from ..layers.selected_embedding import SelectedEmbedding
 from ..layers.selected_linear import SelectedLinear
-from ..layers.selected_weight import SelectedWeight, Side
+from ..layers.shape import whole_shape
 from ..layers.shared_copy import SharedCopy
 from ..layers.targets import CompactLayer, rank_of
 from ..numerics.selection import SelectionRule, replacement_scales, select_index
@@ -44,7 +45,7 @@ class SelectedTarget:
 
     @property
     def _shape(self) -> tuple[int, int]:
-        m, n = getattr(self.module.weight, "ds_shape", self.module.weight.shape)
+        m, n = whole_shape(self.module.weight)
         return m, n
 
 
@@ -122,28 +123,3 @@ def convert_selected(
             )
         layers.append(CompactLayer(target.name, module))
     return layers, full
-
-
-def side_of(layer: CompactLayer) -> Side:
-    """What is selected in a layer made by :func:`convert_selected`."""
-    module = layer.module
-    if isinstance(module, SelectedWeight):
-        return module.side
-    assert isinstance(module, ProjectedLinear)
-    return "columns" if module.right_index is not None else "rows"
-
-
-def dim_of(layer: CompactLayer) -> int:
-    """Out of how many columns or rows is selected."""
-    return layer.module.weight_shape[1 if side_of(layer) == "columns" else 0]
-
-
-def index_of(layer: CompactLayer) -> Tensor:
-    """The selected columns or rows."""
-    module = layer.module
-    if isinstance(module, SelectedWeight):
-        return module.index
-    assert isinstance(module, ProjectedLinear)
-    index = module.right_index if module.right_index is not None else module.left_index
-    assert index is not None
-    return index

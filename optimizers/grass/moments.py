@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compact.backend import selected
+from ..layers.shape import whole_shape
 from ..layers.targets import CompactLayer
 from ..sharding.shards import Shard, ShardMap
 
@@ -36,28 +36,27 @@ def carry_moments(
             by_name.setdefault(shard.name, []).append((shard, state[flat]))
     for layer, old_index in zip(layers, old, strict=True):
         own = by_name.get(f"{layer.name}.compact", [])
-        source = _source(layer, old_index.to(selected(layer).index.device))
+        source = _source(layer, old_index.to(layer.module.selected().device))
         for key in _MOMENTS:
             whole = _whole(layer, [(shard, m[key]) for shard, m in own], shards)
-            new = _rearranged(whole, source, dim=selected(layer).dim, fill=key == "exp_avg_sq").reshape(-1)
+            new = _rearranged(whole, source, dim=layer.module.dim, fill=key == "exp_avg_sq").reshape(-1)
             for shard, moments in own:
                 shard.of(moments[key]).copy_(new.narrow(0, shard.start, shard.length))
 
 
 def _source(layer: CompactLayer, old: Tensor) -> Tensor:
     """Where in ``old`` each newly selected entry was, -1 where it was not."""
-    module = selected(layer)
+    module = layer.module
     position = torch.full((module.weight_shape[module.dim],), -1, device=old.device)
     position[old] = torch.arange(old.numel(), device=old.device)
-    return position[module.index]
+    return position[module.selected()]
 
 
 def _whole(layer: CompactLayer, own: Sequence[tuple[Shard, Tensor]], shards: ShardMap) -> Tensor:
     """A moment of the layer from all ranks' shards of it, shaped like its compact values."""
-    compact: Any = layer.module.compact
-    shape = getattr(compact, "ds_shape", compact.shape)
+    compact = layer.module.compact
     dtype = torch.promote_types(compact.dtype, torch.float32)
-    whole = torch.zeros(shape, dtype=dtype, device=selected(layer).index.device)
+    whole = torch.zeros(whole_shape(compact), dtype=dtype, device=layer.module.selected().device)
     for shard, values in own:
         whole.view(-1).narrow(0, shard.start, shard.length).copy_(shard.of(values))
     return shards.sum_(whole)

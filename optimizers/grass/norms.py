@@ -16,7 +16,6 @@ from torch import Tensor
 from ..compact.backend import SubspaceBackend
 from ..compact.sketches import directions
 from ..layers.targets import CompactLayer
-from .layers import dim_of, side_of
 
 Statistics = Literal["sketch", "exact", "local"]
 
@@ -37,7 +36,7 @@ class NormStatistics:
         """Observe the coming backward passes; forgets what was observed before."""
         for layer in layers:
             if self._kind == "sketch":
-                side = side_of(layer)
+                side = layer.module.side
                 size = min(self._size, layer.module.weight_shape[0 if side == "columns" else 1])
                 omega = torch.linalg.qr(directions(layer, side=side, size=size, seed=seed)).Q
                 layer.module.start_probe(side, omega * math.sqrt(omega.shape[0] / size))
@@ -49,13 +48,13 @@ class NormStatistics:
         found = []
         for layer in layers:
             if layer.module.probe is None:
-                found.append(torch.zeros(dim_of(layer), dtype=torch.float64, device=layer.module.weight.device))
+                size = layer.module.weight_shape[layer.module.dim]
+                found.append(torch.zeros(size, dtype=torch.float64, device=layer.module.weight.device))
                 continue
             observed = layer.module.end_probe()
             if self._kind != "local":
                 backend.average_([observed])
-            over = 0 if side_of(layer) == "columns" else 1
-            found.append(torch.linalg.vector_norm(observed, dim=over, dtype=torch.float64).square())
+            found.append(torch.linalg.vector_norm(observed, dim=1 - layer.module.dim, dtype=torch.float64).square())
         if found:
             whole = torch.cat(found)
             backend.broadcast_([whole])

@@ -9,6 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from .shape import whole_shape
+
+Side = Literal["columns", "rows"]
 ProbeKind = Literal["rows", "columns", "full"]
 
 
@@ -25,8 +28,10 @@ class CompactWeight(nn.Module):
     Attributes:
         weight: ``(m, n)``, frozen. Holds the current values of all entries once folded.
         compact: trainable.
-        overlay: ``compact`` is written over ``weight`` at each use, for backends whose ``weight`` is a gathered
-            temporary (ZeRO-3); only where ``compact`` holds values.
+        side: whether the subspace is one of the weight's columns or of its rows; of the rows where it is one of both.
+        folds_at_use: ``compact`` is written over ``weight`` at each use, in forward and again in backward. An engine
+            sets it whose ``weight`` is a temporary, put together from the parts of all process ranks for each use;
+            only where ``compact`` holds values.
         is_delta: ``compact`` holds a change that is to be added to ``weight``, not values of it.
         plain: the class of the layer it was made from.
     """
@@ -35,20 +40,21 @@ class CompactWeight(nn.Module):
     plain: ClassVar[type[nn.Module]]
     weight: Tensor
     compact: nn.Parameter
-    overlay: bool
+    side: Side
+    folds_at_use: bool
     probe: Tensor | None
     probe_kind: ProbeKind
     omega: Tensor | None
 
-    def _become_compact(self, shape: tuple[int, int]) -> None:
+    def _become_compact(self, shape: tuple[int, int], side: Side) -> None:
         """The part of a conversion that is common; ``compact`` is left uninitialised."""
-        self.overlay, self.probe, self.omega = False, None, None
+        self.side, self.folds_at_use, self.probe, self.omega = side, False, None, None
         self.weight.requires_grad_(False)
         self.compact = nn.Parameter(torch.empty(shape, dtype=self.weight.dtype, device=self.weight.device))
 
     def revert(self) -> None:
         """Undo the conversion: the plain, trainable layer again."""
-        del self.compact, self.overlay, self.probe, self.omega
+        del self.compact, self.side, self.folds_at_use, self.probe, self.omega
         for key in self.subspace():
             delattr(self, key)
         self.weight.requires_grad_(True)
@@ -56,12 +62,62 @@ class CompactWeight(nn.Module):
 
     @property
     def weight_shape(self) -> tuple[int, int]:
-        """``(m, n)``, also where ZeRO-3 holds only a shard of the weight."""
-        m, n = getattr(self.weight, "ds_shape", self.weight.shape)
+        """``(m, n)``, also where an engine keeps only a part of the weight here."""
+        m, n = whole_shape(self.weight)
         return m, n
+
+    @property
+    def dim(self) -> int:
+        """The dimension of ``weight`` that the subspace is one of: 1 for columns, 0 for rows."""
+        return 1 if self.side == "columns" else 0
+
+    @property
+    def rank(self) -> int:
+        """The dimension of the subspace."""
+        raise NotImplementedError
+
+    def selected(self) -> Tensor:
+        """The selected columns or rows, int64 ``(r,)``; only of layers whose subspace is a selection."""
+        raise NotImplementedError
 
     def compact_of(self, weight: Tensor) -> Tensor:
         """The compact values that stand for ``weight``, ``(m, n)``."""
+        raise NotImplementedError
+
+    def apply_(
+        self, weight: Tensor, compact: Tensor, decay: float = 1.0, *, seed: int = 0, decay_last: bool = False
+    ) -> None:
+        """Scale ``weight``, ``(m, n)``, by ``decay`` and bring it up to date with ``compact``, in place.
+
+        Values are written over the selected entries; a change is added, in bf16 with stochastic rounding.
+
+        Args:
+            seed: of the rounding.
+            decay_last: where ``compact`` holds a change: scale what has been changed.
+        """
+        raise NotImplementedError
+
+    def apply_to_run_(
+        self, run: Tensor, start: int, compact: Tensor, decay: float, *, seed: int, decay_last: bool = False
+    ) -> None:
+        """As :meth:`apply_`, for a 1-D run of the flattened weight.
+
+        Args:
+            start: position of its first element in the whole weight.
+            compact: whole, flat, on the device of :meth:`subspace`; ``run`` may be on another.
+        """
+        raise NotImplementedError
+
+    def compact_of_run(self, run: Tensor, start: int) -> Tensor:
+        """:meth:`compact_of` a weight that is zero outside of a run of it, flat: those of all runs add up to the whole.
+
+        Args:
+            start: position of its first element in the whole weight.
+        """
+        raise NotImplementedError
+
+    def project_gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient of ``compact`` that a gradient of the weight, ``(m, n)``, means."""
         raise NotImplementedError
 
     def subspace(self) -> dict[str, Tensor]:
@@ -101,7 +157,7 @@ class CompactWeight(nn.Module):
         self.probe = self.omega = None
 
     def forget_observed(self) -> None:
-        """Observe anew, as if :meth:`start_probe` had just been called."""
+        """Observe from here on, as if :meth:`start_probe` had just been called."""
         if self.probe is not None:
             self.probe.grad = None
 

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..numerics.rounding import add_
 from .compact import CompactLinear, ProbeKind, keep_dtypes, other_gradients
+from .shape import whole_shape
 
 
 def project(x: Tensor, basis: Tensor | None, selected: Tensor | None) -> Tensor:
@@ -126,7 +128,8 @@ class ProjectedLinear(CompactLinear):
         for key, value in zip(_KEYS, (left, left_index, right, right_index), strict=True):
             setattr(linear, key, value.to(linear.weight.device) if value is not None else None)
         m, n = linear.weight_shape
-        linear._become_compact((m if left is None else left.shape[-1], n if right is None else right.shape[-1]))
+        shape = (m if left is None else left.shape[-1], n if right is None else right.shape[-1])
+        linear._become_compact(shape, "rows" if left is not None else "columns")
         return linear
 
     def revert(self) -> None:
@@ -135,20 +138,43 @@ class ProjectedLinear(CompactLinear):
             self.__dict__.pop(key, None)
 
     def compact_of(self, weight: Tensor) -> Tensor:
-        shape = getattr(self.compact, "ds_shape", self.compact.shape)
-        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        return torch.zeros(whole_shape(self.compact), dtype=weight.dtype, device=weight.device)
 
     def subspace(self) -> dict[str, Tensor]:
         return {key: value for key in _KEYS if (value := getattr(self, key)) is not None}
 
-    def compact_rank(self) -> int:
-        """The dimension of the subspace."""
+    @property
+    def rank(self) -> int:
         basis = self.left if self.left is not None else self.right
         assert basis is not None
         return basis.shape[-1]
 
+    def selected(self) -> Tensor:
+        index = self.left_index if self.side == "rows" else self.right_index
+        assert index is not None
+        return index
+
+    def apply_(
+        self, weight: Tensor, compact: Tensor, decay: float = 1.0, *, seed: int = 0, decay_last: bool = False
+    ) -> None:
+        change = self.lift(compact, 0, self.weight_shape[0])
+        add_(weight, change, decay, seed=seed, decay_last=decay_last)
+
+    def apply_to_run_(
+        self, run: Tensor, start: int, compact: Tensor, decay: float, *, seed: int, decay_last: bool = False
+    ) -> None:
+        _, n = self.weight_shape
+        # The rows that the run touches, without what the first and the last have outside of it.
+        first, last = start // n, -(-(start + run.numel()) // n)
+        change = self.lift(compact.view(whole_shape(self.compact)), first, max(first, last)).reshape(-1)
+        change = change[start - first * n :][: run.numel()].to(run.device)
+        add_(run, change, decay, seed=seed, offset=start, decay_last=decay_last)
+
+    def compact_of_run(self, run: Tensor, start: int) -> Tensor:
+        return self.compact_of(run).view(-1)
+
     def project_gradient(self, gradient: Tensor) -> Tensor:
-        """The gradient of ``compact``, ``A^T G B``, for a gradient ``G`` of the weight."""
+        # A^T G B; absent bases are the identity.
         rows = project(gradient.t(), self.left, self.left_index).t()
         return project(rows, self.right, self.right_index)
 

@@ -20,13 +20,13 @@ class _SelectedEmbeddingFunction(torch.autograd.Function):
         compact: Tensor,
         index: Tensor,
         start: int | None,
-        overlay: bool,
+        folds_at_use: bool,
         padding: int | None,
         probe: Tensor | None,
         probe_kind: ProbeKind | None,
         omega: Tensor | None,
     ) -> Tensor:
-        if overlay:
+        if folds_at_use:
             write_selected_(weight.data, compact.data, index, start, dim=0)
         rank = index.numel()
         # Where a token's gradient goes; to a row of its own, thrown away, if the token is not selected.
@@ -84,7 +84,7 @@ class SelectedEmbedding(SelectedWeight, nn.Embedding):
             self.index,
             # A Python int would be a constant of the compiled graph and recompile it at every refresh.
             None if torch.compiler.is_compiling() else self.start,
-            self.overlay,
+            self.folds_at_use,
             self.padding_idx,
             self.probe,
             self.probe_kind if self.probe is not None else None,

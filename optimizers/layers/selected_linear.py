@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact import CompactLinear, ProbeKind, keep_dtypes, other_gradients
-from .selected_weight import SelectedWeight, Side, read_selected, write_selected_
+from .compact import CompactLinear, ProbeKind, Side, keep_dtypes, other_gradients
+from .selected_weight import SelectedWeight, read_selected, write_selected_
 from .shared_copy import SharedCopy
 
 
@@ -33,7 +33,7 @@ class _SelectedLinearFunction(torch.autograd.Function):
         index: Tensor,
         start: int | None,
         columns: bool,
-        overlay: bool,
+        folds_at_use: bool,
         compute_dtype: torch.dtype,
         probe: Tensor | None,
         probe_kind: ProbeKind | None,
@@ -41,7 +41,7 @@ class _SelectedLinearFunction(torch.autograd.Function):
         omega: Tensor | None,
         shared_x: Tensor | None,
     ) -> Tensor:
-        if overlay:
+        if folds_at_use:
             write_selected_(weight.data, compact.data, index, start, dim=1 if columns else 0)
         keep_dtypes(ctx, x, bias, compact, probe, probe_kind)
         x = x.to(compute_dtype)
@@ -50,7 +50,7 @@ class _SelectedLinearFunction(torch.autograd.Function):
         if columns and shared_x is None:
             saved_x = read_selected(x.reshape(-1, x.shape[-1]), index, start, dim=1)
         # The weight is saved as it is, not its cast: autocast must not keep a second copy of the model alive.
-        ctx.save_for_backward(saved_x, weight, index, compact if overlay else None, probe_input, omega)
+        ctx.save_for_backward(saved_x, weight, index, compact if folds_at_use else None, probe_input, omega)
         ctx.start, ctx.columns = start, columns
         return y
 
@@ -108,7 +108,7 @@ class SelectedLinear(SelectedWeight, CompactLinear):
             # A Python int would be a constant of the compiled graph and recompile it at every refresh.
             None if torch.compiler.is_compiling() else self.start,
             self.side == "columns",
-            self.overlay,
+            self.folds_at_use,
             compute_dtype,
             *self._probe_arguments(input, compute_dtype),
             self._shared_input(input, compute_dtype),

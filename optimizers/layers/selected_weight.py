@@ -1,14 +1,15 @@
 """Layers that train a selection of their weight's columns or rows, held as values."""
 
 import hashlib
-from typing import ClassVar, Literal
+import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .compact import CompactWeight
-
-Side = Literal["columns", "rows"]
+from ..numerics.rounding import decay_
+from .compact import CompactWeight, Side
+from .shape import whole_shape
 
 
 def read_selected(full: Tensor, index: Tensor, start: int | None, dim: int) -> Tensor:
@@ -46,27 +47,27 @@ class SelectedWeight(CompactWeight):
 
     is_delta: ClassVar[bool] = False
     index: Tensor
-    side: Side
     start: int | None
     _index_key: bytes
 
     def _become_selected(self, *, side: Side, index: Tensor, contiguous: bool) -> None:
         """The part of a conversion that is common; ``compact`` is left uninitialised."""
-        self.side = side
         self.index = index.to(self.weight.device)
         self.start = int(index[0]) if contiguous else None
         self._index_key = _content_key(index)
         m, n = self.weight_shape
-        self._become_compact((m, index.numel()) if side == "columns" else (index.numel(), n))
+        self._become_compact((m, index.numel()) if side == "columns" else (index.numel(), n), side)
 
     def revert(self) -> None:
-        del self.side, self.start, self._index_key
+        del self.start, self._index_key
         super().revert()
 
     @property
-    def dim(self) -> int:
-        """The dimension of ``weight`` that is selected from."""
-        return 1 if self.side == "columns" else 0
+    def rank(self) -> int:
+        return self.index.numel()
+
+    def selected(self) -> Tensor:
+        return self.index
 
     def compact_of(self, weight: Tensor) -> Tensor:
         """The selected entries of a tensor shaped like ``weight``, as a copy shaped like ``compact``."""
@@ -75,6 +76,49 @@ class SelectedWeight(CompactWeight):
     def write_(self, full: Tensor, values: Tensor) -> None:
         """Write ``values``, shaped like ``compact``, over the selected entries of ``full``."""
         write_selected_(full, values, self.index, self.start, self.dim)
+
+    def apply_(
+        self, weight: Tensor, compact: Tensor, decay: float = 1.0, *, seed: int = 0, decay_last: bool = False
+    ) -> None:
+        decay_(weight, decay, seed=seed)
+        self.write_(weight, compact)
+
+    def apply_to_run_(
+        self, run: Tensor, start: int, compact: Tensor, decay: float, *, seed: int, decay_last: bool = False
+    ) -> None:
+        decay_(run, decay, seed=seed, offset=start)
+        in_run, in_compact = self._selected_in(start, run.numel())
+        run[in_run.to(run.device)] = compact[in_compact].to(run.device)
+
+    def compact_of_run(self, run: Tensor, start: int) -> Tensor:
+        in_run, in_compact = self._selected_in(start, run.numel())
+        found = torch.zeros(math.prod(whole_shape(self.compact)), dtype=run.dtype, device=self.index.device)
+        found[in_compact] = run[in_run.to(run.device)].to(found.device)
+        return found
+
+    def _selected_in(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Which entries of a run of the flattened weight are selected: their positions in the run and in the flat
+        compact values, both int64, in the same order.
+        """
+        _, n = self.weight_shape
+        index, stop = self.index, start + length
+        if self.side == "columns":
+            # Of every row that the run touches, the selected columns: (rows, r).
+            lines = torch.arange(start // n, -(-stop // n), device=index.device)
+            in_weight = lines[:, None] * n + index
+            in_compact = lines[:, None] * index.numel() + torch.arange(index.numel(), device=index.device)
+        else:
+            # The selected rows that the run touches, with all their columns: (rows, n).
+            chosen = torch.nonzero((index + 1 > start // n) & (index * n < stop)).squeeze(1)
+            columns = torch.arange(n, device=index.device)
+            in_weight = index[chosen][:, None] * n + columns
+            in_compact = chosen[:, None] * n + columns
+        # The first and the last row may be cut.
+        inside = (in_weight >= start) & (in_weight < stop)
+        return in_weight[inside] - start, in_compact[inside]
+
+    def project_gradient(self, gradient: Tensor) -> Tensor:
+        return self.compact_of(gradient)
 
     def subspace(self) -> dict[str, Tensor]:
         return {"index": self.index}

@@ -28,7 +28,7 @@ class _Kept:
 class SharedCopy:
     """Hands the copy that the first layer of a group made to the others, so that autograd keeps it once.
 
-    An input is known by its storage, not by its tensor: ZeRO-3 gives each layer a new alias of it. It is not kept
+    An input is known by its storage, not by its tensor: an engine may give each layer a new alias of it. It is not kept
     alive. The copy is held until every layer of the group has had it, or the input is gone. A change of the input in
     place counts as another input; like autograd, this does not see changes through ``.data``. Threads that race for it
     make a copy too many, never take a wrong one.

@@ -8,13 +8,13 @@ from torch import nn
 
 
 def refuse_wrapped(model: nn.Module, *, in_engine: bool) -> None:
-    """Raise if DDP, FSDP, DeepSpeed or ``torch.compile`` already holds the model's old parameters.
+    """Raise if DDP, FSDP, an engine or ``torch.compile`` already holds the model's old parameters.
 
     Parameters made after the wrapping would be invisible to it: DDP then leaves each rank with its own gradient and
     says nothing.
 
     Args:
-        in_engine: an engine makes the optimizer, and can deal with parameters made under ``deepspeed.zero.Init``.
+        in_engine: an engine makes the optimizer, and can deal with parameters that it keeps in parts.
 
     Raises:
         ValueError: naming the wrapper.
@@ -25,14 +25,14 @@ def refuse_wrapped(model: nn.Module, *, in_engine: bool) -> None:
     if wrapper is not None:
         raise ValueError(
             f"the model is already wrapped by {wrapper}: create the optimizer first, then wrap the model with"
-            " DistributedDataParallel or torch.compile; under DeepSpeed use narrowgauge.engine.initialize"
+            " DistributedDataParallel or torch.compile, or give both to an engine"
         )
-    if not in_engine and any(hasattr(p, "ds_id") for p in model.parameters()):
-        raise ValueError("the model was built under deepspeed.zero.Init: use narrowgauge.engine.initialize")
+    if not in_engine and any(p.numel() == 0 for p in model.parameters()):
+        raise ValueError("the model has empty parameters: it was built in parts, let that engine make the optimizer")
 
 
 def wrappers_of(model: nn.Module) -> Iterator[str]:
-    """The names of what has wrapped the model: DDP, FSDP, DeepSpeed, ``torch.compile``."""
+    """The names of what has wrapped the model: DDP, FSDP, an engine, ``torch.compile``."""
     for module in model.modules():
         if _is_wrapper(module):
             yield type(module).__name__
@@ -50,10 +50,12 @@ def wrappers_of(model: nn.Module) -> Iterator[str]:
             yield type(holder).__name__
 
 
-_WRAPPER_NAMES = {"DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule", "DeepSpeedEngine"}
+_WRAPPER_NAMES = {"DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"}
 
 
 def _is_wrapper(candidate: Any) -> bool:
-    return any(cls.__name__ in _WRAPPER_NAMES for cls in type(candidate).__mro__) and "_modules" in getattr(
-        candidate, "__dict__", {}
-    )
+    cls = type(candidate)
+    named = any(base.__name__ in _WRAPPER_NAMES for base in cls.__mro__)
+    # A module that runs backward and steps an optimizer is an engine.
+    engine = nn.Module in cls.__mro__ and hasattr(cls, "backward") and hasattr(cls, "step")
+    return (named or engine) and "_modules" in getattr(candidate, "__dict__", {})

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from ..layers.shape import whole_shape
 from ..sharding.shards import ShardMap
 
 
@@ -53,7 +54,7 @@ def find_excluded(model: nn.Module, patterns: Sequence[str] | None) -> frozenset
     Raises:
         ValueError: a pattern matches nothing.
     """
-    dims = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad}
+    dims = {name: len(whole_shape(p)) for name, p in model.named_parameters() if p.requires_grad}
     if patterns is None:
         return frozenset(name for name, dim in dims.items() if dim < 2)
     for pattern in patterns:

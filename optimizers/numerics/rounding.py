@@ -34,3 +34,40 @@ def stochastic_round_(target: torch.Tensor, source: torch.Tensor, *, seed: int, 
     # Adding noise below the mantissa would carry a NaN or an infinity into another value.
     rounded = torch.where(torch.isfinite(source), rounded, source)
     target.copy_(rounded.view_as(target))
+
+
+def add_(
+    weight: torch.Tensor, change: torch.Tensor, decay: float, *, seed: int, offset: int = 0, decay_last: bool = False
+) -> None:
+    """``weight = decay * weight + change`` in place, in bf16 with stochastic rounding.
+
+    Args:
+        change: in at least fp32, as many elements as ``weight``.
+        offset: position of the first element within the whole tensor, for a shard.
+        decay_last: ``decay * (weight + change)`` instead.
+    """
+    change = change.reshape(weight.shape)
+    if weight.dtype is torch.bfloat16:
+        whole = weight.float()
+        stochastic_round_(weight, _add_to(whole, change, decay, decay_last), seed=seed, offset=offset)
+    else:
+        _add_to(weight, change.to(weight.dtype), decay, decay_last)
+
+
+def _add_to(weight: torch.Tensor, change: torch.Tensor, decay: float, decay_last: bool) -> torch.Tensor:
+    """:func:`add_` in the weight's own precision."""
+    return weight.add_(change).mul_(decay) if decay_last else weight.mul_(decay).add_(change)
+
+
+def decay_(weight: torch.Tensor, factor: float, *, seed: int, offset: int = 0) -> None:
+    """Scale ``weight`` in place; in bf16 with stochastic rounding, where a factor near 1 would else be lost.
+
+    Args:
+        offset: position of the first element within the whole tensor, for a shard.
+    """
+    if factor == 1.0:
+        return
+    if weight.dtype is torch.bfloat16:
+        stochastic_round_(weight, weight.float() * factor, seed=seed, offset=offset)
+    else:
+        weight.mul_(factor)

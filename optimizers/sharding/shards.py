@@ -76,7 +76,7 @@ class ShardMap(Protocol):
 
 
 class LocalShards:
-    """Every parameter is one whole shard: one process, DDP, or DeepSpeed without ZeRO."""
+    """Every parameter is one whole shard: one process, or DDP."""
 
     num_process_ranks = 1
 
@@ -92,8 +92,8 @@ class LocalShards:
     def _name_of(self, flat: Tensor) -> str:
         if id(flat) not in self._names:
             raise RuntimeError(
-                "the optimizer was given a parameter that is not its model's: another library replaced them (DeepSpeed"
-                " ZeRO and FSDP do; under DeepSpeed use narrowgauge.engine.initialize), or the optimizer was copied"
+                "the optimizer was given a parameter that is not its model's: another library replaced them (ZeRO and"
+                " FSDP do; under ZeRO let this package's initialize make the engine), or the optimizer was copied"
             )
         return self._names[id(flat)]
 

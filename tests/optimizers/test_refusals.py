@@ -165,7 +165,7 @@ def hand_to_deepspeed(rank_of_gloo: int) -> str:
 
 def test_handing_it_to_deepspeed_directly_is_refused_at_the_first_step(two_ranks: RankPool) -> None:
     for message in two_ranks.run(hand_to_deepspeed, 0):
-        assert "use narrowgauge.engine.initialize" in message
+        assert "under ZeRO let this package's initialize make the engine" in message
 
 
 def shard_after_converting() -> str:

@@ -13,6 +13,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
+from narrowgauge.optimizers.layers.shape import add_shape_source
+
+# From the moment that ZeRO-3 has cut a parameter, before there is an engine.
+add_shape_source(lambda parameter: getattr(parameter, "ds_shape", None))
+
 # By wrapper: the attribute with the parameters of each group, and the one with the flat masters of this rank.
 _GROUPS_AND_MASTERS = (
     ("bit16_groups", "single_partition_of_fp32_groups"),  # ZeRO-1 and 2
@@ -65,10 +70,6 @@ def stage_3_masters_to_model(wrapper: Any) -> None:
 def is_sharded(parameter: Any) -> bool:
     """Whether ZeRO-3 has cut the parameter."""
     return hasattr(parameter, "ds_id")
-
-
-def whole_shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def is_persistent(parameter: Any) -> bool:

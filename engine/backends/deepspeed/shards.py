@@ -12,10 +12,11 @@ from deepspeed import comm
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from narrowgauge.optimizers.layers.shape import whole_shape
 from narrowgauge.optimizers.sharding.shards import Shard
 
 from ...errors import UserError
-from .privates import fragment_of, groups_and_masters, stage_3_masters_to_model, stage_3_position, whole_shape
+from .privates import fragment_of, groups_and_masters, stage_3_masters_to_model, stage_3_position
 
 
 def local_shards(engine: DeepSpeedEngine) -> list[Shard]:

@@ -16,9 +16,8 @@ from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 
-from narrowgauge.optimizers.compact.backend import LocalBackend, add_, decay_, projected, selected
+from narrowgauge.optimizers.compact.backend import LocalBackend
 from narrowgauge.optimizers.layers.compact import CompactWeight
-from narrowgauge.optimizers.layers.selected_weight import SelectedWeight
 from narrowgauge.optimizers.layers.targets import CompactLayer
 from narrowgauge.optimizers.numerics.rounding import stochastic_round_
 from narrowgauge.optimizers.numerics.seeds import derive_seed
@@ -132,14 +131,14 @@ class PartitionedWeightBackend(_OverRanks):
     """ZeRO-3: weights, compact values, masters and moments all in flat shards.
 
     Between changes of subspace nothing is folded: DeepSpeed gathers ``compact`` together with ``weight`` in forward
-    and again in backward, and the layer writes the one over the other (``CompactWeight.overlay``). The shards of
+    and again in backward, and the layer writes the one over the other (``CompactWeight.folds_at_use``). The shards of
     ``weight`` are brought up to date when the subspace changes and before a save.
     """
 
     def __init__(self, zero_optimizer: Any, layers: Sequence[CompactLayer], shards: Callable[[], ShardMap]) -> None:
         super().__init__(zero_optimizer, shards)
         for layer in layers:
-            layer.module.overlay = not layer.module.is_delta
+            layer.module.folds_at_use = not layer.module.is_delta
 
     def gathered(self, layer: CompactLayer) -> AbstractContextManager[Any]:
         raise NotImplementedError("compact values are filled before the engine is made")
@@ -152,7 +151,7 @@ class PartitionedWeightBackend(_OverRanks):
         """Bring the shards of the weights up to date, for a save."""
         layers = [layer for layer in layers if not layer.module.is_delta]
         for layer in layers:
-            _write_shard(selected(layer), _gather_compact(layer.module, _compact(layer).ds_tensor))
+            _apply_to_shard(layer.module, _gather_compact(layer.module, _compact(layer).ds_tensor), 1.0, seed=0)
         gather_again([layer.module.weight for layer in layers])
 
     @torch.no_grad()
@@ -160,15 +159,10 @@ class PartitionedWeightBackend(_OverRanks):
         self, layers: Sequence[CompactLayer], decays: Sequence[float], *, seed: int, decay_last: bool = False
     ) -> None:
         for layer, decay in zip(layers, decays, strict=True):
-            module, compact = projected(layer), _compact(layer)
-            _, n = module.weight_shape
-            whole = _gather_compact(module, compact.ds_tensor).view(compact.ds_shape)
-            shard, start = own_shard(module.weight)
-            first, last = start // n, -(-(start + shard.numel()) // n)
-            change = module.lift(whole, first, max(first, last)).reshape(-1)
-            change = change[start - first * n :][: shard.numel()].to(shard.device)
+            module, compact = layer.module, _compact(layer)
             fold_seed = derive_seed(seed, "fold", layer.name)
-            add_(shard, change, decay, seed=fold_seed, offset=start, decay_last=decay_last)
+            whole = _gather_compact(module, compact.ds_tensor)
+            _apply_to_shard(module, whole, decay, seed=fold_seed, decay_last=decay_last)
             compact.ds_tensor.zero_()
             safe_set_local_fp32_param(compact, compact.ds_tensor)
         gather_again([p for layer in layers for p in (layer.module.weight, layer.module.compact)])
@@ -178,16 +172,15 @@ class PartitionedWeightBackend(_OverRanks):
         self, layers: Sequence[CompactLayer], indices: Sequence[Tensor], decays: Sequence[float], *, seed: int
     ) -> None:
         for layer, index, decay in zip(layers, indices, decays, strict=True):
-            module, compact = selected(layer), _compact(layer)
-            weight_shard, start = own_shard(module.weight)
-            decay_(weight_shard, decay, seed=derive_seed(seed, "decay", layer.name), offset=start)
+            module, compact = layer.module, _compact(layer)
             own = compact.ds_tensor
             if own.dtype is torch.bfloat16:
                 _, start = own_shard(compact)
                 master = safe_get_local_fp32_param(compact).to(own.device)
                 own = torch.empty_like(own)
                 stochastic_round_(own, master, seed=derive_seed(seed, "round", layer.name), offset=start)
-            _write_shard(module, _gather_compact(module, own))
+            decay_seed = derive_seed(seed, "decay", layer.name)
+            _apply_to_shard(module, _gather_compact(module, own), decay, seed=decay_seed)
             module.set_subspace({"index": index})
             _fill_compact_shard(module)
         gather_again([p for layer in layers for p in (layer.module.weight, layer.module.compact)])
@@ -212,38 +205,19 @@ def _gather_compact(module: CompactWeight, shard: Tensor) -> Tensor:
     return whole.narrow(0, 0, compact.ds_numel)
 
 
-def _selected_in_shard(module: SelectedWeight, start: int, length: int) -> tuple[Tensor, Tensor]:
-    """Which entries of the weight's shard are selected: their positions in the shard and in the flat compact values."""
-    _, n = module.weight_shape
-    index, stop = module.index, start + length
-    if module.side == "columns":
-        lines = torch.arange(start // n, -(-stop // n), device=index.device)
-        in_weight = lines[:, None] * n + index
-        in_compact = lines[:, None] * index.numel() + torch.arange(index.numel(), device=index.device)
-    else:
-        chosen = torch.nonzero((index + 1 > start // n) & (index * n < stop)).squeeze(1)
-        columns = torch.arange(n, device=index.device)
-        in_weight = index[chosen][:, None] * n + columns
-        in_compact = chosen[:, None] * n + columns
-    inside = (in_weight >= start) & (in_weight < stop)
-    return in_weight[inside] - start, in_compact[inside]
-
-
-def _write_shard(module: SelectedWeight, compact: Tensor) -> None:
-    """Write the flat, whole compact values over the selected entries of this rank's shard of the weight."""
+def _apply_to_shard(
+    module: CompactWeight, compact: Tensor, decay: float, *, seed: int, decay_last: bool = False
+) -> None:
+    """Bring this rank's shard of the weight up to date with the flat, whole compact values."""
     shard, start = own_shard(module.weight)
-    in_shard, in_compact = _selected_in_shard(module, start, shard.numel())
-    shard[in_shard.to(shard.device)] = compact[in_compact].to(shard.device)
+    module.apply_to_run_(shard, start, compact, decay, seed=seed, decay_last=decay_last)
 
 
-def _fill_compact_shard(module: SelectedWeight) -> None:
+def _fill_compact_shard(module: CompactWeight) -> None:
     """Take this rank's shard of the compact values, and its masters, from the weight's shards of all ranks."""
     compact: Any = module.compact
-    shard, start = own_shard(module.weight)
-    in_shard, in_compact = _selected_in_shard(module, start, shard.numel())
     # Every entry comes from exactly one rank: the sum is a copy.
-    whole = torch.zeros(compact.ds_numel, dtype=shard.dtype, device=module.index.device)
-    whole[in_compact] = shard[in_shard.to(shard.device)].to(whole.device)
+    whole = module.compact_of_run(*own_shard(module.weight))
     comm.all_reduce(whole, group=compact.ds_process_group)
     own, start = own_shard(compact)
     own.copy_(whole.narrow(0, min(start, compact.ds_numel), own.numel()))

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from narrowgauge.offload import ActivationOffload
 from narrowgauge.optimizers import EngineOptimizer
 from narrowgauge.optimizers.layers.plain import plain_parameters
+from narrowgauge.optimizers.layers.shape import whole_shape
 from narrowgauge.optimizers.sharding.shards import Shard
 
 from ...checkpoint import weights
 from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
 from ...report.dense_traffic import dense_traffic, dense_traffic_zero3, trained_when_dense
-from .privates import gather_again, groups_of, is_persistent, is_sharded, own_shard, whole_shape
+from .privates import gather_again, groups_of, is_persistent, is_sharded, own_shard
 from .shards import local_shards, masters_to_model
 from .traffic import TrafficCounter
 

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from narrowgauge.optimizers import CompactLinear, Grass
-from narrowgauge.optimizers.compact.backend import selected
 from narrowgauge.optimizers.layers.selected_linear import SelectedLinear
 from tests.support.models import TinyTransformer, is_matrix, tiny, token_batch, train_steps
 from tests.support.ranks import RankPool
@@ -111,9 +110,9 @@ def test_unselected_entries_stay_bit_identical(side: str) -> None:
     before = {layer.name: layer.module.weight.clone() for layer in optimizer.layers}
     train_steps(model, optimizer, 0, 5)
     for layer in optimizer.layers:
-        module = selected(layer)
+        module = layer.module
         untouched = torch.ones(module.weight_shape[module.dim], dtype=torch.bool)
-        untouched[module.index] = False
+        untouched[module.selected()] = False
         assert torch.equal(
             module.weight[:, untouched] if side == "columns" else module.weight[untouched],
             before[layer.name][:, untouched] if side == "columns" else before[layer.name][untouched],
@@ -162,7 +161,7 @@ def test_indices_depend_on_the_seed_and_change_at_each_refresh() -> None:
         found = []
         for step in range(6):
             if step % 2 == 0:
-                found.append(selected(optimizer.layers[0]).index.tolist())
+                found.append(optimizer.layers[0].module.selected().tolist())
             train_steps(model, optimizer, step, step + 1)
         return found
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from narrowgauge.optimizers import Grass
-from narrowgauge.optimizers.compact.backend import selected
 from tests.support.models import tiny, train_steps
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "density": 0.3, "refresh_interval": 7, "weight_decay": 0.1, "decay": "all"}
@@ -60,7 +59,7 @@ def test_state_holds_compact_values_indices_and_moments() -> None:
     assert state["subspace"]["num_steps"] == 9
     assert state["subspace"]["num_refreshes"] == 1
     layer = optimizer.layers[0]
-    assert torch.equal(state["subspace"]["tensors"][f"{layer.name}.index"], selected(layer).index)
+    assert torch.equal(state["subspace"]["tensors"][f"{layer.name}.index"], layer.module.selected())
     assert torch.equal(state["subspace"]["compact"][layer.name], layer.module.compact)
     shapes = {tuple(moments["exp_avg"].shape) for moments in state["state"].values()}
     assert tuple(layer.module.compact.shape) in shapes
@@ -82,10 +81,10 @@ def test_a_state_of_another_configuration_is_refused(change: dict[str, Any], mes
     train_steps(model, optimizer, 0, 8)
     state = optimizer.state_dict()
     other = Grass(tiny(), **{**OPTIONS, **change})
-    before = {layer.name: selected(layer).index.clone() for layer in other.layers}
+    before = {layer.name: layer.module.selected().clone() for layer in other.layers}
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(state)
-    assert all(torch.equal(selected(layer).index, before[layer.name]) for layer in other.layers)
+    assert all(torch.equal(layer.module.selected(), before[layer.name]) for layer in other.layers)
     assert (other.num_steps, other.num_refreshes) == (0, 0)
 
 

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from narrowgauge.optimizers import CompactLinear, Grass
-from narrowgauge.optimizers.compact.backend import selected
 from narrowgauge.optimizers.layers.selected_linear import SelectedLinear
 from tests.support.models import tiny, token_batch
 
@@ -314,9 +313,9 @@ def test_loading_plain_weights_strictly_rebuilds_the_compact_values(side: str) -
     optimizer = Grass(model, density=0.3, side=side)  # type: ignore[arg-type]
     model.load_state_dict(source.state_dict(), strict=True)
     for layer in optimizer.layers:
-        module = selected(layer)
+        module = layer.module
         full = source.get_parameter(f"{layer.name}.weight")
-        assert torch.equal(module.compact, full[:, module.index] if side == "columns" else full[module.index])
+        assert torch.equal(module.compact, full[:, module.selected()] if side == "columns" else full[module.selected()])
         assert torch.equal(module.weight, full)
         assert not module.weight.requires_grad
     missing = {k: v for k, v in source.state_dict().items() if k != "blocks.0.q.weight"}

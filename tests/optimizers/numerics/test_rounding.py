@@ -3,8 +3,7 @@
 import torch
 
 from narrowgauge.optimizers import Grass
-from narrowgauge.optimizers.compact.backend import decay_, selected
-from narrowgauge.optimizers.numerics.rounding import stochastic_round_
+from narrowgauge.optimizers.numerics.rounding import decay_, stochastic_round_
 from tests.support.models import tiny, token_batch
 
 
@@ -67,11 +66,11 @@ def test_decay_of_unselected_entries_does_not_vanish_in_bf16() -> None:
 def test_a_bf16_model_trains_with_decay_of_all_entries() -> None:
     model = tiny(dtype=torch.bfloat16)
     optimizer = Grass(model, lr=1e-2, density=0.3, refresh_interval=5, weight_decay=0.1, decay="all")
-    layer = selected(optimizer.layers[0])
+    layer = optimizer.layers[0].module
     never = torch.ones(20, dtype=torch.bool)
     before = layer.weight.detach().double()
     for step in range(10):
-        never[layer.index] = False
+        never[layer.selected()] = False
         model(token_batch(step, 4)).backward()
         optimizer.step()
         optimizer.zero_grad()
