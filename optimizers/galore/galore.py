@@ -11,7 +11,7 @@ from ..compact.backend import SubspaceBackend
 from ..compact.inner import BaseName, check_base
 from ..compact.optimizer import CompactOptimizer
 from ..compact.sketches import directions
-from ..layers.projected_linear import ProjectedLinear
+from ..layers.registry import to_projected
 from ..layers.shape import whole_shape
 from ..layers.targets import CompactLayer, find_targets, rank_of
 from ..layers.wrappers import refuse_wrapped
@@ -317,5 +317,5 @@ def _convert(
                 bases[key] = torch.empty(dim, own_rank, dtype=dtype, device="meta")
             elif used:
                 bases[key] = random_basis(dim, own_rank, seed=derive_seed(seed, "basis", key, name)).to(dtype)
-        layers.append(CompactLayer(name, ProjectedLinear.convert(linear, **bases, scale=scale)))
+        layers.append(CompactLayer(name, to_projected(linear, **bases, scale=scale)))
     return layers, full

@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 from ..layers.compact import Side
-from ..layers.projected_linear import ProjectedLinear
-from ..layers.selected_embedding import SelectedEmbedding
-from ..layers.selected_linear import SelectedLinear
+from ..layers.registry import to_projected, to_selected
 from ..layers.shape import whole_shape
 from ..layers.shared_copy import SharedCopy
 from ..layers.targets import CompactLayer, rank_of
@@ -103,18 +101,16 @@ def convert_selected(
             continue
         index = select_index(rule, target.dim, ranks[target.name], seed=seed, refresh=0, name=target.group)
         linear = target.module
-        if isinstance(linear, nn.Embedding):
-            module = SelectedEmbedding.convert(linear, index=index, contiguous=rule.contiguous)
-        elif rule.repeats:
+        if rule.repeats:
             scales = replacement_scales(torch.ones(target.dim, dtype=torch.float64), index)
             scales = scales.to(torch.promote_types(linear.weight.dtype, torch.float32))
             module = (
-                ProjectedLinear.convert(linear, right=scales, right_index=index)
+                to_projected(linear, right=scales, right_index=index)
                 if target.side == "columns"
-                else ProjectedLinear.convert(linear, left=scales, left_index=index)
+                else to_projected(linear, left=scales, left_index=index)
             )
         else:
-            module = SelectedLinear.convert(
+            module = to_selected(
                 linear,
                 side=target.side,
                 index=index,

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from ..numerics.rounding import add_
 from .compact import CompactLinear, ProbeKind, keep_dtypes, other_gradients
+from .registry import register
+from .selected_linear import SelectedLinear
 from .shape import whole_shape
 
 
@@ -111,8 +113,9 @@ class ProjectedLinear(CompactLinear):
     right_index: Tensor | None
     scale: float
 
-    @staticmethod
+    @classmethod
     def convert(
+        cls,
         linear: nn.Linear,
         *,
         left: Tensor | None = None,
@@ -122,7 +125,7 @@ class ProjectedLinear(CompactLinear):
         scale: float = 1.0,
     ) -> "ProjectedLinear":
         """Turn ``linear`` into a ``ProjectedLinear`` in place; ``compact`` is registered but left uninitialised."""
-        linear.__class__ = ProjectedLinear
+        linear.__class__ = cls
         assert isinstance(linear, ProjectedLinear)
         linear.scale = scale
         for key, value in zip(_KEYS, (left, left_index, right, right_index), strict=True):
@@ -205,3 +208,5 @@ class ProjectedLinear(CompactLinear):
 
 
 _KEYS = ("left", "left_index", "right", "right_index")
+
+register(nn.Linear, selected=SelectedLinear.convert, projected=ProjectedLinear.convert)

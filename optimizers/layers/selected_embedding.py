@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact import ProbeKind
+from .compact import ProbeKind, Side
+from .registry import register
 from .selected_weight import SelectedWeight, write_selected_
 
 
@@ -68,12 +69,19 @@ class SelectedEmbedding(SelectedWeight, nn.Embedding):
 
     plain: ClassVar[type[nn.Module]] = nn.Embedding
 
-    @staticmethod
-    def convert(embedding: nn.Embedding, *, index: Tensor, contiguous: bool) -> "SelectedEmbedding":
-        """Turn ``embedding`` into a ``SelectedEmbedding`` in place; ``compact`` is left uninitialised."""
-        embedding.__class__ = SelectedEmbedding
+    @classmethod
+    def convert(
+        cls, embedding: nn.Embedding, *, side: Side = "rows", index: Tensor, contiguous: bool, shared: None = None
+    ) -> "SelectedEmbedding":
+        """Turn ``embedding`` into a ``SelectedEmbedding`` in place; ``compact`` is left uninitialised.
+
+        Args:
+            side, shared: as in :meth:`.SelectedLinear.convert`; only rows are selected, and nothing is shared.
+        """
+        assert side == "rows"
+        embedding.__class__ = cls
         assert isinstance(embedding, SelectedEmbedding)
-        embedding._become_selected(side="rows", index=index, contiguous=contiguous)
+        embedding._become_selected(side=side, index=index, contiguous=contiguous)
         return embedding
 
     def forward(self, input: Tensor) -> Tensor:
@@ -93,3 +101,6 @@ class SelectedEmbedding(SelectedWeight, nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.index.numel()}"
+
+
+register(nn.Embedding, selected=SelectedEmbedding.convert)

@@ -82,12 +82,12 @@ class SelectedLinear(SelectedWeight, CompactLinear):
 
     shared: SharedCopy | None
 
-    @staticmethod
+    @classmethod
     def convert(
-        linear: nn.Linear, *, side: Side, index: Tensor, contiguous: bool, shared: SharedCopy | None = None
+        cls, linear: nn.Linear, *, side: Side, index: Tensor, contiguous: bool, shared: SharedCopy | None = None
     ) -> "SelectedLinear":
         """Turn ``linear`` into a ``SelectedLinear`` in place; ``compact`` is registered but left uninitialised."""
-        linear.__class__ = SelectedLinear
+        linear.__class__ = cls
         assert isinstance(linear, SelectedLinear)
         linear.shared = shared
         linear._become_selected(side=side, index=index, contiguous=contiguous)

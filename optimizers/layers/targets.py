@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .compact import CompactWeight
+from .registry import is_target
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ _DEFAULT = "the default (linears inside blocks, the elements of an nn.ModuleList
 
 
 def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Linear]:
-    """The plain, trainable, untied ``nn.Linear`` layers that ``patterns`` name.
+    """The plain, trainable, untied ``nn.Linear`` layers that ``patterns`` name, and those of other registered types.
 
     Args:
         patterns: globs over module names (``"*.mlp.*_proj"``); None takes every linear inside a transformer block,
@@ -39,7 +40,7 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, 
     Raises:
         ValueError: a pattern, or the default, matches nothing; the message lists the model's linears.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = {name: module for name, module in model.named_modules() if is_target(module)}
     if any(isinstance(module, CompactWeight) for module in model.modules()):
         raise ValueError("the model already has compact layers: it belongs to another optimizer of this kind")
     if patterns is None:

@@ -5,6 +5,7 @@ from collections import Counter
 
 from torch import nn
 
+from .registry import is_target
 from .targets import block_prefixes
 
 
@@ -19,7 +20,7 @@ def find_vocabulary(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
     """
     blocks = block_prefixes(model)
     outside = {name: module for name, module in model.named_modules() if not name.startswith(blocks)}
-    heads = {name: module for name, module in outside.items() if type(module) is nn.Linear}
+    heads = {name: module for name, module in outside.items() if is_target(module)}
     embeddings = {name: module for name, module in outside.items() if type(module) is nn.Embedding}
     sizes = {m.out_features for m in heads.values()} & {m.num_embeddings for m in embeddings.values()}
     found: dict[str, nn.Linear | nn.Embedding] = {
