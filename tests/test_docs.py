@@ -11,6 +11,8 @@ from narrowgauge.engine.config.config import load_config
 from tests.support.command import BIN, ROOT, environment
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"]
+OTHERS += [ROOT / "benchmarks" / "results" / "README.md", *sorted((ROOT / "docs" / "decisions").glob("*.md"))]
 
 
 def examples(heading: str) -> list[object]:
@@ -49,11 +51,16 @@ def test_configuration(block: str, tmp_path: Path) -> None:
     assert load_config(path).parsed.model is not None
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + OTHERS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), target
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "index.md").read_text().split()
+    assert [page.stem for page in PAGES[1:] if page.stem not in index and page.stem != "index"] == []
 
 
 def test_every_block_is_found() -> None:

@@ -57,5 +57,5 @@ def test_train_export_generate(tmp_path: Path) -> None:
     ]
     printed = output_of(words, tmp_path)
     assert (tmp_path / "runs" / "tiny" / "summary.json").is_file()
-    (more,) = figures(r"def main\((.+)", printed)
+    (more,) = figures(r"(?s)def main\((.+)\Z", printed)
     assert more.strip()
