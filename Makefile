@@ -35,12 +35,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/pyright
 
 test: lint
-	$(PYTEST) -m 'not slow and not processes' --numprocesses 2 --dist worksteal
-	$(PYTEST) -m 'not slow and processes'
+	$(PYTEST) -m 'not slow and not alone' --numprocesses 2 --dist worksteal
+	$(PYTEST) -m 'not slow and alone'
 
 test-all: lint
-	$(PYTEST) -m 'not processes' --numprocesses 2 --dist worksteal
-	$(PYTEST) -m processes
+	$(PYTEST) -m 'not alone' --numprocesses 2 --dist worksteal
+	$(PYTEST) -m alone
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env docs build/docs

@@ -1,4 +1,4 @@
-"""Fixtures: process ranks shared by the session, and a small corpus; marks tests that start processes."""
+"""Fixtures: process ranks shared by the session, and a small corpus; marks tests."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small, and two run si
 _FOLDER = Path(__file__).parent
 _START_PROCESSES = [
     _FOLDER / name
-    for name in ("cluster", "engine/ranks", "engine/run", "launcher", "support/test_slow_stage.py", "test_docs.py")
+    for name in (
+        "cluster",
+        "engine/ranks",
+        "engine/run",
+        "launcher",
+        "support/test_slow_stage.py",
+        "test_docs.py",
+        "test_examples.py",
+    )
 ]
 _POOLS = {"one_rank", "two_ranks", "three_ranks"}
 
@@ -26,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         uses_pool = _POOLS.intersection(getattr(item, "fixturenames", ()))
         if uses_pool or any(item.path.is_relative_to(folder) for folder in _START_PROCESSES):
-            item.add_marker(pytest.mark.processes)
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")

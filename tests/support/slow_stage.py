@@ -70,7 +70,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(_Clock(config.getoption("--until")))
+    config.pluginmanager.register(_Clock(float(config.option.until)))
 
 
 class _Clock:

@@ -291,6 +291,7 @@ class SlowTokens(PackedTokens):
         return super().__getitem__(sample)
 
 
+@pytest.mark.alone
 def test_training_does_not_wait_for_a_loader_that_keeps_up_on_average() -> None:
     """Reading a batch takes 0.2 s, a step a little more: read ahead, the second hides the first."""
     data = SlowTokens([(Path("a"), np.arange(1000))], sequence_length=4, vocab_size=1000)

@@ -141,6 +141,7 @@ def test_cannot_be_copied(tmp_path: Path, how: Any) -> None:
     offload.close()
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("interruptible")
 def test_interrupts_in_backward_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception of a signal handler that arises in a finalizer is printed and forgotten."""
