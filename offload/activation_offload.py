@@ -123,6 +123,7 @@ class ActivationOffload:
             failed_writes=counters.failed_writes,
             full=counters.full,
             offload_budget=self._controller.planned_budget,
+            unplanned=self._controller.unplanned,
             write_bandwidth=speed.write,
             read_bandwidth=speed.read,
             written_per_day=endurance.per_day(written),

@@ -28,6 +28,8 @@ class Controller:
 
     Attributes:
         speed: of the disk, as last measured.
+        planned_budget: bytes that the latest forward may write; None before a backward has been measured.
+        unplanned: forwards before which none had been.
     """
 
     def __init__(
@@ -51,14 +53,11 @@ class Controller:
         self._forwards, self._previous_began, self._period = 0, 0.0, 0.0
         # When, which share of the bytes, and at which speed.
         self._planned: tuple[int, float, Speed] | None = None
+        self.planned_budget: int | None = None
+        self.unplanned = 0
         self._largest = 0
         self._trust = 1.0
         self._counted = (0, 0.0, 0, 0.0)
-
-    @property
-    def planned_budget(self) -> int | None:
-        """Bytes per forward that the plan writes; None without a plan."""
-        return int(self._planned[1] * self._trust * self._largest) if self._planned is not None else None
 
     def next_budget(self, graphs: Sequence[ForwardGraph]) -> float:
         """Bytes that the coming forward may write.
@@ -86,7 +85,12 @@ class Controller:
             assert not isinstance(self._keep_resident, str)
             budget = (1 - self._keep_resident) * self._largest
         allowance = self._endurance.allowance(self._transport.counters.written.bytes, self._period)
-        return budget if allowance is None else min(budget, allowance)
+        budget = budget if allowance is None else min(budget, allowance)
+        if profiled is not None:
+            self.planned_budget = int(min(budget, self._largest))
+        else:
+            self.unplanned += 1
+        return budget
 
     def _plan(self, graph: ForwardGraph) -> float:
         """What the disk can take and give back unnoticed, from the latest forward and backward."""

@@ -22,7 +22,9 @@ class OffloadStats:
         forwarded: bytes that backward took from memory although they had been given up for writing.
         failed_writes: transfers that failed; their tensors stayed in memory.
         full: tensors that stayed in memory because the slab was full.
-        offload_budget: bytes per forward that the plan writes; None for all.
+        offload_budget: bytes that the latest forward may write; None before a backward has been measured: until then
+            everything is written.
+        unplanned: forwards of which that is true.
         write_bandwidth, read_bandwidth: bytes per second as last measured.
         written_per_day: at the rate since the first write.
         drive_writes_per_day: the same as a multiple of the drive's capacity; of this rank's share of it.
@@ -42,6 +44,7 @@ class OffloadStats:
     failed_writes: int
     full: int
     offload_budget: int | None
+    unplanned: int
     write_bandwidth: float
     read_bandwidth: float
     written_per_day: float

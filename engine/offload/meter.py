@@ -6,6 +6,7 @@ from typing import Any
 
 from narrowgauge.offload import ActivationOffload
 
+BUDGET = "offload_budget"
 BYTES = ("saved_activations_peak", "saved_activations_peak_resident", "offload_written", "offload_read")
 
 
@@ -17,28 +18,40 @@ class OffloadMeter:
         self._before = offload.stats() if offload is not None else None
 
     def step(self) -> tuple[dict[str, int], dict[str, float]]:
-        """Bytes and seconds since the last call, of this process rank."""
+        """Bytes and seconds since the last call, of this process rank.
+
+        :data:`BUDGET`, the bytes that a forward may write, is among them where each forward of the step had a plan.
+        """
         if self._offload is None or self._before is None:
             return {}, {}
         before, now = self._before, self._offload.stats()
         self._before = now
         self._offload.reset_peaks()
         values = (now.saved_peak, now.resident_peak, now.written - before.written, now.read - before.read)
-        return dict(zip(BYTES, values, strict=True)), {"io_stall": now.io_stall - before.io_stall}
+        moved: dict[str, int] = dict(zip(BYTES, values, strict=True))
+        if now.offload_budget is not None and now.unplanned == before.unplanned:
+            moved[BUDGET] = now.offload_budget
+        return moved, {"io_stall": now.io_stall - before.io_stall}
 
 
 def summarize_offload(records: Sequence[dict[str, Any]], offload: ActivationOffload | None) -> dict[str, Any]:
     """The ``bytes``, ``seconds`` and ``offload`` entries of a summary; empty where nothing was offloaded.
 
-    Peaks are the highest of all steps; written, read and waited are per step.
+    Peaks are the highest of the steps under a plan: the first one, of which the plan is made, writes everything and
+    keeps it until it is written. Written, read and waited are per step.
     """
     found = [record for record in records if BYTES[0] in record["bytes"]]
     if offload is None or not found:
         return {"bytes": {}, "seconds": {}}
-    columns = {key: [record["bytes"][key] for record in found] for key in BYTES}
+    planned = [record for record in found if BUDGET in record["bytes"]] or found
     stats = offload.stats()
     return {
-        "bytes": {key: max(values) if "peak" in key else round(fmean(values)) for key, values in columns.items()},
+        "bytes": {
+            key: max(record["bytes"][key] for record in planned)
+            if "peak" in key
+            else round(fmean(record["bytes"][key] for record in found))
+            for key in BYTES
+        },
         "seconds": {"io_stall": median(record["seconds"]["io_stall"] for record in found)},
         "activation_offload": {
             key: getattr(stats, key)

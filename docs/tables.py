@@ -1,0 +1,68 @@
+"""Writes the tables of options in these pages from the code: ``python docs/tables.py``.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; :data:`TABLES` says what is in it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from narrowgauge.offload import OffloadOptions
+from narrowgauge.offload.backends import BACKENDS
+from narrowgauge.offload.options import option_of
+
+DOCS = Path(__file__).parent
+
+
+def markdown(rows: Sequence[tuple[str, str, str]]) -> str:
+    """Name, default and meaning of each option."""
+    lines = ["| key | default | |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
+def shown_default(value: Any) -> str:
+    """As JSON has it; empty where there is none."""
+    if value is dataclasses.MISSING or value is None:
+        return ""
+    return f"{value:g}" if isinstance(value, float) else f"`{value}`" if isinstance(value, str) else f"{value}"
+
+
+def offload_options() -> str:
+    """Of ``ActivationOffload`` and the block ``activation_offload``."""
+    rows = []
+    for field in dataclasses.fields(OffloadOptions):
+        option = option_of(field.name)
+        meaning = option.meaning
+        if field.name == "backend":
+            names = ", ".join(f"`{name}` ({backend.title})" for name, backend in BACKENDS.items())
+            meaning = f"{meaning} There are {names}."
+        rows.append((f"`{field.name}`", option.shown or shown_default(field.default), meaning))
+    return markdown(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"offload options": offload_options}
+
+
+def with_tables(text: str) -> str:
+    """A page with its tables as the code has them.
+
+    Raises:
+        KeyError: a table has no entry in :data:`TABLES`.
+    """
+
+    def replaced(found: re.Match[str]) -> str:
+        return f"<!-- table: {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end of table -->"
+
+    return re.sub(r"<!-- table: ([^>]+?) -->\n.*?<!-- end of table -->", replaced, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text()
+        page.write_text(with_tables(text))
+
+
+if __name__ == "__main__":
+    main()
