@@ -2,6 +2,7 @@
 # make test     set up, then lint, types and every behaviour once
 # make test-all the same with the slow tests, which repeat it in more cases
 # make docs     set up, then the docs with the API reference, in build/docs
+# make gpu      on a machine with CUDA, needs no setup: its tests and benchmarks (ARGS="--budget 500" for a part)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +10,7 @@ CONFIG ?= configs/quickstart.json
 ARGS   ?=
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: train lint test test-all docs
+.PHONY: train lint test test-all docs gpu
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -44,3 +45,6 @@ test-all: lint
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env docs build/docs
+
+gpu:
+	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); $$python -m benchmarks.gpu $(ARGS)

@@ -1,6 +1,7 @@
 """Interleaved timing of alternatives, as medians, spread and ratios to the first."""
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -10,36 +11,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 
 class Phases:
-    """Collects the seconds of named phases, one list each."""
+    """Collects the seconds of named phases, one list each.
+
+    With CUDA they are times of the current stream, by events, so that a phase within another delays neither. They are
+    in ``seconds`` after :meth:`settle`.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        _synchronize()
-        begin = time.perf_counter()
-        yield
-        _synchronize()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - begin)
+        if torch.cuda.is_available():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self.seconds.setdefault(name, []).append(time.perf_counter() - started)
+
+    def settle(self) -> None:
+        """Wait for the GPU, where there is one, and read its times."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        for name, begin, end in self._events:
+            self.seconds.setdefault(name, []).append(begin.elapsed_time(end) / 1e3)
+        self._events.clear()
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def interleave(
+    alternatives: dict[str, Callable[[Phases], None]], *, rounds: int, warmup: int = 2, seconds: float = math.inf
+) -> dict[str, Phases]:
+    """Run every alternative once per round, in turn, so that a slow moment of the machine meets all of them.
 
-
-def interleave(alternatives: dict[str, Callable[[Phases], None]], *, rounds: int, warmup: int = 2) -> dict[str, Phases]:
-    """Run every alternative once per round, in turn, so that a slow moment of the machine meets all of them."""
+    Args:
+        seconds: no further round begins after so many, once three were counted.
+    """
     phases = {name: Phases() for name in alternatives}
+    started = time.perf_counter()
     for number in range(rounds + warmup):
+        if number >= warmup + 3 and time.perf_counter() - started > seconds:
+            break
         for name, run in alternatives.items():
-            run(phases[name] if number >= warmup else Phases())
+            own = phases[name] if number >= warmup else Phases()
+            run(own)
+            own.settle()
     return phases
 
 
@@ -66,6 +89,10 @@ def ratios(phases: dict[str, Phases], baseline: str) -> dict[str, dict[str, Any]
 
 def show(title: str, found: dict[str, dict[str, Any]]) -> None:
     """Print a table of median seconds and, of the ratio to the baseline, median and quartiles."""
+    # Not above: the figures themselves are also taken where it is not installed.
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     table.add_column("")
     phases = list(next(iter(found.values())))

@@ -28,9 +28,7 @@ from benchmarks.offload_cases import (
     RECOMPUTE,
     Case,
     OtherProcesses,
-    build,
-    make_case,
-    make_tokens,
+    make_cases,
     recomputes,
 )
 from benchmarks.offload_checks import compare_budget, compare_io, compare_rss, look_for_leaks, one_rss
@@ -40,21 +38,6 @@ from narrowgauge.offload.backends import backend_names
 
 _MIB, _GB = 1 << 20, 1e9
 _TRIES = 5
-
-
-def make_cases(arguments: argparse.Namespace, names: list[str]) -> dict[str, Case]:
-    """Cases on one model; those that recompute have one of their own."""
-    plain, tokens = build(arguments), make_tokens(arguments, arguments.batch)
-    keep = make_case(KEEP, arguments, plain, tokens, 0)
-    keep.step()
-    keep.count(arguments.path)
-    capacity = int(2 * keep.seen["saved"][-1]) + (64 << 20)
-    cases = {KEEP: keep}
-    for name in names:
-        if name != KEEP:
-            model = build(arguments) if recomputes(name) else plain
-            cases[name] = make_case(name, arguments, model, tokens, capacity)
-    return cases
 
 
 def compare_steps(arguments: argparse.Namespace) -> None:
@@ -151,7 +134,7 @@ def report(console: Console, arguments: argparse.Namespace, found: dict[str, dic
 
 def _title(arguments: argparse.Namespace) -> str:
     shape = f"hidden {arguments.hidden}, {arguments.layers} layers, {arguments.batch} x {arguments.sequence} tokens"
-    return f"LLaMA, {shape}, float32, {arguments.device}, {arguments.rounds} rounds: forward and backward"
+    return f"LLaMA, {shape}, {arguments.dtype}, {arguments.device}, {arguments.rounds} rounds: forward and backward"
 
 
 def _arguments() -> argparse.Namespace:
@@ -174,6 +157,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--path", type=Path, default=Path(tempfile.gettempdir()), help="folder on the SSD")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--backend", choices=backend_names(), default="auto")
     parser.add_argument("--lanes", type=int, help="default: ActivationOffload's")
     parser.add_argument("--buffer-mib", type=int, default=0, help="0: ActivationOffload's default")
@@ -190,7 +174,19 @@ def _arguments() -> argparse.Namespace:
         parser.error("--hidden: 512 or more, a multiple of 64")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds none")
-    kept = ("path", "backend", "lanes", "buffer_mib", "capacity_mib", "layers", "hidden", "batch", "sequence", "vocab")
+    kept = (
+        "path",
+        "backend",
+        "lanes",
+        "buffer_mib",
+        "capacity_mib",
+        "layers",
+        "hidden",
+        "batch",
+        "sequence",
+        "vocab",
+        "dtype",
+    )
     arguments.given = [
         part
         for name in kept

@@ -4,7 +4,7 @@ import argparse
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +138,7 @@ class Case:
                 loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
             with phases.phase("backward"):
                 loss.backward()
+        phases.settle()
         figures: dict[str, float] = {}
         if offload is not None and before is not None:
             after = offload.stats()
@@ -195,7 +196,7 @@ def build(arguments: argparse.Namespace) -> LlamaForCausalLM:
         use_cache=False,
     )
     model = LlamaForCausalLM(config)
-    torch.nn.Module.to(model, arguments.device)
+    torch.nn.Module.to(model, arguments.device, dtype=getattr(torch, arguments.dtype))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return model.train()
@@ -204,6 +205,21 @@ def build(arguments: argparse.Namespace) -> LlamaForCausalLM:
 def make_tokens(arguments: argparse.Namespace, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(arguments.vocab, (batch, arguments.sequence), generator=generator).to(arguments.device)
+
+
+def make_cases(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Case]:
+    """Cases on one model; those that recompute have one of their own."""
+    plain, tokens = build(arguments), make_tokens(arguments, arguments.batch)
+    keep = make_case(KEEP, arguments, plain, tokens, 0)
+    keep.step()
+    keep.count(arguments.path)
+    capacity = int(2 * keep.seen["saved"][-1]) + (64 << 20)
+    cases = {KEEP: keep}
+    for name in names:
+        if name != KEEP:
+            model = build(arguments) if recomputes(name) else plain
+            cases[name] = make_case(name, arguments, model, tokens, capacity)
+    return cases
 
 
 def make_case(

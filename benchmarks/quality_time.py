@@ -2,52 +2,19 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.compare import Phases, interleave, quartiles, ratios, show, write
+from benchmarks.compare import interleave, quartiles, ratios, show, write
 from benchmarks.quality_data import Task, build_model
 from benchmarks.quality_methods import METHODS
-from benchmarks.step import build
+from benchmarks.step import build, method_stepper
 
 MAIN = ("adamw", "grass-columns-1/8", "galore-torch-1/8")
 _FILE = "times.json"
-# No change of subspace falls into a timed step: it is timed by itself.
-_NEVER = 1 << 30
-
-
-def _stepper(name: str, model: Any, tokens: Tensor) -> tuple[Callable[[Phases], None], Callable[[Phases], None]]:
-    """Closures that take one step, and that change the subspace once."""
-    method = METHODS[name]
-    optimizer: Any = method.make(
-        model, lr=1e-3, matrix_lr_scale=0.1, betas=(0.9, 0.999), interval=_NEVER, **method.options
-    )
-
-    def step(phases: Phases) -> None:
-        with phases.phase("step"):
-            model(input_ids=tokens, labels=tokens).loss.backward()
-            with phases.phase("optimizer"):
-                optimizer.step()
-            optimizer.zero_grad()
-
-    def refresh(phases: Phases) -> None:
-        if hasattr(optimizer, "refresh"):
-            with phases.phase("refresh"):
-                optimizer.refresh()
-        elif name.startswith("galore-torch"):
-            model(input_ids=tokens, labels=tokens).loss.backward()
-            with phases.phase("refresh"):
-                for parameter, state in optimizer.state.items():
-                    if "projector" in state:
-                        # It decomposes the gradient at the steps that its gap divides.
-                        state["projector"].project(parameter.grad, 0)
-            optimizer.zero_grad()
-
-    return step, refresh
 
 
 def time_methods(task: Task, methods: Sequence[str], *, rounds: int, folder: Path) -> None:
@@ -56,7 +23,7 @@ def time_methods(task: Task, methods: Sequence[str], *, rounds: int, folder: Pat
     steps = {}
     for name in methods:
         model = build_model(task)
-        steps[name], _ = _stepper(name, model, tokens.to(model.device))
+        steps[name], _ = method_stepper(METHODS[name], model, tokens.to(model.device))
     found = ratios(interleave(steps, rounds=rounds), methods[0])
     show(f"hidden {task.hidden}, {task.batch * task.length} tokens; without changes of subspace", found)
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +47,7 @@ def compare_main(*, rounds: int, interval: int, small: bool, json: Path | None) 
     for name in MAIN:
         model = build(shape)
         tokens = torch.randint(shape.vocab, (shape.batch, shape.length)).to(model.device)
-        pairs[name] = _stepper(name, model, tokens)
+        pairs[name] = method_stepper(METHODS[name], model, tokens)
     phases = interleave({name: step for name, (step, _) in pairs.items()}, rounds=rounds)
     changes = interleave({name: refresh for name, (_, refresh) in pairs.items()}, rounds=3, warmup=0)
     whole = {}

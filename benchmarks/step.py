@@ -6,12 +6,17 @@ python -m benchmarks.step --dtype float32 --rounds 15
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.compare import Phases, interleave, ratios, show, write
+from benchmarks.quality_methods import Method
 from narrowgauge.optimizers import Grass
+
+_NEVER = 1 << 30
 
 
 def build(arguments: argparse.Namespace) -> LlamaForCausalLM:
@@ -26,8 +31,9 @@ def build(arguments: argparse.Namespace) -> LlamaForCausalLM:
         use_cache=False,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LlamaForCausalLM(config)
-    torch.nn.Module.to(model, device, dtype=getattr(torch, arguments.dtype))
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    torch.nn.Module.to(model, dtype=getattr(torch, arguments.dtype))
     return model
 
 
@@ -55,6 +61,41 @@ def stepper(arguments: argparse.Namespace, **options: object) -> Callable[[Phase
                 optimizer.refresh()
 
     return step
+
+
+def method_stepper(
+    method: Method, model: Any, tokens: Tensor, *, interval: int = _NEVER
+) -> tuple[Callable[[Phases], None], Callable[[Phases], None]]:
+    """Closures that take one step with a method of ``benchmarks.quality_methods``, and that change its subspace once.
+
+    Args:
+        interval: steps between the changes that fall into a step.
+    """
+    optimizer: Any = method.make(
+        model, lr=1e-3, matrix_lr_scale=0.1, betas=(0.9, 0.999), interval=interval, **method.options
+    )
+
+    def step(phases: Phases) -> None:
+        with phases.phase("step"):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            with phases.phase("optimizer"):
+                optimizer.step()
+            optimizer.zero_grad()
+
+    def refresh(phases: Phases) -> None:
+        if hasattr(optimizer, "refresh"):
+            with phases.phase("refresh"):
+                optimizer.refresh()
+        elif type(optimizer).__module__.startswith("galore_torch"):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            with phases.phase("refresh"):
+                for parameter, state in optimizer.state.items():
+                    if "projector" in state:
+                        # It decomposes the gradient at the steps that its gap divides.
+                        state["projector"].project(parameter.grad, 0)
+            optimizer.zero_grad()
+
+    return step, refresh
 
 
 def main() -> None:
