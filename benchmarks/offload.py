@@ -29,7 +29,6 @@ from benchmarks.offload_cases import (
     Case,
     OtherProcesses,
     make_cases,
-    recomputes,
 )
 from benchmarks.offload_checks import compare_budget, compare_io, compare_rss, look_for_leaks, one_rss
 from benchmarks.offload_report import CURVE, plot, rows_of
