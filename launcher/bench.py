@@ -35,7 +35,7 @@ def bench_io(path: Path, *, total_mib: int, rounds: int, console: Console) -> No
     except (OffloadError, ValueError, OSError) as error:
         raise UserError(str(error)) from error
     if total_mib << 20 > room // 2:
-        raise UserError(f"--total: {total_mib} MiB found; at most half of the free space, {room >> 21} MiB, is allowed")
+        raise UserError(f"--total: expected at most half of the free space, {room >> 21} MiB, got {total_mib} MiB")
     backends, missing = available_backends()
     figures = sum(size <= total_mib for size in BLOCKS_MIB) * len(LANES) * len(backends)
     console.print(f"writing {2 * rounds * figures * total_mib / 1024:.1f} GiB to {folder}", highlight=False)

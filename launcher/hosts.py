@@ -22,7 +22,7 @@ def read_hostfile(path: Path) -> list[Host]:
     """Read ``NAME slots=N`` lines, as DeepSpeed's; blank lines and ``#`` comments are skipped.
 
     Raises:
-        UserError: the file cannot be read, a line is not of this form, a host stands twice, there is none, or the
+        UserError: the file cannot be read, a line is not of this form, a host is given twice, there is none, or the
             slots differ.
     """
     try:
@@ -36,12 +36,12 @@ def read_hostfile(path: Path) -> list[Host]:
             continue
         match = _LINE.fullmatch(text)
         if match is None:
-            raise UserError(f"{path}, line {number}: {text!r} found, 'NAME slots=N' is needed")
+            raise UserError(f"{path}, line {number}: expected 'NAME slots=N', got {text!r}")
         slots = int(match["slots"]) if match["slots"] is not None else None
         if slots == 0:
-            raise UserError(f"{path}, line {number}: {match['name']} has 0 slots, at least 1 is needed")
+            raise UserError(f"{path}, line {number}: {match['name']}: expected at least 1 slot, got 0")
         if any(host.name == match["name"] for host in hosts):
-            raise UserError(f"{path}, line {number}: {match['name']} stands twice")
+            raise UserError(f"{path}, line {number}: {match['name']} is given twice")
         hosts.append(Host(match["name"], slots))
     if not hosts:
         raise UserError(f"{path}: no host found")

@@ -26,7 +26,7 @@ def render(config: Path, overrides: Sequence[str], script: str) -> str:
         UserError: the configuration does not hold, or there is no such script.
     """
     if script not in SCRIPTS:
-        raise UserError(f"--script: {script!r} found, one of {', '.join(SCRIPTS)} is needed")
+        raise UserError(f"--script: expected one of {', '.join(SCRIPTS)}, got {script!r}")
     options = (load_config(config, overrides).parsed.launch or LaunchBlock()).slurm
     lines = files("narrowgauge.slurm").joinpath(f"{script}.sbatch").read_text().splitlines()
     for key, value in options.items():
@@ -89,7 +89,7 @@ def show_status(config: Path, overrides: Sequence[str], console: Console) -> Non
 
 def _run_dir(config: Config) -> Path:
     if config.parsed.logging is None or config.parsed.training is None:
-        raise config.error("logging and training: these blocks are needed")
+        raise config.error("logging and training: expected these blocks, got none")
     return Path(config.parsed.logging.run_dir).expanduser()
 
 

@@ -39,5 +39,5 @@ class LaunchBlock(StrictBlock):
             if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
                 raise ValueError(f"{key!r} found, an option of sbatch without its dashes is needed")
             if text is not None and not re.fullmatch(r"[^\s#'\"`$\\]+", str(text)):
-                raise ValueError(f"{key}: {text!r} found, a word without spaces and quotes is needed")
+                raise ValueError(f"{key}: expected a word without spaces and quotes, got {text!r}")
         return value

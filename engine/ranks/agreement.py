@@ -28,7 +28,7 @@ _store: Any = None
 
 
 def make_process_group(backend: str, timeout: timedelta) -> None:
-    """Make the group where torchrun may start ranks anew, on this attempt's part of the store; else others make it."""
+    """Make the group where torchrun may start ranks again, on this attempt's part of the store; else others make it."""
     if may_restart() and _store is not None and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             backend, store=_store, rank=process_rank(), world_size=world_size(), timeout=timeout

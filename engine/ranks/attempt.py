@@ -1,4 +1,4 @@
-"""The rendezvous store of one attempt: torchrun keeps the store when it starts all ranks anew, with the addresses and
+"""The rendezvous store of one attempt: torchrun keeps the store when it starts all ranks again, with the addresses and
 reports of the processes before, which the new ones must not read.
 """
 
@@ -17,14 +17,14 @@ _POLL = 0.05
 
 
 def may_restart() -> bool:
-    """Whether torchrun was told to start the ranks anew after a failure."""
+    """Whether torchrun was told to start the ranks again after a failure."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def store_of_attempt(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     """The part of the store that only the processes of this attempt use.
 
-    Every rank posts a word. Process rank 0 lists all words, anew as long as one changes; the list counts once every
+    Every rank posts a word. Process rank 0 lists all words, again as long as one changes; the list counts once every
     rank has found its own, present word in it and confirmed the list. Nodes may be at different restarts, so that
     torchrun's count of them does not name an attempt.
 

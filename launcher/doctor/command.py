@@ -78,7 +78,7 @@ def _guarded(subject: str, check: Callable[[], Sequence[Finding]]) -> Sequence[F
     try:
         return check()
     except Exception as error:
-        return [Finding("error", subject, first_line(error), "mend what the message names, then run this again")]
+        return [Finding("error", subject, first_line(error), "fix what the message names, then run this again")]
 
 
 def _show(findings: Sequence[Finding], console: Console) -> None:

@@ -10,12 +10,11 @@ from narrowgauge.engine.errors import UserError
 from narrowgauge.engine.ranks.versions import installed_versions
 
 from ..hosts import Host
-from ..ssh import ssh_command
+from ..peer import Peer, PeerError, ssh_command
 from .clock import estimate_skew
 from .finding import Finding
 from .node import PATIENCE
 from .packages import install_packages, pip
-from .peer import Peer, PeerError
 
 # Seconds; the first answer waits for ssh, and for torch to be read from a disk that is perhaps shared.
 _START, _ANSWER = 120.0, 30.0
@@ -32,7 +31,7 @@ def check_hosts(hosts: Sequence[Host]) -> list[Finding]:
     peers = [Peer(host.name, words) for host, words in zip(hosts, commands, strict=True)]
     try:
         for peer in peers:
-            peer.say(do="report")
+            peer.order(do="report")
         reports: dict[str, dict[str, Any]] = {}
         lost: dict[str, Finding] = {}
         for peer in peers:
@@ -88,7 +87,7 @@ def _check_gpus(host: Host, count: int, first: str, first_count: int | None) -> 
     subject = f"{host.name}: GPUs"
     has_gpus = count > 0 or bool(first_count)
     if has_gpus and host.slots is not None and count < host.slots:
-        cure = f"slots={count} in the hostfile on all lines, or mend the GPUs: ssh {host.name} nvidia-smi"
+        cure = f"slots={count} in the hostfile on all lines, or repair the GPUs: ssh {host.name} nvidia-smi"
         return Finding("error", subject, f"{count}, {host.slots} slots in the hostfile", cure)
     if first_count is not None and count != first_count:
         cure = f"ssh {host.name} nvidia-smi; all hosts run the same number of ranks"

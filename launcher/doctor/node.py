@@ -13,6 +13,8 @@ from typing import Any
 
 from narrowgauge.engine.ranks.versions import installed_versions
 
+from ..peer import reply
+
 # A transfer ends when either is reached.
 MOST_BYTES, MOST_SECONDS = 64 << 20, 1.0
 # Seconds to connect and for each piece of a transfer.
@@ -28,36 +30,32 @@ def main() -> int:
     return 0
 
 
-def _answer(**values: Any) -> None:
-    print(json.dumps(values), flush=True)  # noqa: T201
-
-
 def _report(order: dict[str, Any]) -> None:
     versions = {"Python": platform.python_version(), **installed_versions()}
     try:
         import torch
 
-        _answer(versions=versions, num_gpus=torch.cuda.device_count())
+        reply(versions=versions, num_gpus=torch.cuda.device_count())
     except Exception as error:
         # Whatever a package that is half installed raises.
-        _answer(versions=versions, problem=f"torch cannot be imported: {error}")
+        reply(versions=versions, problem=f"torch cannot be imported: {error}")
 
 
 def _tell_time(order: dict[str, Any]) -> None:
-    _answer(time=time.time())
+    reply(time=time.time())
 
 
 def _receive(order: dict[str, Any]) -> None:
     """Take one connection and count what comes."""
     with socket.create_server(("", 0)) as server:
         server.settimeout(2 * PATIENCE)
-        _answer(port=server.getsockname()[1])
+        reply(port=server.getsockname()[1])
         try:
             connection, _ = server.accept()
             with connection:
-                _answer(**_count(connection))
+                reply(**_count(connection))
         except OSError as error:
-            _answer(problem=str(error))
+            reply(problem=str(error))
 
 
 def _count(connection: socket.socket) -> dict[str, float]:
@@ -80,7 +78,7 @@ def _send(order: dict[str, Any]) -> None:
     try:
         connection = socket.create_connection((order["host"], order["port"]), timeout=PATIENCE)
     except OSError as error:
-        _answer(problem=str(error))
+        reply(problem=str(error))
         return
     with connection:
         try:
@@ -90,9 +88,9 @@ def _send(order: dict[str, Any]) -> None:
             # The receiver's time was up.
             pass
         except OSError as error:
-            _answer(problem=str(error))
+            reply(problem=str(error))
             return
-    _answer()
+    reply()
 
 
 _ORDERS: dict[str, Callable[[dict[str, Any]], None]] = {

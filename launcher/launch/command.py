@@ -15,9 +15,8 @@ from narrowgauge.engine.errors import UserError
 from ..hosts import read_hostfile
 from .over_ssh import run_over_ssh
 from .process_tree import adopt_orphans, end_children
-from .show import show_command
 from .signals import StopSignals, exit_code
-from .torchrun import Rendezvous, own_environment, torchrun_command
+from .torchrun import Rendezvous, own_environment, show_command, torchrun_command
 
 DEFAULT_HOSTFILE = Path("/job/hostfile")
 _LAST_PORT = 65535

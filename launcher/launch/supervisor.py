@@ -20,6 +20,7 @@ from typing import Any
 from narrowgauge.engine.ranks.exit_codes import EXIT_BAD_INPUT
 from narrowgauge.engine.ranks.versions import installed_versions
 
+from ..peer import reply
 from .process_tree import adopt_orphans, end_children
 
 _POLL = 0.1
@@ -30,7 +31,7 @@ def main() -> int:
     """Obey the launching host; returns torchrun's exit code."""
     order = json.loads(sys.stdin.readline())
     problem = _problem(order)
-    print(json.dumps({"problem": problem}), flush=True)  # noqa: T201
+    reply(problem=problem)
     if problem is not None or not sys.stdin.readline():
         return EXIT_BAD_INPUT
     return _Supervisor(order).run()

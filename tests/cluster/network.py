@@ -193,7 +193,7 @@ class Network:
         """Cut a host off."""
         call("ip", "link", "set", self.link(host), "down")
 
-    def mend(self, host: str) -> None:
+    def restore(self, host: str) -> None:
         call("ip", "link", "set", self.link(host), "up")
 
     def processes(self, host: str, patterns: Sequence[str] = ("narrowgauge",)) -> list[str]:

@@ -223,7 +223,7 @@ def test_a_cut_link_ends_all_processes_and_a_restart_resumes(
         assert left_over(network) == []
         assert process.wait(1) == 1
     finally:
-        network.mend("h2")
+        network.restore("h2")
     text = (tmp_path / "stderr").read_text()
     assert "error: h2: the connection is lost" in text
     assert f"error: process rank 0 on h1: no progress for {limit} s at " in text
@@ -284,10 +284,10 @@ def test_a_port_in_use(network: Network, hostfile: Path, corpus: Path, tmp_path:
     ("text", "message"),
     [
         ("", "no host found"),
-        ("h1 slots=1\nh1 slots=1\n", "line 2: h1 stands twice"),
+        ("h1 slots=1\nh1 slots=1\n", "line 2: h1 is given twice"),
         ("h1 slots=1\nh2 slots=2\n", "h1 has 1 slots and h2 has 2; all hosts need the same number"),
-        ("h1 slots=one\n", "line 1: 'h1 slots=one' found, 'NAME slots=N' is needed"),
-        ("h1 slots=0\n", "line 1: h1 has 0 slots, at least 1 is needed"),
+        ("h1 slots=one\n", "line 1: expected 'NAME slots=N', got 'h1 slots=one'"),
+        ("h1 slots=0\n", "line 1: h1: expected at least 1 slot, got 0"),
         ("h1 slots=1\nnowhere slots=1\n", "nowhere: no address found for this host"),
     ],
 )

@@ -170,4 +170,4 @@ def test_an_option_that_is_no_word_is_refused(corpus: Path, tmp_path: Path, valu
     done = run("slurm", "render", str(config_of(corpus, tmp_path)), "--set", f"launch.slurm.comment={value}")
     assert done.returncode == 2
     assert "launch.slurm: " in done.stderr
-    assert "a word without spaces and quotes is needed" in done.stderr
+    assert "expected a word without spaces and quotes, got " in done.stderr

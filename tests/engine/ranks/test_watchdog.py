@@ -1,4 +1,4 @@
-"""The watchdog: ranks that get no further are ended, named, and started anew where that is asked for."""
+"""The watchdog: ranks that get no further are ended, named, and started again where that is asked for."""
 
 import os
 import signal

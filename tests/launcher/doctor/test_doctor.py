@@ -19,8 +19,8 @@ from narrowgauge.engine.backends.deepspeed.extensions import uncompiled_extensio
 from narrowgauge.engine.ranks.versions import installed_versions
 from narrowgauge.launcher.doctor.clock import Skew, estimate_skew
 from narrowgauge.launcher.doctor.hosts import check_clock, check_report
-from narrowgauge.launcher.doctor.peer import Peer, PeerError
 from narrowgauge.launcher.hosts import Host
+from narrowgauge.launcher.peer import Peer, PeerError
 from narrowgauge.offload.backends import aio
 from narrowgauge.offload.backends.deepspeed_build import build_folder
 from tests.support.command import ROOT, arguments, environment, run
@@ -97,7 +97,7 @@ def test_a_folder_that_cannot_be_written_to() -> None:
 
 
 def test_a_lock_of_a_killed_build(tmp_path: Path) -> None:
-    """The next build would wait for it for ever. A lock that a build has open is none of ours."""
+    """The next build would wait for it forever. A lock that a build has open is left alone."""
     stale, live = tmp_path / "cpu_adam" / "lock", tmp_path / "fused_adam" / "lock"
     for lock in (stale, live):
         lock.parent.mkdir()
@@ -132,7 +132,7 @@ def test_an_extension_compiled_before_torch_was_installed(tmp_path: Path) -> Non
 
 
 def test_build_removes_the_lock_and_compiles(tmp_path: Path) -> None:
-    """On a copy of what is compiled already, where it is: building anew takes minutes."""
+    """On a copy of what is compiled already, where it is: building again takes minutes."""
     if not aio.is_built() or uncompiled_extensions():
         pytest.skip("not all is compiled for this environment")
     shutil.copytree(build_folder("async_io").parent, tmp_path, dirs_exist_ok=True)
@@ -257,7 +257,7 @@ def test_a_hostfile_that_does_not_hold(tmp_path: Path) -> None:
     path.write_text("h1 slots=0\n")
     result = run("doctor", "--hostfile", str(path))
     assert result.returncode == 2
-    assert "h1 has 0 slots" in result.stderr
+    assert "h1: expected at least 1 slot, got 0" in result.stderr
 
 
 SHIFTED = """

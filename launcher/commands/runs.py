@@ -1,0 +1,76 @@
+"""``train``, ``launch`` and ``export``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from narrowgauge.engine.ranks.environment import process_rank
+
+from ..output import make_console, show_libraries_less
+from .arguments import ConfigArgument, SetOption
+
+
+def train(
+    config: ConfigArgument,
+    set_: SetOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new folder beside an existing run.")] = False,
+) -> None:
+    """Train a model. Runs alone, under torchrun, and under deepspeed; resumes where its run folder has a checkpoint."""
+    from narrowgauge.engine.config.json_file import apply_overrides, read_json
+    from narrowgauge.engine.run_folder import finished_summary
+
+    raw = read_json(config)
+    apply_overrides(raw, set_ or [])
+    run_dir = raw.get("logging", {}).get("run_dir") if isinstance(raw.get("logging"), dict) else None
+    if isinstance(run_dir, str) and not fresh:
+        summary = finished_summary(Path(run_dir).expanduser(), raw)
+        if summary is not None:
+            _show_finished(summary, run_dir)
+            return
+    show_libraries_less()
+    from narrowgauge.engine.run.train import train as run
+
+    run(config, overrides=set_ or [], fresh=fresh, console=make_console())
+
+
+def _show_finished(summary: dict[str, object], run_dir: str) -> None:
+    if process_rank() == 0:
+        from narrowgauge.engine.report.summary_table import print_summary
+
+        console = make_console()
+        console.print(
+            f"{run_dir} holds this run, finished; --fresh trains it again in a folder beside it", highlight=False
+        )
+        print_summary(summary, run_dir, console)
+
+
+def launch(
+    config: ConfigArgument,
+    set_: SetOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="As of train.")] = False,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option(help="Lines of 'NAME slots=N', reached over ssh; default /job/hostfile where there is one."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the commands.")] = False,
+) -> None:
+    """Train on all GPUs of this machine, of a SLURM allocation or of the machines in a hostfile."""
+    show_libraries_less()
+    from ..launch.command import launch as run
+
+    code = run(config, overrides=set_ or [], fresh=fresh, hostfile=hostfile, dry_run=dry_run, console=make_console())
+    raise typer.Exit(code)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    folder: Annotated[Path, typer.Argument(help="Where the Hugging Face model goes; made if it does not exist.")],
+    step: Annotated[int | None, typer.Option(help="The checkpoint to take; default the newest.")] = None,
+) -> None:
+    """Write a trained model as a Hugging Face folder that AutoModelForCausalLM.from_pretrained loads."""
+    show_libraries_less()
+    from narrowgauge.engine.run.export import export_run
+
+    source = export_run(run, folder, step=step)
+    make_console().print(f"{source} -> {folder}", highlight=False)

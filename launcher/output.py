@@ -1,0 +1,45 @@
+"""What the command prints: its own messages and narrowgauge's log on the console, other libraries' chatter nowhere."""
+
+import logging
+import os
+import sys
+import warnings
+
+from rich.console import Console
+
+# DeepSpeed warns of what narrowgauge does on purpose.
+_KNOWN = (
+    "Setting accelerator to CPU",
+    "**** You are using ZeRO with an untested optimizer",
+)
+
+
+def make_console() -> Console:
+    """The console of standard output, which narrowgauge's log goes to from now on."""
+    # A file or a pipe has no width of its own; 80 columns would break the table.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    log = logging.getLogger("narrowgauge")
+    log.handlers = [_ConsoleHandler(console)]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    return console
+
+
+class _ConsoleHandler(logging.Handler):
+    """Messages as plain lines, in the same console as a progress bar, which they must not break."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        word = "[yellow]warning:[/yellow] " if record.levelno >= logging.WARNING else ""
+        self._console.print(f"{word}{record.getMessage()}", highlight=False)
+
+
+def show_libraries_less() -> None:
+    """Keep other libraries' chatter out of the output; warnings about the user's model or data remain."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # torch announces renamed collectives at every call of DeepSpeed's.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: not record.getMessage().startswith(_KNOWN))
