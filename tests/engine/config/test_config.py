@@ -272,6 +272,29 @@ def test_schedules_fall_as_they_say() -> None:
         assert {step: rates[step] for step in expected} == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
+def test_schedules_are_those_of_transformers(kind: str, warmup: int) -> None:
+    from transformers import optimization
+
+    theirs = {
+        "cosine": lambda o: optimization.get_cosine_with_min_lr_schedule_with_warmup(o, warmup, 20, min_lr_rate=0.1),
+        "wsd": lambda o: optimization.get_wsd_schedule(o, warmup, 4, num_training_steps=20, min_lr_ratio=0.1),
+        "constant": lambda o: optimization.get_constant_schedule_with_warmup(o, warmup),
+    }
+    block = ScheduleBlock.model_validate({"type": kind, "warmup_steps": warmup, "min_lr_ratio": 0.1})
+    rates = []
+    for build in (make_schedule(block, 20), theirs[kind]):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+        schedule = build(optimizer)
+        rates.append([])
+        for _ in range(21):
+            rates[-1].append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+    assert rates[0] == rates[1]
+
+
 def test_ready_configurations_hold() -> None:
     root = ROOT / "configs"
     for path in sorted(root.glob("*.json")):
