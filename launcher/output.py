@@ -6,6 +6,7 @@ import sys
 import warnings
 
 from rich.console import Console
+from rich.text import Text
 
 # DeepSpeed warns of what narrowgauge does on purpose.
 _KNOWN = (
@@ -33,8 +34,8 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        word = "[yellow]warning:[/yellow] " if record.levelno >= logging.WARNING else ""
-        self._console.print(f"{word}{record.getMessage()}", highlight=False)
+        word = [("warning:", "yellow"), " "] if record.levelno >= logging.WARNING else []
+        self._console.print(Text.assemble(*word, record.getMessage()))
 
 
 def show_libraries_less() -> None:

@@ -1,5 +1,6 @@
 """What a run is about to do, checked on every process rank before there is a process group."""
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -7,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import PretrainedConfig
 
 from ..backends.deepspeed.supported import check_supported
@@ -23,6 +23,8 @@ from ..ranks.environment import process_rank, world_size
 from ..run_folder import RunLock, check_same_run, check_shared, check_writable, folder_beside
 from .model import abstract_model, model_config
 from .sample import check_prompt
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Plan:
 
 
 def plan_together(
-    config: str | Path | Mapping[str, Any], overrides: Sequence[str], fresh: bool, console: Console
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str], fresh: bool
 ) -> tuple[Plan, RunLock | None]:
     """Check everything on every rank, and start only if all agree.
 
@@ -57,7 +59,7 @@ def plan_together(
     plan, lock, error = None, None, None
     try:
         checked = load_config(config, overrides)
-        plan = _make_plan(checked, fresh, console)
+        plan = _make_plan(checked, fresh)
         if process_rank() == 0:
             plan.run_dir.mkdir(parents=True, exist_ok=True)
             lock = RunLock(plan.run_dir)
@@ -81,7 +83,7 @@ def plan_together(
     return plan, lock
 
 
-def _make_plan(config: Config, fresh: bool, console: Console) -> Plan:
+def _make_plan(config: Config, fresh: bool) -> Plan:
     parsed = config.parsed
     missing = [key for key in ("model", "data", "training", "logging", "optimizer") if getattr(parsed, key) is None]
     if missing:
@@ -106,7 +108,7 @@ def _make_plan(config: Config, fresh: bool, console: Console) -> Plan:
     else:
         check_writable(run_dir)
         check_same_run(run_dir, config.raw, batches.total)
-    prepared = prepare_data(parsed.data, lambda text: console.print(text, highlight=False))
+    prepared = prepare_data(parsed.data, logger.info)
     described = model_config(parsed.model, vocab_size=prepared.vocab_size, sequence_length=parsed.data.sequence_length)
     try:
         abstract = abstract_model(described)

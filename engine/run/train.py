@@ -1,6 +1,7 @@
 """``narrowgauge train``: one run from a configuration to a summary."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -54,6 +55,8 @@ from .plan import Plan, plan_together
 from .sample import sample_text
 from .schedule import make_schedule
 
+logger = logging.getLogger(__name__)
+
 
 def train(
     config: str | Path | Mapping[str, Any],
@@ -68,6 +71,7 @@ def train(
         config: a JSON file, or its contents.
         overrides: ``a.b=value`` each.
         fresh: start over, in a new folder beside one that exists.
+        console: shows the progress and the summary; messages go to the logger ``narrowgauge``.
 
     Returns:
         The run folder.
@@ -79,7 +83,7 @@ def train(
     ensure_environment()
     console = console or Console()
     with StopRequest() as stop:
-        plan, lock = plan_together(config, overrides, fresh, console)
+        plan, lock = plan_together(config, overrides, fresh)
         ensure_extensions(plan.config, console)
         init_distributed()
         run = _Run(plan, console, stop)
@@ -163,10 +167,9 @@ class _Run:
         }
         write_json(plan.run_dir / CONFIG, resolved)
         parameters, ranks = count_parameters(self.engine)["total"], world_size()
-        self.console.print(
+        logger.info(
             f"{parameters:,} parameters, {plan.config.raw['optimizer']['type']} at {self.engine.description} on"
-            f" {ranks} rank{'s' if ranks > 1 else ''}, {self.tokens_per_step:,} tokens per step; {plan.run_dir}",
-            highlight=False,
+            f" {ranks} rank{'s' if ranks > 1 else ''}, {self.tokens_per_step:,} tokens per step; {plan.run_dir}"
         )
         if plan.prepared.tokenizer is not None:
             # Not a copy of the folder: the user's may be a whole model.
@@ -199,7 +202,7 @@ class _Run:
                 if number == len(checkpoints) - 1:
                     raise
                 if self.is_first_rank:
-                    self.console.print(f"[yellow]warning:[/yellow] {error}; trying the checkpoint before it")
+                    logger.warning(f"{error}; trying the checkpoint before it")
                 continue
             if state["data_fingerprint"] != self.plan.prepared.fingerprint:
                 raise UserError(f"{folder}: the run was trained on other data than data.train names now").shared()
@@ -211,7 +214,7 @@ class _Run:
             self.history.update(state["history"])
             _follow_schedule(self.engine.lr_scheduler)
             if self.is_first_rank:
-                self.console.print(f"resumed after step {step} from {folder}", highlight=False)
+                logger.info(f"resumed after step {step} from {folder}")
             return step
         return 0
 

@@ -1,5 +1,6 @@
 """``narrowgauge`` before it does anything: its version, and which configuration is meant."""
 
+import logging
 import subprocess
 import sys
 from importlib.metadata import version
@@ -9,6 +10,7 @@ import pytest
 
 from narrowgauge.engine.errors import UserError
 from narrowgauge.launcher.configurations import find_configuration, packaged_configurations
+from narrowgauge.launcher.output import make_console
 from tests.support.command import ROOT, environment
 
 PROBE = """
@@ -55,3 +57,12 @@ def test_a_name_that_is_none() -> None:
         "8gpu/llama-7b-pretrian: expected a JSON file or the name of a packaged configuration, got neither; did you"
         f" mean '8gpu/llama-7b-pretrain'?; the names are {', '.join(packaged_configurations())}"
     )
+
+
+def test_the_log_is_shown_as_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    make_console()
+    log = logging.getLogger("narrowgauge.engine.run.train")
+    log.info("resumed after step 3 from [folder]")
+    log.warning("step-3: damaged")
+    log.debug("not shown")
+    assert capsys.readouterr().out == "resumed after step 3 from [folder]\nwarning: step-3: damaged\n"
