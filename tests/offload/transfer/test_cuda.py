@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowgauge.offload import ActivationOffload
+from narrowgauge.offload.backends.threads import ThreadsBackend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,6 +59,13 @@ def gradients(loss_of: Callable[[], Tensor], parameters: Any, offload: Activatio
     for parameter in parameters:
         parameter.grad = None
     return [loss.detach(), *found]
+
+
+@pytest.mark.parametrize("nbytes", [4096, 5 * 4096, 64 << 20])
+def test_buffers_are_pinned_whole_pages(nbytes: int) -> None:
+    """Others would be copied without overlap, and direct I/O would refuse them."""
+    buffer = ThreadsBackend().new_buffer(nbytes)
+    assert (buffer.is_pinned(), buffer.nbytes, buffer.data_ptr() % 4096) == (True, nbytes, 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"host_memory_bytes": 1 << 30}, {"buffer_bytes": 4096}, {"num_lanes": 1}])
