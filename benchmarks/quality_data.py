@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from narrowgauge.engine.config.config import DataBlock
+from narrowgauge.engine.config.run_blocks import DataBlock
 from narrowgauge.engine.data.packed import PackedTokens, RankSampler, training_loader
 from narrowgauge.engine.data.prepare import prepare_data
 

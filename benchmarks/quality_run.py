@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.compare import machine
 from benchmarks.quality_data import Task, Text, build_model
 from benchmarks.quality_methods import METHODS, Shapes
-from narrowgauge.engine.config.config import ScheduleBlock
+from narrowgauge.engine.config.run_blocks import ScheduleBlock
 from narrowgauge.engine.run.schedule import make_schedule
 
 _FORMAT = 1

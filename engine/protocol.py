@@ -19,12 +19,13 @@ from narrowgauge.optimizers import EngineOptimizer
 from narrowgauge.optimizers.sharding.shards import Shard
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
     from rich.console import Console
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PretrainedConfig
 
-    from .config.config import Config, ModelBlock
+    from .config.config import Config
+    from .config.engine_keys import EngineKeys
+    from .config.run_blocks import ModelBlock
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Opens one of the phases ``forward``, ``backward`` and ``optimizer`` of a step: they are timed and watched."""
@@ -241,7 +242,7 @@ class Backend(Protocol):
     name: ClassVar[str]
 
     @property
-    def keys(self) -> "type[BaseModel]": ...
+    def keys(self) -> "type[EngineKeys]": ...
 
     def check(self, config: "Config") -> None:
         """Refuse what the engine cannot do, or cannot do with the configured optimizer, before anything is built.

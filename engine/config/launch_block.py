@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from .deepspeed_keys import Count, StrictBlock
+from .blocks import Count, StrictBlock
 
 
 class LaunchBlock(StrictBlock):

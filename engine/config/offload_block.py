@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, create_model
 from narrowgauge.offload import OffloadOptions
 from narrowgauge.offload.options import check_option, hints_of
 
-from .deepspeed_keys import Flag, StrictBlock
+from .blocks import Flag, StrictBlock
 
 # What JSON has where Python may have objects.
 _JSON_TYPES: dict[str, Any] = {"path": str | list[str], "backend": str}

@@ -8,7 +8,7 @@ from pydantic import Field, create_model, model_validator
 
 from narrowgauge.optimizers import OPTIMIZERS, CompactOptimizer, EngineOptimizer
 
-from .deepspeed_keys import Count, Flag, StrictBlock
+from .blocks import Count, Flag, StrictBlock
 
 Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Betas = Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)]

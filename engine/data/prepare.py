@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..config.config import DataBlock
+from ..config.run_blocks import DataBlock
 from ..errors import DataError
 from .corpus import content_hash, expand, is_token_prefix, read_pieces, stdlib_files, token_prefix
 from .tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer, wrap_sentencepiece

@@ -9,6 +9,7 @@ from torch import nn
 from narrowgauge.offload import ActivationOffload, OffloadError
 from narrowgauge.offload.activation_offload import check_room
 from narrowgauge.offload.backends import BACKENDS
+from narrowgauge.offload.backends.registry import AUTO
 
 from ..config.config import Config
 
@@ -22,8 +23,6 @@ def check_offload(config: Config) -> None:
     options = config.offload()
     if options is None:
         return
-    if config.parsed.compile is not None and config.parsed.compile.deepcompile:
-        raise config.error("compile.deepcompile: does not work with activation_offload: it plans memory itself")
     backend = BACKENDS.get(str(options.backend))
     reason = backend.unbuildable_because() if backend is not None else None
     if reason is not None:
@@ -34,8 +33,11 @@ def check_offload(config: Config) -> None:
         raise config.error(f"activation_offload.path: {error}") from error
 
 
-def make_offload(config: Config, model: nn.Module) -> ActivationOffload | None:
+def make_offload(config: Config, model: nn.Module, *, auto: str = AUTO) -> ActivationOffload | None:
     """The offload that the configuration asks for.
+
+    Args:
+        auto: the I/O backend that is taken for ``auto``.
 
     Raises:
         ConfigError: it cannot be made.
@@ -46,8 +48,9 @@ def make_offload(config: Config, model: nn.Module) -> ActivationOffload | None:
     if type(model).__name__ == "PipelineModule":
         raise config.error("activation_offload: pipeline parallelism is not supported yet")
     check_offload(config)
+    chosen = auto if options.backend == AUTO else options.backend
     try:
-        return ActivationOffload(**vars(options), model=model)
+        return ActivationOffload(**{**vars(options), "backend": chosen}, model=model)
     except (OffloadError, ValueError) as error:
         raise config.error(f"activation_offload: {error}") from error
 

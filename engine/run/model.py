@@ -1,22 +1,16 @@
 """The model a run trains: a Hugging Face folder, a preset, or an inline configuration."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.integrations import deepspeed as transformers_deepspeed
 
-from narrowgauge.optimizers.numerics.seeds import derive_seed
-
-from ..config.config import ModelBlock
+from ..config.run_blocks import ModelBlock
 from ..errors import UserError, did_you_mean
 
 
@@ -86,62 +80,3 @@ def abstract_model(config: PretrainedConfig) -> nn.Module:
     """The model without storage, to check options and count parameters before anything is allocated."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
-
-
-def build_model(
-    block: ModelBlock, config: PretrainedConfig, *, seed: int, bf16: bool, zero3_config: dict[str, Any] | None
-) -> nn.Module:
-    """Build the model; with ``zero3_config``, DeepSpeed's, under ``deepspeed.zero.Init``: then it need not fit into one
-    process.
-
-    From-scratch weights depend on the seed and the parameter's name only: every stage and number of ranks starts
-    alike (on one kind of device).
-    """
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    with _zero3_construction(zero3_config):
-        if block.path is not None:
-            path = str(Path(block.path).expanduser())
-            model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
-        else:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            _initialize(model, seed)
-    model.config.use_cache = False
-    if block.gradient_checkpointing != "none":
-        reentrant = block.gradient_checkpointing == "reentrant"
-        # Renamed in transformers 5; the old name warns there.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": reentrant})
-    model.train()
-    return model
-
-
-@contextmanager
-def _zero3_construction(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
-    """Tell transformers that it builds for ZeRO-3 (its own switch for this needs accelerate)."""
-    if deepspeed_config is None:
-        yield
-        return
-    switch = _Zero3Switch(deepspeed_config)
-    transformers_deepspeed.set_hf_deepspeed_config(switch)
-    try:
-        yield
-    finally:
-        transformers_deepspeed.unset_hf_deepspeed_config()
-
-
-class _Zero3Switch:
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
-
-    def is_zero3(self) -> bool:
-        return True
-
-
-@torch.no_grad()
-def _initialize(model: Any, seed: int) -> None:
-    """Draw each module's weights from a seed of its own, by the model's own rule for it."""
-    for name, module in model.named_modules():
-        parameters = list(module.parameters(recurse=False))
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
-            torch.manual_seed(derive_seed(seed, "weights", name))
-            model._init_weights(module)

@@ -10,10 +10,12 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ..backends.deepspeed.supported import check_supported
-from ..config.config import Batches, Config, DataBlock, LoggingBlock, ModelBlock, TrainingBlock, load_config, within
+from ..backends import backend_of
+from ..config.config import Batches, Config, load_config
 from ..config.optimizer_params import make_optimizer
+from ..config.problems import within
 from ..config.redaction import redact
+from ..config.run_blocks import DataBlock, LoggingBlock, ModelBlock, TrainingBlock
 from ..data.packed import PackedTokens
 from ..data.prepare import PreparedData, prepare_data
 from ..errors import UserError
@@ -92,15 +94,10 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     assert parsed.data is not None
     assert parsed.training is not None
     assert parsed.logging is not None
-    if config.zero_stage == 0 and (config.bf16 or config.fp16):
-        raise config.error("zero_optimization.stage: 0 found; with bf16 or fp16 stage 1, 2 or 3 is needed")
-    zero: Any = parsed.zero_optimization
-    if zero is not None and zero.offload_optimizer is not None and zero.offload_optimizer.device == "nvme":
-        raise config.error("zero_optimization.offload_optimizer.device: nvme is not supported yet, use cpu")
-    if parsed.managed_gradient_accumulation is False:
-        raise config.error("managed_gradient_accumulation: false found; narrowgauge train steps once per step")
+    backend = backend_of(parsed.engine)
+    backend.check(config)
     _check_schedule(config, parsed.training)
-    batches = config.batches(world_size())
+    batches = config.batches(backend.data_parallel_size(config, world_size()))
     run_dir = Path(parsed.logging.run_dir).expanduser()
     if fresh:
         run_dir = folder_beside(run_dir)
@@ -116,7 +113,6 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         raise config.error(f"model.config: {type(error).__name__}: {error}") from error
     params = config.our_params()
     if params is not None and parsed.optimizer is not None:
-        check_supported(config)
         arguments = params.arguments()
         if "fused" in arguments:
             # Whether all of torch's devices take it is not for tensors without storage to say.

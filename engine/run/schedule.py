@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..config.config import ScheduleBlock
+from ..config.run_blocks import ScheduleBlock
 
 
 def make_schedule(block: ScheduleBlock, num_steps: int) -> Callable[[Any], LambdaLR]:

@@ -20,9 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from narrowgauge.optimizers.numerics.seeds import derive_seed
 
-from ..backends.deepspeed.build import build
-from ..backends.deepspeed.extensions import ensure_extensions
-from ..backends.deepspeed.initialize import init_distributed
+from ..backends import backend_of
 from ..checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from ..checkpoint.files import find_checkpoints
 from ..config.json_file import digest
@@ -50,7 +48,6 @@ from ..report.summary_table import print_summary
 from ..report.timing import PhaseTimer
 from ..run_folder import CHECKPOINTS, CONFIG, METRICS, STARTS, SUMMARY, TOKENIZER
 from .evaluate import evaluate
-from .model import build_model
 from .plan import Plan, plan_together
 from .sample import sample_text
 from .schedule import make_schedule
@@ -84,8 +81,9 @@ def train(
     console = console or Console()
     with StopRequest() as stop:
         plan, lock = plan_together(config, overrides, fresh)
-        ensure_extensions(plan.config, console)
-        init_distributed()
+        backend = backend_of(plan.config.parsed.engine)
+        backend.prepare(plan.config, console)
+        backend.init_distributed()
         run = _Run(plan, console, stop)
         try:
             with Watchdog(plan.training.hang_timeout, plan.run_dir) as run.watchdog:
@@ -177,16 +175,10 @@ class _Run:
 
     def _make_engine(self) -> TrainingEngine:
         plan = self.plan
-        settings = plan.config.deepspeed_dict()
-        model = build_model(
-            plan.model,
-            plan.model_config,
-            seed=plan.training.seed,
-            bf16=plan.config.bf16,
-            zero3_config=settings if plan.config.zero_stage == 3 else None,
-        )
+        backend = backend_of(plan.config.parsed.engine)
+        model = backend.construct(plan.model, plan.model_config, plan.config)
         schedule = plan.training.lr_schedule
-        return build(
+        return backend.build(
             plan.config,
             model,
             schedule=make_schedule(schedule, plan.training.steps) if schedule is not None else None,

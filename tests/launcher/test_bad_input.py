@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from narrowgauge.launcher.main import main
-from tests.launcher.conftest import Call
 from tests.support.command import BIN, ROOT, environment, run, tiny_config
 
 
@@ -66,7 +65,7 @@ def refuse(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         ),
         ("training.sample_prompt=", "training.sample_prompt: '' found, which has no tokens"),
         ('optimizer.params.param_groups=[{"params": ["no"]}]', "param_groups[0]: ['no'] matches no trainable"),
-        ("managed_gradient_accumulation=false", "managed_gradient_accumulation: false found"),
+        ("managed_gradient_accumulation=false", "managed_gradient_accumulation: expected true, got false"),
         ("training.steps=0", "training.steps: 0 found; input should be greater than 0"),
     ],
 )  # fmt: skip
@@ -74,10 +73,10 @@ def test_each_is_one_line_that_names_it(refuse: Any, override: str, message: str
     assert message in refuse(override)
 
 
-def test_blocks_that_are_missing_are_named(call: Call, tmp_path: Path) -> None:
+def test_blocks_that_are_missing_are_named(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"train_batch_size": 2}))
-    result = call("train", str(path))
+    result = run("train", str(path))
     assert result.returncode == 2
     for block in ("model", "data", "training", "logging", "optimizer"):
         assert f"{path}: {block}: this block is needed" in result.stderr

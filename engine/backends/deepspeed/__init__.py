@@ -1,1 +1,57 @@
 """Training under DeepSpeed ZeRO."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+    from transformers import PretrainedConfig
+
+    from ...config.config import Config
+    from ...config.run_blocks import ModelBlock
+    from ...protocol import Schedule
+    from .keys import DeepSpeedKeys
+    from .training import DeepSpeedTraining
+
+
+class DeepSpeedBackend:
+    """``"engine": "deepspeed"``; see :class:`narrowgauge.engine.protocol.Backend`."""
+
+    name: ClassVar[str] = "deepspeed"
+
+    @property
+    def keys(self) -> "type[DeepSpeedKeys]":
+        from .keys import DeepSpeedKeys
+
+        return DeepSpeedKeys
+
+    def check(self, config: "Config") -> None:
+        from .supported import check_training
+
+        check_training(config)
+
+    def data_parallel_size(self, config: "Config", world_size: int) -> int:
+        return world_size
+
+    def prepare(self, config: "Config", console: "Console | None" = None) -> None:
+        from .extensions import ensure_extensions
+
+        ensure_extensions(config, console)
+
+    def init_distributed(self) -> None:
+        from .initialize import init_distributed
+
+        init_distributed()
+
+    def construct(self, block: "ModelBlock", model_config: "PretrainedConfig", config: "Config") -> "nn.Module":
+        from .construct import construct
+
+        return construct(block, model_config, config)
+
+    def build(self, config: "Config", model: "nn.Module", *, schedule: "Schedule | None") -> "DeepSpeedTraining":
+        from .build import build
+
+        return build(config, model, schedule=schedule)
+
+
+BACKEND = DeepSpeedBackend()

@@ -1,5 +1,7 @@
 """A run's DeepSpeed engine from its configuration."""
 
+from typing import Any
+
 from torch import nn
 
 from ...config.config import Config
@@ -9,19 +11,25 @@ from .initialize import initialize
 from .training import DeepSpeedTraining
 
 
+def run_settings(config: Config) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run, with all batch sizes."""
+    batches = config.batches(world_size())
+    settings = config.engine_settings() | {
+        "train_batch_size": batches.total,
+        "train_micro_batch_size_per_gpu": batches.micro,
+        "gradient_accumulation_steps": batches.accumulation_steps,
+    }
+    settings.setdefault("steps_per_print", 1 << 62)
+    return settings
+
+
 def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> DeepSpeedTraining:
     """Make the engine of a run. Collective.
 
     Raises:
         ConfigError: DeepSpeed, or an optimizer, refuses a setting.
     """
-    batches = config.batches(world_size())
-    settings = config.deepspeed_dict() | {
-        "train_batch_size": batches.total,
-        "train_micro_batch_size_per_gpu": batches.micro,
-        "gradient_accumulation_steps": batches.accumulation_steps,
-    }
-    settings.setdefault("steps_per_print", 1 << 62)
+    settings = run_settings(config)
     if config.offload() is not None:
         settings["activation_offload"] = config.raw["activation_offload"]
     engine, *_ = initialize(model=model, config=settings, lr_scheduler=schedule)

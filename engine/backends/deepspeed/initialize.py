@@ -17,8 +17,9 @@ from torch import nn
 
 from narrowgauge.optimizers import EngineOptimizer
 
-from ...config.config import Config, load_config, within
+from ...config.config import Config, load_config
 from ...config.optimizer_params import make_optimizer
+from ...config.problems import within
 from ...config.redaction import redact
 from ...errors import ConfigError, UserError
 from ...offload.attach import attach_offload, make_offload
@@ -28,7 +29,7 @@ from .engine import Engine
 from .extensions import ensure_extensions
 from .privates import configure_python_gc
 from .subspace import GatherOnceBackend
-from .supported import check_supported
+from .supported import check_offload_supported, check_supported
 
 # Engine, optimizer, data loader and schedule, as DeepSpeed returns them.
 _Made = tuple[Any, Any, Any, Any]
@@ -102,15 +103,11 @@ def initialize(
     if not ours:
         with _offload_for(checked, model) as attach:
             if checked.unused_params() and process_rank() == 0:
-                warnings.warn(
-                    f"optimizer.params: {', '.join(checked.unused_params())} are not used by"
-                    f" {checked.raw['optimizer']['type']}, which trains every parameter at lr",
-                    stacklevel=2,
-                )
+                warnings.warn(checked.unused_params_note(), stacklevel=2)
             try:
                 return attach(
                     deepspeed.initialize(
-                        config=checked.deepspeed_dict(),
+                        config=checked.engine_settings(),
                         optimizer=optimizer,
                         model_parameters=model_parameters,
                         mpu=mpu,
@@ -142,6 +139,7 @@ def _offload_for(config: Config, model: nn.Module) -> Iterator[Callable[[_Made],
     offload, problem = None, None
     try:
         ensure_extensions(config)
+        check_offload_supported(config)
         offload = make_offload(config, model)
     except ConfigError as error:
         problem = str(error)
@@ -187,7 +185,7 @@ def _make_optimizer(model: nn.Module, config: Config) -> EngineOptimizer:
 def _make_engine(
     config: Config, optimizer: EngineOptimizer, *, dist_init_required: bool | None, **arguments: Any
 ) -> _Made:
-    settings = {key: value for key, value in config.deepspeed_dict().items() if key != "optimizer"}
+    settings = {key: value for key, value in config.engine_settings().items() if key != "optimizer"}
     # What DeepSpeed asks of an optimizer it does not know.
     settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     if "scheduler" in settings:

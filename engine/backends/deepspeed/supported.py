@@ -7,6 +7,34 @@ from torch import nn
 from narrowgauge.optimizers import EngineOptimizer
 
 from ...config.config import Config
+from .keys import deepspeed_keys
+
+
+def check_training(config: Config) -> None:
+    """Refuse what ``narrowgauge train`` cannot do with any optimizer, then what it cannot do with the configured one.
+
+    Raises:
+        ConfigError: naming each setting, why it does not work, and what to use instead.
+    """
+    check_offload_supported(config)
+    problems = [f"{key}: {reason}" for key, reason in _unsupported_by_checkpoints(config)]
+    if not deepspeed_keys(config).managed_gradient_accumulation:
+        problems.append("managed_gradient_accumulation: expected true, got false: a step takes its micro-batches")
+    if config.our_params() is not None:
+        check_supported(config)
+    if problems:
+        raise config.error(*problems)
+
+
+def check_offload_supported(config: Config) -> None:
+    """Refuse settings in which DeepSpeed plans the memory of activations itself.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    compile_keys = deepspeed_keys(config).compile
+    if config.offload() is not None and compile_keys is not None and compile_keys.deepcompile:
+        raise config.error("compile.deepcompile: does not work with activation_offload: it plans memory itself")
 
 
 def check_supported(
@@ -57,14 +85,11 @@ def check_supported(
 
 
 def _unsupported(config: Config) -> list[tuple[str, str]]:
-    parsed, raw = config.parsed, config.raw
+    parsed, raw = deepspeed_keys(config), config.raw
     found: list[tuple[str, str]] = []
-    if config.fp16:
+    if parsed.fp16 is not None and parsed.fp16.enabled:
         found.append(("fp16.enabled", "fp16 loss scaling is not supported, use bf16"))
-    if config.bf16 and config.zero_stage == 0:
-        found.append(
-            ("bf16.enabled", "without ZeRO DeepSpeed takes another optimizer path, set zero_optimization.stage to 1")
-        )
+    found += _unsupported_by_checkpoints(config)
     if parsed.torch_autocast is not None and parsed.torch_autocast.enabled:
         found.append(("torch_autocast.enabled", "use bf16"))
     bf16: Any = parsed.bf16 or parsed.bfloat16
@@ -84,14 +109,27 @@ def _unsupported(config: Config) -> list[tuple[str, str]]:
     return found + _unsupported_zero(config)
 
 
+def _unsupported_by_checkpoints(config: Config) -> list[tuple[str, str]]:
+    """Settings under which DeepSpeed keeps masters where nobody else finds them."""
+    parsed = deepspeed_keys(config)
+    low_precision = {"bf16.enabled": config.bf16, "fp16.enabled": parsed.fp16 is not None and parsed.fp16.enabled}
+    found = [
+        (key, "without ZeRO DeepSpeed takes another optimizer path, set zero_optimization.stage to 1")
+        for key, enabled in low_precision.items()
+        if enabled and config.zero_stage == 0
+    ]
+    offload = config.parsed.zero_optimization.offload_optimizer if config.parsed.zero_optimization else None
+    if offload is not None and offload.device == "nvme":
+        found.append(("zero_optimization.offload_optimizer.device", "nvme is not supported yet, use cpu"))
+    return found
+
+
 def _unsupported_zero(config: Config) -> list[tuple[str, str]]:
     zero: Any = config.parsed.zero_optimization
     if zero is None:
         return []
     found: list[tuple[str, str]] = []
     optimizer, parameters = zero.offload_optimizer, zero.offload_param
-    if optimizer is not None and optimizer.device == "nvme":
-        found.append(("offload_optimizer.device", "nvme is not supported yet, use cpu"))
     if optimizer is not None and optimizer.ratio != 1.0:
         found.append(("offload_optimizer.ratio", "1.0 is needed, the rest would run DeepSpeed's own Adam"))
     if optimizer is not None and optimizer.super_offload:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from narrowgauge.engine.backends import engine_names
 from narrowgauge.engine.backends.deepspeed.supported import check_supported
-from narrowgauge.engine.config.config import ModelBlock, ScheduleBlock, load_config
+from narrowgauge.engine.config.config import load_config
+from narrowgauge.engine.config.run_blocks import ModelBlock, ScheduleBlock
 from narrowgauge.engine.errors import ConfigError
 from narrowgauge.engine.run.model import abstract_model, model_config, preset_names
 from narrowgauge.engine.run.schedule import make_schedule
@@ -130,11 +132,19 @@ def test_dense_adamw_is_one_word_away() -> None:
     """What only Grass takes stays in the file, is left out, and is told; a misspelt name is still an error."""
     given = {"lr": 0.1, "betas": [0.9, 0.95], "density": 0.125, "matrix_lr_scale": 0.2, "param_groups": []}
     config = load_config(BASE, [f"optimizer.params={json.dumps(given)}", "optimizer.type=AdamW"])
-    assert config.deepspeed_dict()["optimizer"] == {"type": "AdamW", "params": {"lr": 0.1, "betas": [0.9, 0.95]}}
+    assert config.engine_settings()["optimizer"] == {"type": "AdamW", "params": {"lr": 0.1, "betas": [0.9, 0.95]}}
     assert config.unused_params() == ["density", "matrix_lr_scale", "param_groups"]
     assert config.raw["optimizer"]["params"] == given
     (problem,) = problems_with("optimizer.type=AdamW", "optimizer.params.densty=1")
     assert problem.startswith("optimizer.params.densty: unknown key for AdamW")
+
+
+def test_an_engine_that_does_not_exist_is_the_only_problem() -> None:
+    """What other keys may be there, only the engine knows."""
+    for given, hint in (("deepsped", "; did you mean 'deepspeed'?"), ("3", ""), ("__init__", "")):
+        (problem,) = problems_with(f"engine={given}", "gradient_cliping=1")
+        shown = repr(json.loads(given) if given == "3" else given)
+        assert problem == f"engine: expected one of {engine_names()}, got {shown}{hint}"
 
 
 def test_two_schedules_are_one_too_many() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from narrowgauge.engine.config.config import DataBlock
+from narrowgauge.engine.config.run_blocks import DataBlock
 from narrowgauge.engine.data.corpus import content_hash, read_pieces, stdlib_files
 from narrowgauge.engine.data.order import sample_order
 from narrowgauge.engine.data.packed import PackedTokens, RankSampler, training_loader

@@ -6,6 +6,7 @@ here (DeepSpeed 0.19).
 """
 
 import inspect
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -22,33 +23,16 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator
 
 from narrowgauge.optimizers import OPTIMIZERS
 
-from ..errors import did_you_mean
-
-Count = Annotated[int, Field(gt=0, strict=True)]
-Number = Annotated[float, Field(strict=True)]
-Flag = Annotated[bool, Field(strict=True)]
-
-
-class Block(BaseModel):
-    """A JSON object that allows no other keys than its fields."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class StrictBlock(Block):
-    """A block of ours: no conversion between types, so ``"8"`` is not 8."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class OptimizerBlock(Block):
-    type: str
-    params: dict[str, Any] = {}
-    legacy_fusion: Flag | None = None
+from ...config.blocks import Block, Count, Flag, Number
+from ...config.config import Config
+from ...config.engine_keys import EngineKeys
+from ...config.optimizer_params import OUR_ONLY, OUR_OPTIMIZERS
+from ...config.problems import unknown_names
+from ...errors import did_you_mean
 
 
 class SchedulerBlock(Block):
@@ -155,14 +139,10 @@ def _only_words_of(module: ModuleType, *free: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-class DeepSpeedKeys(Block):
+class DeepSpeedKeys(EngineKeys):
     """Every top-level key of a DeepSpeed configuration."""
 
-    train_batch_size: Count | None = None
-    train_micro_batch_size_per_gpu: Count | None = None
-    gradient_accumulation_steps: Count | None = None
     managed_gradient_accumulation: Flag = True
-    optimizer: OptimizerBlock | None = None
     scheduler: SchedulerBlock | None = None
     zero_optimization: DeepSpeedZeroConfig | None = None
     zero_allow_untested_optimizer: Flag | None = None
@@ -172,7 +152,6 @@ class DeepSpeedKeys(Block):
     bfloat16: DeepSpeedBF16Config | None = None
     torch_autocast: TorchAutocast | None = None
     data_types: DataTypes | None = None
-    gradient_clipping: Annotated[float, Field(ge=0.0, strict=True)] = 0.0
     communication_data_type: str | None = None
     seq_parallel_communication_data_type: str | None = None
     sequence_parallel_size: Count | None = None
@@ -211,6 +190,51 @@ class DeepSpeedKeys(Block):
         None
     )
     autotuning: Annotated[dict[str, Any], _only_words_of(autotuning_constants, "arg_mappings")] | None = None
+
+    @classmethod
+    def problems_in(cls, raw: Mapping[str, Any]) -> list[str]:
+        problems = []
+        optimizer, scheduler = raw.get("optimizer"), raw.get("scheduler")
+        if isinstance(optimizer, dict) and isinstance(optimizer.get("type"), str):
+            name, params = optimizer["type"], optimizer.get("params", {})
+            if name not in OUR_OPTIMIZERS:
+                own = {key: value for key, value in params.items() if key not in OUR_ONLY} if params else {}
+                problems += _name_problems("optimizer", name, own, optimizer_parameters, lambda _: ())
+        if isinstance(scheduler, dict) and isinstance(scheduler.get("type"), str):
+            problems += _name_problems(
+                "scheduler",
+                scheduler["type"],
+                scheduler.get("params", {}),
+                scheduler_parameters,
+                scheduler_requirements,
+            )
+        training = raw.get("training")
+        if isinstance(training, dict) and training.get("lr_schedule") and scheduler:
+            problems.append("training.lr_schedule and scheduler are two learning-rate schedules; one is allowed")
+        return problems
+
+
+def deepspeed_keys(config: Config) -> DeepSpeedKeys:
+    """The keys of a configuration that was read for this engine."""
+    assert isinstance(config.parsed, DeepSpeedKeys)
+    return config.parsed
+
+
+def _name_problems(
+    block: str,
+    name: str,
+    params: Any,
+    allowed_of: Callable[[str], set[str] | None],
+    required_of: Callable[[str], Iterable[str]],
+) -> list[str]:
+    try:
+        allowed = allowed_of(name)
+    except ValueError as error:
+        return [f"{block}.type: {error}"]
+    if allowed is None or not isinstance(params, dict):
+        return []
+    needed = [f"{block}.params.{key}: this key is needed for {name}" for key in required_of(name) if key not in params]
+    return unknown_names(f"{block}.params", name, params, allowed) + needed
 
 
 def optimizer_parameters(name: str) -> set[str] | None:

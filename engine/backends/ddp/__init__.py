@@ -1,0 +1,55 @@
+"""Training in plain PyTorch: one process, or several under DistributedDataParallel."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+    from transformers import PretrainedConfig
+
+    from ...config.config import Config
+    from ...config.run_blocks import ModelBlock
+    from ...protocol import Schedule
+    from .keys import DdpKeys
+    from .training import DdpTraining
+
+
+class DdpBackend:
+    """``"engine": "ddp"``; see :class:`narrowgauge.engine.protocol.Backend`."""
+
+    name: ClassVar[str] = "ddp"
+
+    @property
+    def keys(self) -> "type[DdpKeys]":
+        from .keys import DdpKeys
+
+        return DdpKeys
+
+    def check(self, config: "Config") -> None:
+        from .supported import check
+
+        check(config)
+
+    def data_parallel_size(self, config: "Config", world_size: int) -> int:
+        return world_size
+
+    def prepare(self, config: "Config", console: "Console | None" = None) -> None:
+        """Nothing is compiled."""
+
+    def init_distributed(self) -> None:
+        from .build import init_distributed
+
+        init_distributed()
+
+    def construct(self, block: "ModelBlock", model_config: "PretrainedConfig", config: "Config") -> "nn.Module":
+        from ..model import build_model
+
+        return build_model(block, model_config, config)
+
+    def build(self, config: "Config", model: "nn.Module", *, schedule: "Schedule | None") -> "DdpTraining":
+        from .build import build
+
+        return build(config, model, schedule=schedule)
+
+
+BACKEND = DdpBackend()

@@ -1,0 +1,94 @@
+"""A run's ``ddp`` engine from its configuration."""
+
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from narrowgauge.offload import ActivationOffload
+
+from ...config.config import Config
+from ...config.optimizer_params import make_optimizer
+from ...config.problems import within
+from ...config.redaction import redact
+from ...errors import ConfigError
+from ...offload.attach import make_offload
+from ...protocol import Schedule
+from ...ranks.agreement import agree, make_process_group
+from ...ranks.environment import process_rank, world_size
+from .keys import torch_optimizer
+from .traffic import CountedBackend, DdpTraffic
+from .training import DdpTraining
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+def init_distributed() -> None:
+    """Make the process group, if there is none: NCCL on the GPU of this process's local rank, or gloo."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(_device())
+    backend = "nccl" if on_gpu else "gloo"
+    make_process_group(backend, _TIMEOUT)
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> DdpTraining:
+    """See :meth:`narrowgauge.engine.protocol.Backend.build`."""
+    model.to(_device())
+    traffic = DdpTraffic()
+    optimizer = _make_optimizer(config, model, traffic)
+    offload = _make_offload_together(config, model)
+    return DdpTraining(
+        model,
+        optimizer,
+        traffic,
+        lr_scheduler=schedule(optimizer) if schedule is not None else None,
+        batches=config.batches(world_size()),
+        gradient_clipping=config.parsed.gradient_clipping,
+        offload=offload,
+    )
+
+
+def _make_optimizer(config: Config, model: nn.Module, traffic: DdpTraffic) -> torch.optim.Optimizer:
+    block, params = config.parsed.optimizer, config.our_params()
+    if block is None:
+        raise config.error("optimizer: this block is needed")
+    try:
+        if params is not None:
+            return make_optimizer(block.type, model, params.arguments(), CountedBackend(traffic))
+        if config.unused_params() and process_rank() == 0:
+            warnings.warn(config.unused_params_note(), stacklevel=2)
+        arguments = config.engine_settings()["optimizer"].get("params", {})
+        arguments = {key: value for key, value in arguments.items() if key != "torch_adam"}
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        return torch_optimizer(block.type)(trainable, **arguments)
+    except (ValueError, TypeError) as error:
+        raise config.error(within("optimizer.params", str(error))) from error
+
+
+def _make_offload_together(config: Config, model: nn.Module) -> ActivationOffload | None:
+    """This rank's activation offload, once all ranks have theirs."""
+    offload, problem = None, None
+    try:
+        # What ``auto`` would try beside threads and GPUDirect is DeepSpeed's.
+        offload = make_offload(config, model, auto="threads")
+    except ConfigError as error:
+        problem = str(error)
+    try:
+        agree(redact(config.raw), error=problem)
+    except BaseException:
+        if offload is not None:
+            offload.close()
+        raise
+    return offload

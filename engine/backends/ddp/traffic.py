@@ -1,0 +1,51 @@
+"""Bytes a process rank sends under DistributedDataParallel; see :mod:`narrowgauge.engine.report.dense_traffic`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from narrowgauge.optimizers.compact.backend import LocalBackend
+
+
+class DdpTraffic:
+    """Counts the all-reduces of gradients and of what compact optimizers observe, while attached.
+
+    Attributes:
+        reduced: bytes this rank sent in reductions.
+        gathered: 0; nothing is gathered.
+    """
+
+    def __init__(self) -> None:
+        self.reduced = self.gathered = 0.0
+        self._attached = False
+
+    def attach(self) -> None:
+        self._attached = True
+
+    def detach(self) -> None:
+        self._attached = False
+
+    def count_all_reduce(self, num_bytes: int) -> None:
+        if self._attached:
+            size = dist.get_world_size()
+            self.reduced += 2 * (size - 1) / size * num_bytes
+
+    def reduce_bucket(self, group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # pyright: ignore[reportPrivateImportUsage] (torch compares the annotation)
+        """A communication hook: the default one, counted."""
+        self.count_all_reduce(bucket.buffer().nbytes)
+        return allreduce_hook(group, bucket)
+
+
+class CountedBackend(LocalBackend):
+    """Where a compact optimizer's tensors lie: whole on every rank."""
+
+    def __init__(self, traffic: DdpTraffic) -> None:
+        self._traffic = traffic
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        self._traffic.count_all_reduce(sum(tensor.nbytes for tensor in tensors))
+        super().average_(tensors)

@@ -1,0 +1,105 @@
+"""The blocks of ``narrowgauge train``, the same with every engine."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from .blocks import Count, Flag, StrictBlock
+from .launch_block import LaunchBlock
+from .offload_block import ActivationOffloadBlock
+
+
+class ModelBlock(StrictBlock):
+    """What is trained: give one of ``path``, ``preset`` and ``config``; ``config`` may also adjust a preset."""
+
+    path: str | None = None
+    """A local Hugging Face folder; training starts from its weights."""
+    preset: str | None = None
+    """The name of a size shipped with the package, such as ``llama-60m``; starts from random weights."""
+    config: dict[str, Any] = {}
+    """A Hugging Face model configuration, with ``model_type``; starts from random weights."""
+    gradient_checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelBlock":
+        if self.path is not None and (self.preset is not None or self.config):
+            raise ValueError("'path' stands alone: 'preset' and 'config' start from random weights")
+        if self.path is None and self.preset is None and not self.config:
+            raise ValueError("one of 'path', 'preset' and 'config' is needed")
+        return self
+
+
+class DataBlock(StrictBlock):
+    """What it is trained on."""
+
+    train: Literal["stdlib"] | list[str] = "stdlib"
+    """``stdlib``: the source files of the running Python's standard library. Otherwise text files, Megatron
+    ``.bin``/``.idx``
+    pairs (named by either or by their common prefix), or globs of them."""
+    validation: list[str] | None = None
+    """As ``train``; without it ``validation_fraction`` of the training documents is held out."""
+    validation_fraction: float = Field(0.02, gt=0.0, lt=1.0)
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer folder or a sentencepiece ``.model``; without it one is trained on the text."""
+    vocab_size: Count = 4096
+    """Of the tokenizer that is trained."""
+    sequence_length: int = Field(512, gt=1)
+    """Tokens per sample; documents are packed, with an end token after each."""
+    cache_dir: str = "~/.cache/narrowgauge"
+    num_workers: int = Field(1, ge=0)
+
+
+class ScheduleBlock(StrictBlock):
+    """The learning rate over the run, from transformers."""
+
+    type: Literal["constant", "cosine", "wsd"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int | None = Field(None, gt=0)
+    """Of ``wsd``: steps of the final decay; default a fifth of the run."""
+    min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0)
+    """The last learning rate relative to the highest."""
+
+
+class TrainingBlock(StrictBlock):
+    """How long, and what happens on the way."""
+
+    steps: Count
+    seed: int = 0
+    lr_schedule: ScheduleBlock | None = None
+    eval_interval: Count | None = None
+    """Steps between evaluations; there is always one at the end."""
+    eval_sequences: Count = 128
+    """Validation samples per evaluation, the same ones each time."""
+    checkpoint_interval: Count | None = None
+    """Steps between checkpoints; there is always one at the end."""
+    keep_checkpoints: Count = 2
+    hang_timeout: float | None = Field(1800.0, gt=0.0, allow_inf_nan=False)
+    """Seconds in which something must get done, a micro-batch or a whole checkpoint, else all ranks end."""
+    sample_prompt: str | None = None
+    """Text the trained model continues at the end of the run."""
+    sample_tokens: Count = 64
+
+
+class LoggingBlock(StrictBlock):
+    """Where the run leaves its traces."""
+
+    run_dir: str = Field(min_length=1)
+    interval: Count = 1
+    """Steps between lines of ``metrics.jsonl`` and TensorBoard points."""
+    tensorboard: Flag = True
+
+
+class RunBlocks(StrictBlock):
+    """The top-level keys that are no engine's."""
+
+    engine: str = "deepspeed"
+    """A folder of :mod:`narrowgauge.engine.backends`."""
+    activation_offload: ActivationOffloadBlock | None = None
+    model: ModelBlock | None = None
+    data: DataBlock | None = None
+    training: TrainingBlock | None = None
+    logging: LoggingBlock | None = None
+    launch: LaunchBlock | None = None
+
+
+OWN_BLOCKS = tuple(RunBlocks.model_fields)
