@@ -174,18 +174,6 @@ def test_deepspeeds_own_launcher_gives_the_same_run(
     assert losses(tmp_path / "run") == alone
 
 
-def test_a_dry_run_prints_and_starts_nothing(network: Network, hostfile: Path, corpus: Path, tmp_path: Path) -> None:
-    config = str(tiny_config(corpus, tmp_path))
-    result = launch(network, config, *MORE, "--hostfile", str(hostfile), "--dry-run")
-    assert result.returncode == 0, result.stderr
-    first, second = result.stdout.splitlines()
-    assert first.startswith("h1: OMP_NUM_THREADS=1 NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0 ")
-    assert first.replace("h1: ", "h2: ").replace("--local-addr h1", "--local-addr h2") == second
-    assert "--nproc-per-node 1 --max-restarts 0" in first
-    assert first.endswith(f"-m narrowgauge.launcher train {config}")
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.slow
 def test_asked_to_end_it_saves_and_goes_on_later(
     network: Network, hostfile: Path, corpus: Path, tmp_path: Path
@@ -278,23 +266,3 @@ def test_a_port_in_use(network: Network, hostfile: Path, corpus: Path, tmp_path:
         taken.wait()
     assert result.returncode == 2
     assert result.stderr.splitlines() == ["error: h1: port 29500 is in use; set launch.port"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "no host found"),
-        ("h1 slots=1\nh1 slots=1\n", "line 2: h1 is given twice"),
-        ("h1 slots=1\nh2 slots=2\n", "h1 has 1 slots and h2 has 2; all hosts need the same number"),
-        ("h1 slots=one\n", "line 1: expected 'NAME slots=N', got 'h1 slots=one'"),
-        ("h1 slots=0\n", "line 1: h1: expected at least 1 slot, got 0"),
-        ("h1 slots=1\nnowhere slots=1\n", "nowhere: no address found for this host"),
-    ],
-)
-def test_hostfiles_that_do_not_hold(network: Network, corpus: Path, tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "hostfile"
-    path.write_text(text)
-    result = launch(network, str(tiny_config(corpus, tmp_path)), *MORE, "--hostfile", str(path))
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert message in result.stderr

@@ -153,21 +153,3 @@ def test_an_array_trains_each_rate_in_a_folder_of_its_own(
         assert len(losses(run_dir)) == 12
         assert json.loads((run_dir / "config.json").read_text())["config"]["optimizer"]["params"]["lr"] == float(rate)
     assert losses(tmp_path / "sweep-lr-0.002") != losses(tmp_path / "sweep-lr-0.005")
-
-
-def test_a_script_holds_the_configurations_options(corpus: Path, tmp_path: Path) -> None:
-    config = config_of(corpus, tmp_path, slurm={"partition": "main", "nodes": 3})
-    lines = run("slurm", "render", str(config)).stdout.splitlines()
-    assert lines[0] == "#!/bin/bash"
-    assert lines.count("#SBATCH --nodes=3") == 1
-    assert lines.count("#SBATCH --partition=main") == 1
-    assert not any(line.startswith(("#SBATCH --gpus-per-node", "#SBATCH --mem")) for line in lines)
-    assert [line for line in lines if line.startswith("#SBATCH --signal")] == ["#SBATCH --signal=B:USR1@300"]
-
-
-@pytest.mark.parametrize("value", ['"a b"', '"x;$(id)"', '"`id`"'])
-def test_an_option_that_is_no_word_is_refused(corpus: Path, tmp_path: Path, value: str) -> None:
-    done = run("slurm", "render", str(config_of(corpus, tmp_path)), "--set", f"launch.slurm.comment={value}")
-    assert done.returncode == 2
-    assert "launch.slurm: " in done.stderr
-    assert "expected a word without spaces and quotes, got " in done.stderr

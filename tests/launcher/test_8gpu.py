@@ -18,6 +18,7 @@ from narrowgauge.engine.data.tokens import write_tokens
 from narrowgauge.engine.run.model import abstract_model, model_config
 from narrowgauge.offload import ActivationOffload
 from narrowgauge.optimizers import Grass
+from tests.launcher.conftest import Call
 from tests.support.command import ROOT, losses, run
 from tests.support.memory import GIB, converted_model, layer_and_head, memory_of
 
@@ -193,8 +194,8 @@ def test_it_holds_for_eight_gpus(name: str) -> None:
     assert described.max_position_embeddings >= length
 
 
-def test_launch_starts_the_same() -> None:
-    result = run("launch", "configs/8gpu/llama-7b-pretrain.json", "--set", "launch.processes_per_node=8", "--dry-run")
+def test_launch_starts_the_same(call: Call) -> None:
+    result = call("launch", "configs/8gpu/llama-7b-pretrain.json", "--set", "launch.processes_per_node=8", "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "--standalone --nproc-per-node 8 " in result.stdout
     assert result.stdout.endswith(" -m narrowgauge.launcher train configs/8gpu/llama-7b-pretrain.json\n")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from narrowgauge.launcher.main import main
+from tests.launcher.conftest import Call
 from tests.support.command import BIN, ROOT, environment, run, tiny_config
 
 
@@ -73,10 +74,10 @@ def test_each_is_one_line_that_names_it(refuse: Any, override: str, message: str
     assert message in refuse(override)
 
 
-def test_blocks_that_are_missing_are_named(tmp_path: Path) -> None:
+def test_blocks_that_are_missing_are_named(call: Call, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"train_batch_size": 2}))
-    result = run("train", str(path))
+    result = call("train", str(path))
     assert result.returncode == 2
     for block in ("model", "data", "training", "logging", "optimizer"):
         assert f"{path}: {block}: this block is needed" in result.stderr

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from tests.launcher.conftest import Call
 from tests.support.command import run, tiny_config
 
 SECRET = "hf_q7Zw2kd81"  # noqa: S105
@@ -36,9 +37,9 @@ def test_they_are_in_no_output_and_no_file(corpus: Path, tmp_path: Path) -> None
     assert saved["config"]["launch"]["environment"] == {"MY_VALUE": "***", "OMP_SCHEDULE": "***"}
 
 
-def test_they_are_in_no_error_message(corpus: Path, tmp_path: Path) -> None:
+def test_they_are_in_no_error_message(call: Call, corpus: Path, tmp_path: Path) -> None:
     config = str(tiny_config(corpus, tmp_path))
     for override in (f'launch.environment={{"A": ["{SECRET}"]}}', f'data.train=["https://user:{SECRET}@host/*.txt"]'):
-        done = run("train", config, "--set", override)
+        done = call("train", config, "--set", override)
         assert done.returncode == 2
         assert SECRET not in done.stdout + done.stderr
