@@ -5,11 +5,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..layers.targets import CompactLayer
 from ..numerics.seeds import derive_seed
+from ..sharding.communicator import Communicator, CommunicatorOf, GroupCommunicator, one_for_all
 from ..sharding.shards import ShardMap
 
 
@@ -39,12 +39,8 @@ class SubspaceBackend(Protocol):
         """
         ...
 
-    def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Make each tensor its mean over the process ranks, in place."""
-        ...
-
-    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        """Make each tensor that of the first process rank, in place."""
+    def communicator(self, name: str) -> Communicator:
+        """The process ranks that average the gradient of the layer of this name; one object for each group."""
         ...
 
     def change_subspace(
@@ -66,7 +62,15 @@ class SubspaceBackend(Protocol):
 
 
 class LocalBackend:
-    """One process, or DDP: every rank holds every tensor and they agree."""
+    """One process, or DDP: every rank holds every tensor and they agree.
+
+    Args:
+        communicator_of: the ranks that average a layer's gradient, by its name; by default those of
+            ``torch.distributed``'s default group.
+    """
+
+    def __init__(self, communicator_of: CommunicatorOf | None = None) -> None:
+        self._communicator_of = communicator_of or one_for_all(GroupCommunicator())
 
     def gathered(self, layer: CompactLayer) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -95,16 +99,8 @@ class LocalBackend:
             module.apply_(module.weight, module.compact, decay, seed=fold_seed, decay_last=decay_last)
             module.compact.zero_()
 
-    def average_(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                dist.all_reduce(tensor)
-                tensor.div_(dist.get_world_size())
-
-    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                dist.broadcast(tensor, 0)
+    def communicator(self, name: str) -> Communicator:
+        return self._communicator_of(name)
 
     def state_tensors(self, group: dict[str, Any]) -> Iterable[Tensor]:
         return group["params"]

@@ -83,7 +83,7 @@ class FullNorm:
             if module.probe is None or module.probe.grad is None:
                 continue
             observed = module.probe.grad.clone()
-            self._optimizer.backend.average_([observed])
+            self._optimizer.backend.communicator(layer.name).average_(observed)
             factor = 1.0
             if module.omega is not None:
                 # |Omega|^2 counts its directions, whatever their scale.

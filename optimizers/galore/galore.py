@@ -269,9 +269,7 @@ class GaLore(CompactOptimizer):
             self._reset_moments()
 
     def _observed(self) -> list[Tensor]:
-        statistics = [layer.module.end_probe() for layer in self.layers]
-        self.backend.average_(statistics)
-        return statistics
+        return [self.backend.communicator(layer.name).average_(layer.module.end_probe()) for layer in self.layers]
 
     def _set_bases(self, layer: CompactLayer, statistic: Tensor) -> None:
         module, found = layer.module, {}
@@ -287,7 +285,8 @@ class GaLore(CompactOptimizer):
                 new = leading_basis(statistic, basis.shape[1], of_rows=of_rows)
             found[key] = aligned(new, former).to(basis.dtype)
         # One rank's are everybody's: where singular values are nearly equal, rounding decides.
-        self.backend.broadcast_(list(found.values()))
+        for basis in found.values():
+            self.backend.communicator(layer.name).broadcast_(basis)
         module.set_subspace(found)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..compact.backend import SubspaceBackend
 from ..compact.sketches import directions
 from ..layers.targets import CompactLayer
+from ..sharding.communicator import Communicator
 
 Statistics = Literal["sketch", "exact", "local"]
 
@@ -53,13 +54,18 @@ class NormStatistics:
                 continue
             observed = layer.module.end_probe()
             if self._kind != "local":
-                backend.average_([observed])
+                backend.communicator(layer.name).average_(observed)
             found.append(torch.linalg.vector_norm(observed, dim=1 - layer.module.dim, dtype=torch.float64).square())
-        if found:
-            whole = torch.cat(found)
-            backend.broadcast_([whole])
-            found = whole.cpu().nan_to_num(posinf=0.0).split([squares.numel() for squares in found])
-        return list(found)
+        # One message to each group of ranks.
+        members: dict[Communicator, list[int]] = {}
+        for position, layer in enumerate(layers):
+            members.setdefault(backend.communicator(layer.name), []).append(position)
+        for communicator, positions in members.items():
+            whole = communicator.broadcast_(torch.cat([found[position] for position in positions]))
+            parts = whole.cpu().nan_to_num(posinf=0.0).split([found[position].numel() for position in positions])
+            for position, squares in zip(positions, parts, strict=True):
+                found[position] = squares
+        return found
 
 
 def _is_first_rank() -> bool:

@@ -21,39 +21,48 @@ from narrowgauge.optimizers.layers.compact import CompactWeight
 from narrowgauge.optimizers.layers.targets import CompactLayer
 from narrowgauge.optimizers.numerics.rounding import stochastic_round_
 from narrowgauge.optimizers.numerics.seeds import derive_seed
+from narrowgauge.optimizers.sharding.communicator import one_for_all
 from narrowgauge.optimizers.sharding.shards import ShardMap
 
 from .privates import flat_bit16, fragment_of, gather_again, own_shard
 
 
-class _OverRanks:
-    """What all stages do over DeepSpeed's process ranks."""
+class DeepSpeedCommunicator:
+    """DeepSpeed's process ranks, by its own collectives, whose bytes are counted."""
 
-    def __init__(self, zero_optimizer: Any, shards: Callable[[], ShardMap]) -> None:
-        self._zero, self._make_shards = zero_optimizer, shards
+    @property
+    def rank(self) -> int:
+        return comm.get_rank()
 
-    def average_(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            comm.all_reduce(tensor)
-            tensor.div_(comm.get_world_size())
+    @property
+    def size(self) -> int:
+        return comm.get_world_size()
 
-    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            comm.broadcast(tensor, 0)
+    def sum_(self, tensor: Tensor) -> Tensor:
+        comm.all_reduce(tensor)
+        return tensor
 
-    def shards(self) -> ShardMap:
-        return self._make_shards()
+    def average_(self, tensor: Tensor) -> Tensor:
+        return self.sum_(tensor).div_(self.size)
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        comm.broadcast(tensor, 0)
+        return tensor
 
 
-class PartitionedStateBackend(_OverRanks, LocalBackend):
+class PartitionedStateBackend(LocalBackend):
     """ZeRO-1 and ZeRO-2: weights and compact values whole on every rank, masters and moments in flat partitions.
 
     After a step every rank has the compact values of all ranks, so folding needs no traffic.
     """
 
     def __init__(self, zero_optimizer: Any, shards: Callable[[], ShardMap]) -> None:
-        super().__init__(zero_optimizer, shards)
+        super().__init__(one_for_all(DeepSpeedCommunicator()))
+        self._zero, self._make_shards = zero_optimizer, shards
         self._flat, self._partitions = flat_bit16(zero_optimizer)
+
+    def shards(self) -> ShardMap:
+        return self._make_shards()
 
     @torch.no_grad()
     def change_subspace(
@@ -127,7 +136,7 @@ class _FillUnderZeroInit:
             self._module.weight.convert_to_zero_parameters(param_list=[self._module.compact])  # pyright: ignore
 
 
-class PartitionedWeightBackend(_OverRanks):
+class PartitionedWeightBackend:
     """ZeRO-3: weights, compact values, masters and moments all in flat shards.
 
     Between changes of subspace nothing is folded: DeepSpeed gathers ``compact`` together with ``weight`` in forward
@@ -136,9 +145,16 @@ class PartitionedWeightBackend(_OverRanks):
     """
 
     def __init__(self, zero_optimizer: Any, layers: Sequence[CompactLayer], shards: Callable[[], ShardMap]) -> None:
-        super().__init__(zero_optimizer, shards)
+        self._zero, self._make_shards = zero_optimizer, shards
+        self._communicator = DeepSpeedCommunicator()
         for layer in layers:
             layer.module.folds_at_use = not layer.module.is_delta
+
+    def communicator(self, name: str) -> DeepSpeedCommunicator:
+        return self._communicator
+
+    def shards(self) -> ShardMap:
+        return self._make_shards()
 
     def gathered(self, layer: CompactLayer) -> AbstractContextManager[Any]:
         raise NotImplementedError("compact values are filled before the engine is made")
