@@ -337,7 +337,7 @@ class Apollo(ShardedOptimizer):
 
     def _write_back(self, shard: Shard, value: Tensor) -> None:
         seed = derive_seed(self.seed, self.num_steps, shard.name)
-        write_back(shard.of(shard.flat), value, seed=seed, position=shard.start)
+        write_back(shard.of(shard.flat), value, seed=seed, position=shard.position)
 
     def _moments(self, flat: Tensor, shape: Sequence[int]) -> dict[str, Any]:
         """The state of ``flat``, made if it is not there yet."""

@@ -297,7 +297,7 @@ class Frugal(ShardedOptimizer):
 
     def _write_back(self, slot: Slot, parameter: Tensor) -> None:
         seed = derive_seed(self.seed, self.num_steps, slot.shard.name)
-        write_back(slot.shard.of(slot.shard.flat), parameter, seed=seed, position=slot.shard.start)
+        write_back(slot.shard.of(slot.shard.flat), parameter, seed=seed, position=slot.shard.position)
 
     def _split_coordinates(
         self, slots: Sequence[Slot], group: dict[str, Any], adam: "_Adam"

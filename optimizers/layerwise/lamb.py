@@ -124,7 +124,7 @@ class Lamb(ShardedOptimizer):
         for flat, value in zip(flats, values, strict=True):
             for shard in self.shards.shards_of(flat):
                 seed = derive_seed(self.num_steps, shard.name)
-                write_back(shard.of(flat), shard.of(value), seed=seed, position=shard.start)
+                write_back(shard.of(flat), shard.of(value), seed=seed, position=shard.position)
 
     def _state_of(self, flat: Tensor, value: Tensor) -> dict[str, Any]:
         """The moments, and the number of the step that is being taken."""

@@ -124,4 +124,4 @@ class Lars(ShardedOptimizer):
                 else:
                     own_value.sub_(own_buffer)
                 seed = derive_seed(self.num_steps, shard.name)
-                write_back(shard.of(flat), own_value, seed=seed, position=shard.start)
+                write_back(shard.of(flat), own_value, seed=seed, position=shard.position)

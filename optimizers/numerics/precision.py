@@ -16,13 +16,13 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.detach().to(compute_dtype(tensor))
 
 
-def write_back(target: Tensor, values: Tensor, *, seed: int, position: int = 0) -> None:
+def write_back(target: Tensor, values: Tensor, *, seed: int, position: int | Tensor = 0) -> None:
     """Write into ``target`` what ``widen(target)`` has become: bf16 with stochastic rounding, fp16 to nearest.
 
     Args:
         values: the result of ``widen(target)``, changed in place; nothing is left to do where that was ``target``.
         seed: of the rounding; the same on all process ranks.
-        position: of the first element within the whole parameter, so that every cut rounds alike.
+        position: of the first element within the whole parameter, or of every element, so that every cut rounds alike.
     """
     if target.dtype == torch.bfloat16:
         stochastic_round_(target, values, seed=seed, offset=position)

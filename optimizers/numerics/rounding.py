@@ -18,16 +18,19 @@ def hash_positions(position: torch.Tensor, seed: int) -> torch.Tensor:
     return h ^ ((h >> 16) & 0xFFFF)
 
 
-def stochastic_round_(target: torch.Tensor, source: torch.Tensor, *, seed: int, offset: int = 0) -> None:
+def stochastic_round_(target: torch.Tensor, source: torch.Tensor, *, seed: int, offset: int | torch.Tensor = 0) -> None:
     """Write fp32 ``source`` into bf16 ``target``, rounding up or down with probability equal to the distance.
 
     Args:
         target: bf16, contiguous, any shape.
         source: fp32, same number of elements, same device.
         seed: any int; the same on all ranks.
-        offset: position of the first element within the whole tensor.
+        offset: position of the first element within the whole tensor; or of every element, int64 ``(numel,)``, where
+            they are not neighbours in it.
     """
-    position = torch.arange(offset, offset + source.numel(), device=source.device) & _INT32_MASK
+    if isinstance(offset, int):
+        offset = torch.arange(offset, offset + source.numel(), device=source.device)
+    position = offset & _INT32_MASK
     noise = hash_positions(position.to(torch.int32), seed) & 0xFFFF
     bits = (source.reshape(-1).contiguous().view(torch.int32) + noise) & -0x10000
     rounded = bits.view(torch.float32).view_as(source)

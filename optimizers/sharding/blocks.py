@@ -14,7 +14,7 @@ class Block:
 
     Attributes:
         row, column: of its first element in the matrix.
-        num_rows, num_columns: its size; it spans all columns unless it has one row.
+        num_rows, num_columns: its size; it spans all columns that the shard's process has unless it has one row.
         offset: of its first element in the shard.
     """
 
@@ -33,14 +33,17 @@ class Block:
 def blocks_of(shard: Shard) -> Iterator[Block]:
     """The shard of a matrix as one to three blocks: what it has of its first row, whole rows, what it has of its last.
 
+    Rows and columns are those of the whole matrix, also where the process has only a box of it.
+
     So a flat partition, cut anywhere, is multiplied as matrices without copies.
     """
-    width = shard.shape[1]
+    (first_row, first_column), (_, width) = (shard.box.offsets, shard.box.local) if shard.box else ((0, 0), shard.shape)
     position, end = shard.start, shard.start + shard.length
     while position < end:
         row, column = divmod(position, width)
         whole_rows = (end - position) // width if column == 0 else 0
         num_columns = width if whole_rows else min(width - column, end - position)
-        block = Block(row, column, max(1, whole_rows), num_columns, position - shard.start)
+        place = (first_row + row, first_column + column)
+        block = Block(*place, max(1, whole_rows), num_columns, position - shard.start)
         yield block
         position += block.num_rows * block.num_columns

@@ -4,11 +4,13 @@ Optimizers that need the whole averaged gradient (norms, projections, signs) see
 tensors, of FSDP2's row shards and of ZeRO's flat partitions, which are cut anywhere.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
+
+from .box import Box
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,11 @@ class Shard:
     Attributes:
         name: the parameter's name in the model.
         shape: of the whole parameter.
-        start: position of the first element within the flattened parameter.
+        start: position of the first element within the flattened parameter, or within the flattened ``box``.
         length: number of elements.
         flat: the tensor that the optimizer steps; the key of its state.
         offset: position of the first element within ``flat``.
+        box: the part of the parameter that the process's tensor is, where that is not all of it.
     """
 
     name: str
@@ -30,6 +33,23 @@ class Shard:
     length: int
     flat: Tensor
     offset: int
+    box: Box | None = None
+
+    @property
+    def position(self) -> int | Tensor:
+        """The position of the first element within the flattened parameter; of every element, int64 ``(length,)``,
+        where they are not neighbours in it. What hashes positions (rounding) takes either.
+        """
+        if self.box is None:
+            return self.start
+        runs = list(self.box.runs(self.start, self.length))
+        return runs[0][0] if len(runs) == 1 else self.box.positions(self.start, self.length, self.flat.device)
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """The shard as runs of the flattened parameter: position in it, position in the shard, length."""
+        if self.box is None:
+            return iter([(self.start, 0, self.length)])
+        return self.box.runs(self.start, self.length)
 
     def of(self, tensor: Tensor) -> Tensor:
         """This piece of ``flat``, or of a tensor shaped like it (gradient, state), as a 1-D view."""
