@@ -61,13 +61,18 @@ def train(backend: str, use: ActivationOffload | None, steps: int) -> tuple[list
 
 
 @pytest.mark.parametrize(
-    "backend", ["eager", "aot_eager", "aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)]
+    "backend",
+    [
+        "eager",
+        "aot_eager_decomp_partition",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor")),
+    ],
 )
 def test_context_around_a_compiled_model(offload: ActivationOffload, backend: str) -> None:
     found, compilations = train(backend, offload, steps=4)
     wanted, expected = train(backend, None, steps=4)
     assert_same(found, wanted)
-    # Neither entering anew for every step nor the hooks make it compile again.
+    # Neither entering it for every step nor the hooks make it compile again.
     assert compilations == expected
 
 

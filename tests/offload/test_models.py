@@ -255,14 +255,21 @@ def blocks_of(nbytes: int) -> int:
 # What forward saves.
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_saved_tensors_parity(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [
+        ("llama", STEPS),
+        *((kind, FEW_STEPS) for kind in MODELS[1:]),
+        *(pytest.param(kind, STEPS, marks=pytest.mark.slow) for kind in MODELS[1:]),
+    ],
+)
+def test_saved_tensors_parity(kind: str, steps: int, tmp_path: Path) -> None:
     with offloading(tmp_path) as offload:
-        assert_same(train(build(kind), kind, offload, steps=STEPS), plain(kind, STEPS))
+        assert_same(train(build(kind), kind, offload, steps=steps), plain(kind, steps))
         stats = offload.stats()
     # Half of the steps wait for their writes.
-    assert stats.written >= 0.8 * stats.saved_peak * STEPS / 2
-    assert stats.read >= 0.8 * stats.saved_peak * STEPS / 2
+    assert stats.written >= 0.8 * stats.saved_peak * steps / 2
+    assert stats.read >= 0.8 * stats.saved_peak * steps / 2
     assert stats.read <= stats.written
 
 
@@ -308,7 +315,10 @@ def test_partly_resident_parity(kind: str, keep_resident: float | str, tmp_path:
         assert_same(train(build(kind), kind, offload, steps=FEW_STEPS), plain(kind))
         stats = offload.stats()
     assert stats.written > 0
-    assert (stats.offload_budget is not None) == (keep_resident == "auto")
+    assert stats.offload_budget is not None
+    if keep_resident == 0.5:
+        # Of what the largest forward saved, little of which is too small to be offloaded.
+        assert 0.4 * stats.saved_peak <= stats.offload_budget <= 0.5 * stats.saved_peak
 
 
 def test_share_that_stays_resident(tmp_path: Path) -> None:

@@ -142,8 +142,9 @@ def test_cannot_be_copied(tmp_path: Path, how: Any) -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.parametrize("times", [8, pytest.param(30, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("interruptible")
-def test_interrupts_in_backward_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupts_in_backward_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """An exception of a signal handler that arises in a finalizer is printed and forgotten."""
     lost: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lost.append)
@@ -162,7 +163,7 @@ def test_interrupts_in_backward_are_not_lost(tmp_path: Path, monkeypatch: pytest
     began = time.perf_counter()
     forward().backward()
     usual = time.perf_counter() - began
-    for _ in range(30):
+    for _ in range(times):
         loss = forward()
         settle(offload)
         timer = threading.Timer(usual * dice.random(), interrupt_main)

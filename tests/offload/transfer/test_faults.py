@@ -60,6 +60,7 @@ from tests.offload.faults import (
     python,
     settle,
     spawn_lines,
+    train_compared,
     within,
 )
 from tests.offload.support import rest, wait_until
@@ -513,7 +514,9 @@ def same_mixed_use(offload: ActivationOffload, kind: str, seed: int) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "seed", [seed if seed < 4 else pytest.param(seed, marks=pytest.mark.slow) for seed in range(10)]
+)
 @deadline(90)
 def test_randomly_delayed_transfers(tmp_path: Path, make: OffloadMaker, seed: int) -> None:
     backend = FaultyBackend(write=delayed(seed, 0.01), read=delayed(seed + 100, 0.01), in_place=seed % 2 == 0)
@@ -976,16 +979,18 @@ def test_killed_run_leaves_nothing_and_starts_again(tmp_path: Path) -> None:
             process.communicate()
         assert os.listdir(folder) == []
         assert free_bytes(folder) == free
-        code, said, errors = outcome(python("train_compared", str(folder), 2))
-        assert (code, said) == (0, "same bits\n"), errors[-3000:]
+        train_compared(str(folder), 2)
         assert free_bytes(folder) == free
 
 
 def test_two_runs_on_one_path(tmp_path: Path) -> None:
-    processes = [python("train_compared", str(tmp_path), 30, kind) for kind in ("attention", "diamond")]
-    for process in processes:
+    process = python("train_compared", str(tmp_path), 30, "attention")
+    try:
+        while process.poll() is None:
+            train_compared(str(tmp_path), 10, "diamond")
+    finally:
         code, said, errors = outcome(process)
-        assert (code, said) == (0, "same bits\n"), errors[-3000:]
+    assert (code, said) == (0, "same bits\n"), errors[-3000:]
     assert os.listdir(tmp_path) == []
 
 
