@@ -1,12 +1,10 @@
 """``narrowgauge launch --hostfile`` over ssh, on hosts with networks of their own."""
 
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,12 +17,6 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 MORE = ["--set", "launch.interface=eth0", "--set", "launch.threads_per_process=1"]
 LAUNCH = [sys.executable, "-m", "narrowgauge.launcher", "launch"]
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    with Network(tmp_path_factory.mktemp("network"), 2) as made:
-        yield made
 
 
 @pytest.fixture
@@ -224,33 +216,20 @@ def test_a_cut_link_ends_all_processes_and_a_restart_resumes(
     assert "resumed after step" in result.stdout + result.stderr
 
 
-def test_a_configuration_that_one_host_lacks(hostfile: Path, corpus: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "configs"
-    folder.mkdir()
-    config = tiny_config(corpus, folder)
-    keys = tmp_path / "keys"
-    keys.mkdir()
-    with Network(keys, 2, hide={"h2": folder}) as network:
-        result = launch(network, str(config), *MORE, "--hostfile", str(hostfile))
-        assert result.returncode == 2
-        assert result.stderr.splitlines() == [f"error: h2: {config}: No such file or directory"]
-        assert left_over(network) == []
+def test_a_configuration_that_one_host_lacks(odd_network: Network, hostfile: Path, corpus: Path, unseen: Path) -> None:
+    config = tiny_config(corpus, unseen)
+    result = launch(odd_network, str(config), *MORE, "--hostfile", str(hostfile))
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [f"error: h2: {config}: No such file or directory"]
+    assert left_over(odd_network) == []
 
 
-def test_another_version_on_one_host(hostfile: Path, corpus: Path, tmp_path: Path) -> None:
-    older = tmp_path / "older" / "transformers-0.0.1.dist-info"
-    older.mkdir(parents=True)
-    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.0.1\n")
-    keys = tmp_path / "keys"
-    keys.mkdir()
-    path = os.pathsep.join([str(older.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with Network(keys, 2, environment={"h2": {"PYTHONPATH": path}}) as network:
-        result = launch(network, str(tiny_config(corpus, tmp_path)), *MORE, "--hostfile", str(hostfile))
-        assert result.returncode == 2
-        here = version("transformers")
-        expected = f"error: h2: transformers 0.0.1 is installed, the launching host has {here}"
-        assert result.stderr.splitlines() == [expected]
-        assert left_over(network) == []
+def test_another_version_on_one_host(odd_network: Network, hostfile: Path, corpus: Path, tmp_path: Path) -> None:
+    result = launch(odd_network, str(tiny_config(corpus, tmp_path)), *MORE, "--hostfile", str(hostfile))
+    assert result.returncode == 2
+    here = version("deepspeed")
+    assert result.stderr.splitlines() == [f"error: h2: deepspeed 0.0.1 is installed, the launching host has {here}"]
+    assert left_over(odd_network) == []
 
 
 def test_a_port_in_use(network: Network, hostfile: Path, corpus: Path, tmp_path: Path) -> None:

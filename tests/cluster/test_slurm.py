@@ -1,17 +1,15 @@
 """``narrowgauge slurm`` and the batch scripts on a real SLURM of two nodes."""
 
 import json
-import os
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.slurm import Slurm, missing
-from tests.support.command import BIN, losses, records, run, tiny_config, wait_for_step
+from tests.support.command import losses, records, run, tiny_config, wait_for_step
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -28,14 +26,6 @@ LONG = [
     for key, value in (("steps", 500), ("checkpoint_interval", 100), ("eval_interval", 100))
     for word in ("--set", f"training.{key}={value}")
 ]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    with pytest.MonkeyPatch.context() as patch, Slurm(tmp_path_factory.mktemp("slurm"), 2) as made:
-        patch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield made
 
 
 def submit(config: Path, folder: Path, *words: str, **launch: Any) -> str:
