@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from narrowgauge.optimizers import EngineOptimizer
+from narrowgauge.optimizers import EngineOptimizer, ShardedOptimizer
 from narrowgauge.optimizers.sharding.shards import Shard, StatePiece
 
 from ..errors import CheckpointError
@@ -192,7 +192,10 @@ def _read_into(target: Tensor, name: str, start: int, pieces: Sequence[_SavedPie
 def _state_tensor(optimizer: torch.optim.Optimizer, shard: Shard, key: str) -> Tensor:
     state = optimizer.state[shard.flat]
     if key not in state:
-        state[key] = torch.zeros_like(shard.flat, requires_grad=False)
+        # Optimizers on full gradients keep moments of 16-bit parameters in fp32.
+        is_wide = isinstance(optimizer, ShardedOptimizer) and shard.flat.element_size() < 4
+        dtype = torch.float32 if is_wide else shard.flat.dtype
+        state[key] = torch.zeros_like(shard.flat, dtype=dtype, requires_grad=False)
     return state[key]
 
 
