@@ -62,7 +62,12 @@ def _describe(item: Any, schema: type[BaseModel]) -> str:
     message = item["msg"].removeprefix("Value error, ")
     found = item["input"]
     is_secret = HIDDEN in str(redact(found, tuple(map(str, keys))))
-    shown = "" if is_secret or isinstance(found, dict | BaseModel) else f" {json.dumps(found, default=str)[:60]} found;"
+    is_told = message.startswith("expected ")
+    shown = (
+        ""
+        if is_told or is_secret or isinstance(found, dict | BaseModel)
+        else f" {json.dumps(found, default=str)[:60]} found;"
+    )
     return f"{path}:{shown} {message[0].lower()}{message[1:]}"
 
 
