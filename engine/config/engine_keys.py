@@ -20,7 +20,8 @@ class EngineKeys(Block):
     train_batch_size: Count | None = None
     train_micro_batch_size_per_gpu: Count | None = None
     gradient_accumulation_steps: Count | None = None
-    gradient_clipping: Annotated[float, Field(ge=0.0, strict=True)] = 0.0
+    gradient_clipping: Annotated[float, Field(ge=0.0, strict=True)] = 1.0
+    """Of the norm of all gradients; 0 for none. DeepSpeed (0.19) clips at 1.0 where the file says nothing."""
     optimizer: OptimizerBlock | None = None
     bf16: Any = None
     zero_optimization: Any = None

@@ -1,9 +1,5 @@
 """Activation offload in an engine: made from the configuration, entered around every training forward."""
 
-from functools import wraps
-from typing import Any
-
-import torch
 from torch import nn
 
 from narrowgauge.offload import ActivationOffload, OffloadError
@@ -53,22 +49,3 @@ def make_offload(config: Config, model: nn.Module, *, auto: str = AUTO) -> Activ
         return ActivationOffload(**{**vars(options), "backend": chosen}, model=model)
     except (OffloadError, ValueError) as error:
         raise config.error(f"activation_offload: {error}") from error
-
-
-def attach_offload(engine: Any, offload: ActivationOffload) -> None:
-    """Offload what the engine's forwards save, as ``engine.activation_offload``, until the engine is destroyed."""
-    forward, destroy = engine.forward, engine.destroy
-
-    @wraps(forward)
-    def forward_with_offload(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        with offload:
-            return forward(*args, **kwargs)
-
-    @wraps(destroy)
-    def destroy_with_offload() -> None:
-        offload.close()
-        destroy()
-
-    engine.forward, engine.destroy, engine.activation_offload = forward_with_offload, destroy_with_offload, offload

@@ -152,6 +152,8 @@ class DdpTraining:
                 self._lr_scheduler.step()
         else:
             self._counters["skipped_steps"] += 1
+            if self.own_optimizer is not None:
+                self.own_optimizer.forget_observed()
         self._optimizer.zero_grad()
 
     @torch.no_grad()

@@ -22,11 +22,12 @@ from ...config.optimizer_params import make_optimizer
 from ...config.problems import within
 from ...config.redaction import redact
 from ...errors import ConfigError, UserError
-from ...offload.attach import attach_offload, make_offload
+from ...offload.attach import make_offload
 from ...ranks.agreement import agree, make_process_group
 from ...ranks.environment import ensure_environment, process_rank
 from .engine import Engine
 from .extensions import ensure_extensions
+from .offload import attach_offload
 from .privates import configure_python_gc
 from .subspace import GatherOnceBackend
 from .supported import check_offload_supported, check_supported

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 
 from narrowgauge.engine.backends import engine_names
 from narrowgauge.engine.backends.deepspeed.supported import check_supported
@@ -313,3 +314,9 @@ def test_ready_configurations_hold() -> None:
     sizes = {path.stem for path in (root / "models").glob("*.json")}
     assert sizes == {f"llama-{size}" for size in ("60m", "130m", "350m", "1b", "7b", "13b")}
     assert all("model_type" in json.loads(path.read_text()) for path in (root / "models").glob("*.json"))
+
+
+@pytest.mark.parametrize(("engine", "stage"), [("deepspeed", 1), ("ddp", 0)])
+def test_gradients_are_clipped_as_deepspeed_does_where_the_file_says_nothing(engine: str, stage: int) -> None:
+    config = load_config({**BASE, "engine": engine, "zero_optimization": {"stage": stage}})
+    assert config.parsed.gradient_clipping == GRADIENT_CLIPPING_DEFAULT == 1.0
