@@ -17,6 +17,7 @@ _START_PROCESSES = [
     _FOLDER / name
     for name in (
         "cluster",
+        "engine/backends/ddp/test_train.py",
         "engine/ranks",
         "engine/run",
         "launcher",

@@ -1,0 +1,58 @@
+"""``narrowgauge train`` with the ``ddp`` engine: DeepSpeed's run without ZeRO, and DeepSpeed never imported."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.command import BIN, ROOT, environment, losses, run, tiny_config
+
+# The command, where executing any of DeepSpeed's modules fails (others may look whether it is installed).
+WITHOUT_DEEPSPEED = """
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+
+
+class Refuse(MetaPathFinder, Loader):
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self) if name.partition(".")[0] == "deepspeed" else None
+
+    def exec_module(self, module):
+        raise ImportError("deepspeed was imported")
+
+
+sys.meta_path.insert(0, Refuse())
+from narrowgauge.launcher.main import main
+
+sys.exit(main())
+"""
+
+
+def test_a_run_without_deepspeed_has_the_losses_of_one_with_it(corpus: Path, tmp_path: Path) -> None:
+    for name in ("ddp", "deepspeed"):
+        (tmp_path / name).mkdir()
+    config = tiny_config(corpus, tmp_path / "ddp", engine="ddp", zero_optimization={"stage": 0})
+    script = tmp_path / "command.py"
+    script.write_text(WITHOUT_DEEPSPEED)
+    done = subprocess.run(  # noqa: S603
+        [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", str(script), "train", str(config)],
+        env=environment(PYTHONPATH=str(ROOT)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Grass at DDP on 2 ranks" in done.stdout.replace("\n", " ")
+    config = tiny_config(corpus, tmp_path / "deepspeed", zero_optimization={"stage": 0})
+    assert run("train", str(config), ranks=2).returncode == 0
+    found, expected = losses(tmp_path / "ddp" / "run"), losses(tmp_path / "deepspeed" / "run")
+    assert len(found) == 12
+    assert found == pytest.approx(expected, abs=1e-6)
+    one, other = (json.loads((tmp_path / name / "run" / "summary.json").read_text()) for name in ("ddp", "deepspeed"))
+    assert one["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-6)
+    assert one["bytes"]["reduced_per_step"] == pytest.approx(other["bytes"]["reduced_per_step"], rel=0.01)
+    assert one["bytes"]["optimizer_state"] == other["bytes"]["optimizer_state"]
