@@ -1,44 +1,80 @@
 """What all optimizers of this package offer to an engine, its checkpoints and its summary."""
 
+import inspect
 from abc import ABC
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .layers.targets import CompactLayer
+from .options import Options
 from .sharding.shards import StatePiece
 
+OptionsT = TypeVar("OptionsT", bound=Options)
+_OptimizerT = TypeVar("_OptimizerT", bound="EngineOptimizer[Any]")
+_Keywords = ParamSpec("_Keywords")
 
-class EngineOptimizer(torch.optim.Optimizer, ABC):
+
+class EngineOptimizer(torch.optim.Optimizer, ABC, Generic[OptionsT]):
     """A ``torch.optim.Optimizer`` whose step an engine can finish, and whose state is saved by parameter.
 
+    A class that users make has a constructor ``(self, model, options)`` under :func:`keywords_of`.
+
     Attributes:
+        type_name: what configurations and checkpoints call it.
+        options_type: the dataclass of its options.
+        options: as it was made with.
         state_version: of :meth:`subspace_state`; another version is not read.
         layers: the converted layers; none if the optimizer works on the model's own parameters.
         num_steps: optimizer steps finished.
         in_engine: an engine calls :meth:`after_step`.
     """
 
+    type_name: ClassVar[str]
+    options_type: ClassVar[type[Options]]
     state_version: ClassVar[int] = 1
+    options: OptionsT
     layers: Sequence[CompactLayer] = ()
     num_steps: int
     in_engine: bool
 
-    def __init__(self, groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    def __init__(self, options: OptionsT, groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
         """As torch's; steps are counted from here on, until an engine does."""
         super().__init__(groups, defaults)
+        self.options = options
         self.num_steps, self.in_engine = 0, False
         self._step_hook = self.register_step_post_hook(type(self)._after_own_step)
 
-    @staticmethod
-    def check_options(**options: Any) -> None:
-        """Check the constructor's options that need no model.
+    @classmethod
+    def carries_out(cls, options: Any) -> bool:
+        """Whether this class does what the options say, and not a subclass of it."""
+        return True
+
+    @classmethod
+    def class_for(cls: type[_OptimizerT], options: Options) -> type[_OptimizerT]:
+        """This class, or the subclass of it that carries the options out.
 
         Raises:
-            ValueError: ``option: what was found, what is needed``.
+            ValueError: there is none.
         """
+        fitting = (candidate for candidate in (cls, *cls.__subclasses__()) if candidate.carries_out(options))
+        if (found := next(fitting, None)) is None:
+            raise ValueError(f"{cls.__name__} does not carry out such options: use {cls.type_name}, got {options}")
+        return found
+
+    @classmethod
+    def unsupported_in_engine(cls, options: Any, *, sharded: bool) -> list[str]:
+        """What of the options an engine cannot carry out, ``option: why`` each.
+
+        An engine averages gradients before the optimizer sees them, and saves state by parameter.
+
+        Args:
+            sharded: it cuts parameters, gradients and state into flat pieces, as ZeRO does.
+        """
+        return []
 
     def _leave_to_engine(self) -> None:
         self._step_hook.remove()
@@ -97,12 +133,12 @@ class EngineOptimizer(torch.optim.Optimizer, ABC):
 
     def _identity(self) -> dict[str, Any]:
         """What a state that is loaded must agree in."""
-        return {"version": self.state_version, "type": type(self).__name__}
+        return {"version": self.state_version, "type": self.type_name}
 
     def _check_subspace_state(self, state: dict[str, Any]) -> None:
         for key, own in self._identity().items():
             if state.get(key) != own:
-                raise ValueError(f"{type(self).__name__} state: {key} {state.get(key)!r} found, {own!r} expected")
+                raise ValueError(f"{self.type_name} state: expected {key} {own!r}, got {state.get(key)!r}")
 
     def _subspace_of(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The checked :meth:`subspace_state` in a ``state_dict``.
@@ -111,6 +147,35 @@ class EngineOptimizer(torch.optim.Optimizer, ABC):
             ValueError: it is not this optimizer's state.
         """
         if "subspace" not in state_dict:
-            raise ValueError(f"not a state of {type(self).__name__}: it has no 'subspace'")
+            raise ValueError(f"not a state of {self.type_name}: it has no 'subspace'")
         self._check_subspace_state(state_dict["subspace"])
         return state_dict["subspace"]
+
+
+def keywords_of(
+    options_type: Callable[_Keywords, OptionsT],
+) -> Callable[
+    [Callable[[_OptimizerT, nn.Module, OptionsT], None]], Callable[Concatenate[_OptimizerT, nn.Module, _Keywords], None]
+]:
+    """Let an optimizer's constructor ``(self, model, options)`` take the options' fields as keywords instead.
+
+    ``Grass(model, lr=1e-3)`` is then ``Grass(model, GrassOptions(lr=1e-3))``, to type checkers and editors too. What
+    follows ``model`` without a name, options that an engine has read from a file, is passed on as it is. The object
+    becomes one of the class that carries the options out (:meth:`EngineOptimizer.class_for`).
+    """
+
+    def decorate(
+        init: Callable[[_OptimizerT, nn.Module, OptionsT], None],
+    ) -> Callable[Concatenate[_OptimizerT, nn.Module, _Keywords], None]:
+        @wraps(init)
+        def __init__(self: _OptimizerT, model: nn.Module, *given: _Keywords.args, **keywords: _Keywords.kwargs) -> None:
+            made: Any = given or (options_type(**keywords),)  # pyright: ignore[reportCallIssue]
+            self.__class__ = type(self).class_for(made[0])
+            init(self, model, *made)
+
+        self, model, *_ = inspect.signature(init).parameters.values()
+        keywords = inspect.signature(options_type).parameters.values()
+        cast(Any, __init__).__signature__ = inspect.Signature([self, model, *keywords])
+        return __init__
+
+    return decorate

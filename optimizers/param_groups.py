@@ -7,19 +7,15 @@ from typing import Any
 from torch import nn
 
 from .layers.targets import CompactLayer
-from .options import is_number, is_pair_of_betas
-
-GROUP_OPTIONS = ("lr", "betas", "eps", "weight_decay")
+from .options import Options
 
 
 def build_groups(
     model: nn.Module,
     layers: Sequence[CompactLayer],
     full_rank: Sequence[str],
-    specs: Sequence[dict[str, Any]],
+    options: Options,
     *,
-    lr: float,
-    matrix_lr_scale: float,
     dense_rate: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Groups for ``torch.optim``, each with a ``kind``: ``compact``, ``matrix`` or ``dense``.
@@ -28,30 +24,14 @@ def build_groups(
     parameters' rate.
 
     Args:
-        specs: ``{"params": [globs over parameter names], **options}``; the first match wins. A compact parameter goes
-            by the name of its weight.
+        options: ``lr``, ``matrix_lr_scale`` and ``param_groups`` are used; a compact parameter goes by the name of its
+            weight in the latter.
         dense_rate: names of layers whose compact parameters are trained at the dense parameters' rate.
 
     Raises:
-        ValueError: an unknown or negative option, or globs that match no trainable parameter.
+        ValueError: globs that match no trainable parameter.
     """
-    for position, spec in enumerate(specs):
-        unknown = set(spec) - {"params", *GROUP_OPTIONS}
-        if unknown or "params" not in spec:
-            raise ValueError(
-                f"param_groups[{position}]: found {sorted(spec)}; 'params' is required and {list(GROUP_OPTIONS)} are"
-                " allowed"
-            )
-        if isinstance(spec["params"], str) or not all(isinstance(glob, str) for glob in spec["params"]):
-            raise ValueError(f"param_groups[{position}].params: {spec['params']!r} found, a list of globs is needed")
-        for key in ("lr", "eps", "weight_decay"):
-            if not (is_number(spec.get(key, 0.0)) and spec.get(key, 0.0) >= 0.0):
-                raise ValueError(
-                    f"param_groups[{position}].{key}: {spec[key]!r} found, a number of at least 0 is needed"
-                )
-        betas = spec.get("betas", (0.0, 0.0))
-        if not is_pair_of_betas(betas):
-            raise ValueError(f"param_groups[{position}].betas: {betas!r} found, two numbers in [0, 1) are needed")
+    specs = options.param_groups
     compact_names = {f"{layer.name}.compact": f"{layer.name}.weight" for layer in layers}
     matrices = {f"{name}.weight" for name in full_rank}
     unscaled = {f"{name}.weight" for name in dense_rate}
@@ -69,9 +49,9 @@ def build_groups(
             raise ValueError(f"param_groups[{position}]: {spec['params']} matches no trainable parameter of its own")
     groups = []
     for kind, position, at_dense_rate in sorted(members):
-        options = {key: value for key, value in specs[position].items() if key != "params"} if position >= 0 else {}
-        group_lr = options.get("lr", lr) * (1.0 if at_dense_rate else matrix_lr_scale)
-        group = {**options, "params": members[kind, position, at_dense_rate], "kind": kind, "lr": group_lr}
+        own = {key: value for key, value in specs[position].items() if key != "params"} if position >= 0 else {}
+        group_lr = own.get("lr", options.lr) * (1.0 if at_dense_rate else options.matrix_lr_scale)
+        group = {**own, "params": members[kind, position, at_dense_rate], "kind": kind, "lr": group_lr}
         if kind == "compact":
             group["pending_decay"] = 1.0
         groups.append(group)

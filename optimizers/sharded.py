@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .engine_optimizer import EngineOptimizer
+from .engine_optimizer import EngineOptimizer, OptionsT
 from .layers.targets import find_targets
 from .param_groups import build_groups
 from .sharding.shards import LocalShards, ShardMap
 
 
-class ShardedOptimizer(EngineOptimizer):
+class ShardedOptimizer(EngineOptimizer[OptionsT]):
     """An optimizer on the whole averaged gradient that works on shards of parameters.
 
     In plain PyTorch, under DDP and at ZeRO stage 0 a shard is a whole parameter. ZeRO replaces the parameters of the
@@ -28,6 +28,7 @@ class ShardedOptimizer(EngineOptimizer):
 
     Attributes:
         needs_matrices: ``target_modules`` must match something.
+        group_defaults: the options that are also entries of the parameter groups.
         saves_traffic: less than the whole gradient is reduced.
         shards: how the parameters are cut.
     """
@@ -35,29 +36,15 @@ class ShardedOptimizer(EngineOptimizer):
     needs_matrices: ClassVar[bool] = True
     saves_traffic: bool = False
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        lr: float,
-        defaults: dict[str, Any],
-        matrix_lr_scale: float,
-        target_modules: Sequence[str] | None,
-        param_groups: Sequence[dict[str, Any]],
-    ) -> None:
-        """
-        Args:
-            lr: learning rate of the dense parameters.
-            defaults: of the groups, as in ``torch.optim.Optimizer``.
-            matrix_lr_scale: learning rate of the matrices relative to ``lr``.
-            target_modules: globs over module names; default every linear inside the transformer blocks.
-            param_groups: ``{"params": [globs over parameter names], **options}``; the first match wins.
+    group_defaults: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
 
+    def __init__(self, model: nn.Module, options: OptionsT) -> None:
+        """
         Raises:
             ValueError: globs that match nothing, or parameters sharded by FSDP2.
         """
         if not isinstance(model, nn.Module):
-            raise ValueError(f"the model itself is needed, not its parameters; a {type(model).__name__} was given")
+            raise ValueError(f"expected the model itself, not its parameters, got a {type(model).__name__}")
         if any(isinstance(p, DTensor) for p in model.parameters()):
             raise ValueError(
                 f"{type(self).__name__}: the model's parameters are sharded by fully_shard, which is not supported; use"
@@ -65,13 +52,13 @@ class ShardedOptimizer(EngineOptimizer):
             )
         matrices: list[str] = []
         try:
-            matrices = list(find_targets(model, target_modules))
+            matrices = list(find_targets(model, options.target_modules))
         except ValueError:
-            if self.needs_matrices or target_modules is not None or matrix_lr_scale != 1.0:
+            if self.needs_matrices or options.target_modules is not None or options.matrix_lr_scale != 1.0:
                 raise
         self.targets = [f"{name}.weight" for name in matrices]
-        groups = build_groups(model, [], matrices, param_groups, lr=lr, matrix_lr_scale=matrix_lr_scale)
-        super().__init__(groups, {"lr": lr, **defaults})
+        groups = build_groups(model, [], matrices, options)
+        super().__init__(options, groups, {key: getattr(options, key) for key in self.group_defaults})
         self.shards: ShardMap = LocalShards(model)
         self._warned = False
         self._warn_of_traffic()
@@ -137,7 +124,7 @@ class ShardedOptimizer(EngineOptimizer):
         saved, own = ([len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], self.param_groups))
         if saved != own:
             raise ValueError(
-                f"{type(self).__name__} state: parameter groups of {saved} parameters found, this optimizer has {own}"
+                f"{self.type_name} state: expected parameter groups of {own} parameters, got groups of {saved}"
             )
         self.load_subspace_state(subspace)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "subspace"})

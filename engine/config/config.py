@@ -13,12 +13,14 @@ from typing import Any, cast
 from pydantic import ValidationError, create_model
 
 from narrowgauge.offload import OffloadOptions
+from narrowgauge.optimizers import OPTIMIZERS
+from narrowgauge.optimizers.options import Options
 
 from ..backends import DEFAULT_ENGINE, backend_of
 from ..errors import ConfigError
 from .engine_keys import EngineKeys
 from .json_file import apply_overrides, read_json
-from .optimizer_params import OUR_ONLY, OUR_OPTIMIZERS, OptimizerParams
+from .optimizer_params import our_only, read_options
 from .problems import autos, problems_of, strings_for_other_types, within
 from .run_blocks import OWN_BLOCKS, RunBlocks
 
@@ -44,11 +46,13 @@ class Config:
         source: what messages call it: the file, or ``config``.
         raw: the JSON as given, with overrides applied.
         parsed: the same, typed.
+        optimizer_options: of one of :mod:`narrowgauge.optimizers`; None where the optimizer is DeepSpeed's or torch's.
     """
 
     source: str
     raw: dict[str, Any]
     parsed: RunConfig
+    optimizer_options: Options | None
 
     @property
     def zero_stage(self) -> int:
@@ -62,13 +66,6 @@ class Config:
         blocks = (self.parsed.bf16, getattr(self.parsed, "bfloat16", None))
         return any(block is not None and block.enabled for block in blocks)
 
-    def our_params(self) -> OptimizerParams | None:
-        """The parameters of an optimizer of ours; None where it is the engine's or torch's."""
-        block = self.parsed.optimizer
-        if block is None or block.type not in OUR_OPTIMIZERS:
-            return None
-        return OUR_OPTIMIZERS[block.type].model_validate(block.params)
-
     def offload(self) -> OffloadOptions | None:
         """The options of activation offload; None where it is off."""
         block = self.parsed.activation_offload
@@ -77,9 +74,10 @@ class Config:
     def unused_params(self) -> list[str]:
         """The ``optimizer.params`` of our optimizers that another type of optimizer does not take."""
         block = self.parsed.optimizer
-        if block is None or block.type in OUR_OPTIMIZERS:
+        if block is None or block.type in OPTIMIZERS:
             return []
-        return [key for key in block.params if key in OUR_ONLY]
+        ours = our_only()
+        return [key for key in block.params if key in ours]
 
     def unused_params_note(self) -> str:
         """What to warn of where there are :meth:`unused_params`."""
@@ -152,10 +150,11 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
         problems += [problem.lstrip(".") for problem in problems_of(error, schema)]
     if parsed is not None:
         problems += strings_for_other_types(raw, parsed)
-    problems += _check_our_params(raw.get("optimizer")) + schema.problems_in(raw)
+    options, problems_of_options = _read_options(raw.get("optimizer"))
+    problems += problems_of_options + schema.problems_in(raw)
     if problems or parsed is None:
         raise ConfigError(source, problems)
-    return Config(source, raw, parsed)
+    return Config(source, raw, parsed, options)
 
 
 @cache
@@ -164,12 +163,9 @@ def _schema_of(engine: str) -> type[RunConfig]:
     return cast("type[RunConfig]", create_model("RunConfig", __base__=(backend_of(engine).keys, RunConfig)))
 
 
-def _check_our_params(optimizer: Any) -> list[str]:
-    if not isinstance(optimizer, dict) or optimizer.get("type") not in OUR_OPTIMIZERS:
-        return []
-    schema = OUR_OPTIMIZERS[optimizer["type"]]
-    try:
-        schema.model_validate(optimizer.get("params", {}))
-    except ValidationError as error:
-        return [within("optimizer.params", problem) for problem in problems_of(error, schema)]
-    return []
+def _read_options(optimizer: Any) -> tuple[Options | None, list[str]]:
+    """The options of an optimizer of ours, and what is wrong with them; nothing for another one."""
+    if not isinstance(optimizer, dict) or optimizer.get("type") not in OPTIMIZERS:
+        return None, []
+    options, problems = read_options(optimizer["type"], optimizer.get("params", {}))
+    return options, [within("optimizer.params", problem) for problem in problems]

@@ -1,95 +1,47 @@
-"""``optimizer.params`` of our optimizers: checked against the signatures of their constructors."""
+"""``optimizer.params`` of our optimizers: the fields of their options."""
 
 import inspect
-from typing import Annotated, Any, Optional, get_type_hints
+from dataclasses import fields
+from typing import Any
 
 import torch
-from pydantic import Field, create_model, model_validator
 
 from narrowgauge.optimizers import OPTIMIZERS, CompactOptimizer, EngineOptimizer
+from narrowgauge.optimizers.options import OptionError, Options, is_required, options_of
 
-from .blocks import Count, Flag, StrictBlock
-
-Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Betas = Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)]
+from ..errors import did_you_mean
 
 
-class ParamGroup(StrictBlock):
-    """Parameters with options of their own."""
+def read_options(name: str, params: Any) -> tuple[Options | None, list[str]]:
+    """The options of one of :mod:`narrowgauge.optimizers` from the JSON of ``optimizer.params``.
 
-    params: list[str] = Field(min_length=1)
-    """Globs over parameter names."""
-    lr: Rate | None = None
-    betas: Betas | None = None
-    eps: Rate | None = None
-    weight_decay: Rate | None = None
-
-
-# ruff: noqa: UP045 (an Annotated type takes no "|" at run time on Python 3.10)
-# What JSON allows where an option of this name appears; the others go by their type hints.
-_TYPES: dict[str, Any] = {
-    "lr": Rate,
-    "betas": Betas,
-    "eps": Rate,
-    "weight_decay": Rate,
-    "matrix_lr_scale": Annotated[float, Field(gt=0.0, allow_inf_nan=False)],
-    "rank": Optional[Count],
-    "refresh_interval": Optional[Count],
-    "target_modules": list[str] | None,
-    "param_groups": list[ParamGroup],
-    "foreach": Optional[Flag],
-    "fused": Optional[Flag],
-}
-# Given by the engine.
-_NOT_OPTIONS = {"self", "model", "backend"}
+    Returns:
+        The options, or None with all that is wrong, ``option: expected ..., got ...`` each.
+    """
+    options_type = OPTIMIZERS[name].options_type
+    known = {option.name: option for option in options_of(options_type)}
+    if not isinstance(params, dict):
+        return None, [f"expected an object, got {params!r}"]
+    problems = [f"{key}: unknown key{did_you_mean(key, known)}" for key in params if key not in known]
+    problems += [f"{key}: this key is needed" for key in known if key not in params and is_required(known[key])]
+    if problems:
+        return None, problems
+    values: dict[str, Any] = {
+        key: tuple(value) if key == "betas" and isinstance(value, list) else value for key, value in params.items()
+    }
+    try:
+        return options_type(**values), []
+    except OptionError as error:
+        return None, error.problems
 
 
-class OptimizerParams(StrictBlock):
-    """The arguments of one of :mod:`narrowgauge.optimizers`."""
-
-    def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of the optimizer."""
-        found = self.model_dump()
-        for key, value in found.items():
-            if key == "param_groups":
-                found[key] = [{k: v for k, v in group.items() if v is not None} for group in value]
-            elif key == "betas":
-                found[key] = tuple(value)
-        return found
+def our_only() -> set[str]:
+    """What other optimizers do not take: left out for them, so that a comparison with dense AdamW changes one word."""
+    ours = {field.name for cls in OPTIMIZERS.values() for field in fields(cls.options_type)}
+    return ours - {*inspect.signature(torch.optim.AdamW).parameters, "momentum", "nesterov"}
 
 
-def _schema_of(cls: type[EngineOptimizer]) -> type[OptimizerParams]:
-    hints = get_type_hints(cls.__init__)
-    fields: dict[str, Any] = {}
-    for name, parameter in inspect.signature(cls).parameters.items():
-        if name in _NOT_OPTIONS:
-            continue
-        default = parameter.default
-        if isinstance(default, tuple):
-            default = list(default)
-        fields[name] = (_TYPES.get(name, hints[name]), ... if default is inspect.Parameter.empty else default)
-
-    def check(self: OptimizerParams) -> OptimizerParams:
-        cls.check_options(**self.arguments())
-        return self
-
-    validators: dict[str, Any] = {"check": model_validator(mode="after")(check)}
-    return create_model(f"{cls.__name__}Params", __base__=OptimizerParams, __validators__=validators, **fields)
-
-
-OUR_OPTIMIZERS: dict[str, type[OptimizerParams]] = {name: _schema_of(cls) for name, cls in OPTIMIZERS.items()}
-
-# Left out for other optimizers, so that a comparison with dense AdamW changes one word.
-OUR_ONLY = {key for schema in OUR_OPTIMIZERS.values() for key in schema.model_fields} - {
-    *inspect.signature(torch.optim.AdamW).parameters,
-    "momentum",
-    "nesterov",
-}
-
-
-def make_optimizer(
-    name: str, model: torch.nn.Module, arguments: dict[str, Any], backend: Any = None
-) -> EngineOptimizer:
+def make_optimizer(name: str, model: torch.nn.Module, options: Options, backend: Any = None) -> EngineOptimizer[Any]:
     """An optimizer of ours on ``model``.
 
     Args:
@@ -99,7 +51,7 @@ def make_optimizer(
         ValueError: the options do not fit the model.
     """
     cls: Any = OPTIMIZERS[name]
-    return cls(model, **arguments, **({"backend": backend} if issubclass(cls, CompactOptimizer) else {}))
+    return cls(model, options, backend) if issubclass(cls, CompactOptimizer) else cls(model, options)
 
 
-__all__ = ["OUR_ONLY", "OUR_OPTIMIZERS", "OptimizerParams", "make_optimizer"]
+__all__ = ["make_optimizer", "our_only", "read_options"]

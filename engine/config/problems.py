@@ -39,7 +39,7 @@ def strings_for_other_types(raw: Any, parsed: Any, path: str = "") -> Iterable[s
 def within(block: str, problem: str) -> str:
     """``key: problem``, as optimizers say it of their options, or ``.path: problem``, with the block before it."""
     text = problem.removeprefix(": ")
-    is_of_key = text.startswith(".") or re.match(r"\w+: ", text)
+    is_of_key = text.startswith(".") or re.match(r"[\w.\[\]]+: ", text)
     return f"{block}{'' if text.startswith('.') else '.' if is_of_key else ': '}{text}"
 
 

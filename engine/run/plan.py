@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from narrowgauge.optimizers.compact.options import CompactOptions
+
 from ..backends import backend_of
 from ..config.config import Batches, Config, load_config
 from ..config.optimizer_params import make_optimizer
@@ -111,14 +113,13 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         abstract = abstract_model(described)
     except Exception as error:
         raise config.error(f"model.config: {type(error).__name__}: {error}") from error
-    params = config.our_params()
-    if params is not None and parsed.optimizer is not None:
-        arguments = params.arguments()
-        if "fused" in arguments:
+    options = config.optimizer_options
+    if options is not None and parsed.optimizer is not None:
+        if isinstance(options, CompactOptions):
             # Whether all of torch's devices take it is not for tensors without storage to say.
-            arguments["fused"] = None
+            options = replace(options, fused=None)
         try:
-            make_optimizer(parsed.optimizer.type, abstract, arguments)
+            make_optimizer(parsed.optimizer.type, abstract, options)
         except ValueError as error:
             raise config.error(within("optimizer.params", str(error))) from error
     check_offload(config)

@@ -36,13 +36,15 @@ class FullNorm:
         ValueError: ``sketch_size`` is below 1, the optimizer belongs to an engine, or its statistics are ``local``.
     """
 
-    def __init__(self, optimizer: CompactOptimizer, *, sketch_size: int = 16) -> None:
+    def __init__(self, optimizer: CompactOptimizer[Any], *, sketch_size: int = 16) -> None:
         if sketch_size < 1:
-            raise ValueError(f"sketch_size: {sketch_size} found, an integer of at least 1 is needed")
+            raise ValueError(f"sketch_size: expected an integer of at least 1, got {sketch_size}")
         if optimizer.in_engine:
             raise ValueError("FullNorm: the optimizer belongs to an engine, which clips by itself (gradient_clipping)")
-        if getattr(optimizer, "statistics", None) == "local":
-            raise ValueError("FullNorm: statistics 'local' found, by which process ranks observe different gradients")
+        if getattr(optimizer.options, "statistics", None) == "local":
+            raise ValueError(
+                "FullNorm: expected statistics 'sketch' or 'exact', got 'local': ranks observe different gradients"
+            )
         self._optimizer, self._size = optimizer, sketch_size
         self._layers = [layer for layer in optimizer.layers if isinstance(layer.module, CompactLinear)]
         self._own: dict[str, Tensor] = {}
@@ -60,7 +62,7 @@ class FullNorm:
 
     def _start(self) -> None:
         """Observe the coming step, with the optimizer's own probes where it has some."""
-        seed = derive_seed(self._optimizer.seed, "norm", self._optimizer.num_steps)
+        seed = derive_seed(self._optimizer.options.seed, "norm", self._optimizer.num_steps)
         for layer in self._layers:
             if layer.module.probe is None:
                 omega = directions(layer, side="rows", size=self._size_of(layer), seed=seed)
@@ -106,7 +108,7 @@ class FullNorm:
             ValueError: ``max_norm`` is not above 0.
         """
         if not (max_norm > 0.0 and math.isfinite(max_norm)):
-            raise ValueError(f"max_norm: {max_norm} found, a number above 0 is needed")
+            raise ValueError(f"max_norm: expected a number above 0, got {max_norm}")
         total = self.norm()
         parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)

@@ -2,62 +2,27 @@
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-BaseName = Literal["AdamW", "AdamW8bit", "Adafactor"]
+from .options import CompactOptions
 
 
-def check_base(base: str, *, foreach: bool | None = None, fused: bool | None = None) -> None:
-    """Check the name of a base, and that it takes the options.
-
-    Raises:
-        ValueError: naming the option, what was found and what is allowed.
-    """
-    if base not in get_args(BaseName):
-        raise ValueError(f"base: {base!r} found, one of {list(get_args(BaseName))} is needed")
-    if foreach and fused:
-        raise ValueError("fused: found with foreach; one of the two is allowed")
-    if base != "AdamW" and fused:
-        raise ValueError(f"fused: found with base {base}, which has no fused form")
-    if base == "AdamW8bit" and foreach:
-        raise ValueError("foreach: found with base AdamW8bit, which has no foreach form")
-    if base == "AdamW8bit":
-        _bitsandbytes()
-
-
-def make_base(
-    base: BaseName,
-    groups: Sequence[dict[str, Any]],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    foreach: bool | None,
-    fused: bool | None,
-) -> torch.optim.Optimizer:
-    """The optimizer ``base`` on parameter groups.
+def make_base(groups: Sequence[dict[str, Any]], options: CompactOptions) -> torch.optim.Optimizer:
+    """The optimizer ``options.base`` on parameter groups.
 
     ``Adafactor`` is torch's (Shazeer and Stern, 2018, arXiv 1804.04235), which keeps no first moment and has other
     epsilons: ``betas`` and ``eps`` are not used by it.
-
-    Raises:
-        ValueError: a group sets an option that the base does not have.
     """
-    if base == "Adafactor":
-        unused = sorted({"betas", "eps"} & {key for group in groups for key in group})
-        if unused:
-            raise ValueError(f"param_groups: {unused} found with base Adafactor, which does not have them")
-    if base == "AdamW8bit":
-        return _bitsandbytes().optim.AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    if base == "Adafactor":
-        return torch.optim.Adafactor(groups, lr=lr, weight_decay=weight_decay, foreach=foreach)
-    return torch.optim.AdamW(
-        groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused
-    )
+    lr, weight_decay = options.lr, options.weight_decay
+    if options.base == "Adafactor":
+        return torch.optim.Adafactor(groups, lr=lr, weight_decay=weight_decay, foreach=options.foreach)
+    adam: dict[str, Any] = {"lr": lr, "betas": options.betas, "eps": options.eps, "weight_decay": weight_decay}
+    if options.base == "AdamW8bit":
+        return _bitsandbytes().optim.AdamW8bit(groups, **adam)
+    return torch.optim.AdamW(groups, **adam, foreach=options.foreach, fused=options.fused)
 
 
 def dense_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -96,9 +61,4 @@ def _dequantized(state: dict[str, Any], key: str) -> Tensor:
 
 
 def _bitsandbytes() -> Any:
-    try:
-        return importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise ValueError(
-            "base: 'AdamW8bit' found, which needs bitsandbytes: pip install 'narrowgauge[8bit]'"
-        ) from error
+    return importlib.import_module("bitsandbytes")

@@ -3,23 +3,44 @@
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..engine_optimizer import EngineOptimizer
 from ..layers.targets import CompactLayer
+from ..layers.wrappers import refuse_wrapped
 from ..param_groups import build_groups
 from .backend import LocalBackend, SubspaceBackend
-from .inner import BaseName, dense_state, make_base, quantize_state_
+from .inner import dense_state, make_base, quantize_state_
+from .options import CompactOptions
+
+OptionsT = TypeVar("OptionsT", bound=CompactOptions)
 
 
-class CompactOptimizer(EngineOptimizer):
+@dataclass(frozen=True)
+class Converted:
+    """What a compact optimizer has made of its targets.
+
+    Attributes:
+        layers: converted, with ``compact`` still to be filled.
+        full_rank: names of layers that are trained whole, at the matrices' rate.
+        dense_rate: names of layers whose compact parameters are trained at the dense parameters' rate.
+    """
+
+    layers: list[CompactLayer]
+    full_rank: list[str]
+    dense_rate: Collection[str] = ()
+
+
+class CompactOptimizer(EngineOptimizer[OptionsT]):
     """Trains the compact parameters of converted layers, and all others, with a base optimizer.
 
     Parameter groups and state are shared with the base, so that whoever replaces the groups' parameters (ZeRO does)
-    replaces the base's. A subclass converts the layers and says in :meth:`_change_subspace` what a refresh does.
+    replaces the base's. A subclass converts the layers in :meth:`_convert`, and says in :meth:`_fold` what follows a
+    step and in :meth:`_change_subspace` what a refresh does.
 
     Attributes:
         num_refreshes: changes of subspace so far.
@@ -27,66 +48,29 @@ class CompactOptimizer(EngineOptimizer):
 
     state_version: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[CompactLayer],
-        full_rank: Sequence[str],
-        *,
-        base: BaseName,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        refresh_interval: int | None,
-        matrix_lr_scale: float,
-        param_groups: Sequence[dict[str, Any]],
-        seed: int,
-        foreach: bool | None,
-        fused: bool | None,
-        backend: SubspaceBackend | None,
-        dense_rate: Collection[str] = (),
-    ) -> None:
+    def __init__(self, model: nn.Module, options: OptionsT, backend: SubspaceBackend | None = None) -> None:
         """
         Args:
-            layers: converted, with ``compact`` still to be filled; they are reverted if this fails.
-            full_rank: names of layers that are trained whole, at the matrices' rate.
-            dense_rate: names of layers whose compact parameters are trained at the dense parameters' rate.
             backend: where the tensors live; given by an engine.
+
+        Raises:
+            ValueError: the options do not fit the model, which is then as it was, or it is already wrapped.
         """
-        self.layers = list(layers)
+        refuse_wrapped(model, in_engine=backend is not None)
+        converted = self._convert(model, options)
+        self.layers = converted.layers
         if not self.layers:
             warnings.warn(
-                f"{type(self).__name__}: no layer is compact, the rank covers all of them; this is plain {base}",
+                f"{self.type_name}: no layer is compact, the rank covers all of them; this is plain {options.base}",
                 stacklevel=3,
             )
         self.backend: SubspaceBackend = backend or LocalBackend()
-        self.refresh_interval = refresh_interval
-        self.seed = seed
         self.num_refreshes = 0
-        self.base: BaseName = base
         try:
             self._fill_compact()
-            groups = build_groups(
-                model,
-                self.layers,
-                full_rank,
-                param_groups,
-                lr=lr,
-                matrix_lr_scale=matrix_lr_scale,
-                dense_rate=dense_rate,
-            )
-            self._base = make_base(
-                base,
-                groups,
-                lr=lr,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                foreach=foreach,
-                fused=fused,
-            )
-            super().__init__(self._base.param_groups, self._base.defaults)
+            groups = build_groups(model, self.layers, converted.full_rank, options, dense_rate=converted.dense_rate)
+            self._base = make_base(groups, options)
+            super().__init__(options, self._base.param_groups, self._base.defaults)
         except Exception:
             for layer in self.layers:
                 layer.module.revert()
@@ -95,6 +79,24 @@ class CompactOptimizer(EngineOptimizer):
         # By position: engines replace the parameters of the groups, and loading a state replaces the groups.
         self._group_of = {owner[id(p)]: i for i, g in enumerate(groups) for p in g["params"] if id(p) in owner}
         self._observe_next_step()
+
+    @abstractmethod
+    def _convert(self, model: nn.Module, options: OptionsT) -> Converted:
+        """Convert the model's layers; before the base class's constructor has done anything.
+
+        Raises:
+            ValueError: the options do not fit the model; no layer is converted then.
+        """
+
+    @classmethod
+    def unsupported_in_engine(cls, options: OptionsT, *, sharded: bool) -> list[str]:
+        problems = super().unsupported_in_engine(options, sharded=sharded)
+        if options.base == "Adafactor":
+            problems.append(
+                "base: Adafactor does not work with the engine: it factors matrices, which ZeRO cuts into flat pieces,"
+                " and its factors are in no checkpoint; use AdamW8bit, or plain PyTorch and DDP"
+            )
+        return problems
 
     def _fill_compact(self) -> None:
         for layer in self.layers:
@@ -111,6 +113,9 @@ class CompactOptimizer(EngineOptimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As the base's; alone and under DDP the weights are folded, and the subspace refreshed when it is due."""
+        return self._inner_step(closure)
+
+    def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
         self._base.param_groups, self._base.state = self.param_groups, self.state
         return self._base.step(closure)
 
@@ -149,7 +154,11 @@ class CompactOptimizer(EngineOptimizer):
 
     def is_refresh_due(self) -> bool:
         """Whether the subspace changes after the step that was just counted."""
-        return self.refresh_interval is not None and bool(self.layers) and self.num_steps % self.refresh_interval == 0
+        return self._is_multiple_of_interval(self.num_steps)
+
+    def _is_multiple_of_interval(self, step: int) -> bool:
+        interval = self.options.refresh_interval
+        return interval is not None and bool(self.layers) and step % interval == 0
 
     @abstractmethod
     def _fold(self, learning_rates: Sequence[float]) -> None:
@@ -198,7 +207,7 @@ class CompactOptimizer(EngineOptimizer):
         return dense_state(self.state.get(flat, {}))
 
     def expect_dense_state(self, flat: Tensor) -> None:
-        if self.base == "AdamW8bit":
+        if self.options.base == "AdamW8bit":
             # Its moments are not dense, and if they had just been forgotten when it was saved, there are none to read.
             self.state.pop(flat, None)
 
@@ -208,7 +217,7 @@ class CompactOptimizer(EngineOptimizer):
         8-bit moments are quantised anew: those of a resumed run differ from the saved ones by the rounding that every
         step does anyway. ``state_dict`` keeps them bit for bit.
         """
-        if self.base == "AdamW8bit":
+        if self.options.base == "AdamW8bit":
             quantize_state_(self._base, self.state[flat])
 
     def subspace_bytes(self) -> int:
@@ -234,11 +243,11 @@ class CompactOptimizer(EngineOptimizer):
         self.num_refreshes = state["num_refreshes"]
 
     def _identity(self) -> dict[str, Any]:
-        return {**super()._identity(), "base": self.base}
+        return {**super()._identity(), "base": self.options.base}
 
     def _check_subspace_state(self, state: dict[str, Any]) -> None:
         super()._check_subspace_state(state)
-        name = type(self).__name__
+        name = self.type_name
         saved: dict[str, Tensor] = state["tensors"]
         own = {f"{layer.name}.{key}": value for layer in self.layers for key, value in layer.module.subspace().items()}
         if set(saved) != set(own):
@@ -247,8 +256,7 @@ class CompactOptimizer(EngineOptimizer):
         for key, value in own.items():
             if saved[key].shape != value.shape:
                 raise ValueError(
-                    f"{name} state: {key} was saved with shape {list(saved[key].shape)}, this optimizer has"
-                    f" {list(value.shape)}"
+                    f"{name} state: expected {key} of shape {list(value.shape)}, got {list(saved[key].shape)}"
                 )
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,32 +2,31 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from ..engine_optimizer import keywords_of
 from ..layers.wrappers import wrappers_of
 from ..numerics.precision import compute_dtype, widen, write_back
 from ..numerics.seeds import derive_seed
-from ..options import check_adam, check_choice, check_count, check_number
 from ..sharded import ShardedOptimizer
 from ..sharding.shards import ShardMap, StatePiece
 from .coordinates import Part, put_, take
 from .majority_vote import average_and_vote
+from .options import FrugalOptions
 from .projections import Compact, Projections, gradient_of
-from .subspaces import LOW_RANK, BlockOrder, Rule, SelectionName, Slot, Subspaces
+from .subspaces import LOW_RANK, Slot, Subspaces
 
-StateFree = Literal["signSGD", "SGD"]
-Reduction = Literal["mean", "majority_vote"]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # Updates of a parameter, and of the moments that start again at a refresh.
 _COUNTS = ("step", "since_refresh")
 
 
-class Frugal(ShardedOptimizer):
+class Frugal(ShardedOptimizer[FrugalOptions]):
     """Adam on a subspace that changes every ``refresh_interval`` steps, a rule without state on the rest.
 
     Each projected parameter's gradient is split in two: the *state-full* part (chosen columns, rows or coordinates,
@@ -55,138 +54,46 @@ class Frugal(ShardedOptimizer):
 
     Args:
         model: its parameters' names are those that shards go by.
-        lr: learning rate of the dense parameters.
-        density: state-full share of each projected parameter, in [0, 1]; at 0 all of it is state-free.
-        selection: ``columns``, ``rows``; ``randk`` (single coordinates; on a CPU several times AdamW's time);
-            ``blockwise`` (whole parameters, that share of their number; what it keeps follows their sizes); ``svd``
-            (leading singular vectors of the gradient at the refresh); ``random`` (a random semi-orthogonal
-            projection).
-        block_order: in which order ``blockwise`` takes the parameters.
-        state_free: rule of the remainder.
-        state_free_lr_scale: its learning rate relative to the parameter's; 0 leaves it where it is.
-        refresh_interval: optimizer steps between changes of subspace; None keeps the first one.
-        betas, eps, weight_decay: as in ``torch.optim.AdamW``.
-        embeddings, head: rule of ``nn.Embedding`` weights, and of untargeted linears with as many outputs as an
-            embedding has entries: ``full`` (AdamW), ``projected`` as the matrices, or ``free`` (state-free as a
-            whole). Tied weights count as embeddings.
-        norms: rule of all parameters of fewer than two dimensions: ``full`` or ``free``. Whatever is none of these
-            and no matrix is ``full``.
-        reduction: ``mean``: gradients are averaged by whoever runs the backward. ``majority_vote``: every rank brings
-            its own gradients, in plain PyTorch without DDP; those of state-full coordinates are averaged, and the
-            others' update is the sign of the sum over ranks of their gradients' signs, 0 at a tie, sent as one bit
-            each, two on steps in which a rank has an exact zero among them. All ranks need gradients for the same
-            parameters. This is not the sign of the mean gradient.
-        matrix_lr_scale: learning rate of the matrices relative to ``lr``.
-        target_modules: globs over module names, the matrices; default every linear inside the transformer blocks.
-        param_groups: ``{"params": [globs over parameter names], **options}`` with ``lr``, ``betas``, ``eps`` or
-            ``weight_decay``; the first match wins.
-        seed: of selections and projections; the same on all process ranks.
-        foreach: for AdamW's part, all parameters of a group at once; default on CUDA.
+        options: the fields of :class:`~.options.FrugalOptions`, as keywords.
 
     Raises:
         ValueError: an option out of range, globs that match nothing, or ``majority_vote`` without process group.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        lr: float = 1e-3,
-        density: float = 0.25,
-        selection: SelectionName = "columns",
-        block_order: BlockOrder = "random",
-        state_free: StateFree = "signSGD",
-        state_free_lr_scale: float = 1.0,
-        refresh_interval: int | None = 200,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        embeddings: Rule = "full",
-        head: Rule = "full",
-        norms: Literal["full", "free"] = "full",
-        reduction: Reduction = "mean",
-        matrix_lr_scale: float = 1.0,
-        target_modules: Sequence[str] | None = None,
-        param_groups: Sequence[dict[str, Any]] = (),
-        seed: int = 0,
-        foreach: bool | None = None,
-    ) -> None:
-        self.check_options(
-            lr=lr,
-            density=density,
-            selection=selection,
-            block_order=block_order,
-            state_free=state_free,
-            state_free_lr_scale=state_free_lr_scale,
-            refresh_interval=refresh_interval,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            embeddings=embeddings,
-            head=head,
-            norms=norms,
-            reduction=reduction,
-            matrix_lr_scale=matrix_lr_scale,
-        )
-        if reduction == "majority_vote" and not dist.is_initialized():
-            raise ValueError("reduction: 'majority_vote' found, which needs torch.distributed to be initialised")
-        if reduction == "majority_vote" and (wrapper := next(wrappers_of(model), None)) is not None:
-            raise ValueError(f"reduction: 'majority_vote' found, but {wrapper} averages the gradients before the vote")
-        self.saves_traffic = reduction == "majority_vote"
-        super().__init__(
-            model,
-            lr=lr,
-            defaults={"betas": betas, "eps": eps, "weight_decay": weight_decay},
-            matrix_lr_scale=matrix_lr_scale,
-            target_modules=target_modules,
-            param_groups=param_groups,
-        )
-        self.state_free: StateFree = state_free
-        self.state_free_lr_scale = state_free_lr_scale
-        self.refresh_interval = refresh_interval
-        self.reduction: Reduction = reduction
-        self.seed = seed
-        self.foreach = foreach
+    type_name: ClassVar[str] = "Frugal"
+    options_type = FrugalOptions
+
+    @keywords_of(FrugalOptions)
+    def __init__(self, model: nn.Module, options: FrugalOptions) -> None:
+        self.saves_traffic = options.reduction == "majority_vote"
+        if self.saves_traffic and not dist.is_initialized():
+            raise ValueError("reduction: 'majority_vote' needs torch.distributed to be initialised")
+        if self.saves_traffic and (wrapper := next(wrappers_of(model), None)) is not None:
+            raise ValueError(
+                f"reduction: expected 'mean', got 'majority_vote': {wrapper} averages the gradients before the vote"
+            )
+        super().__init__(model, options)
         self.subspaces = Subspaces(
             model,
             self.targets,
-            density=density,
-            selection=selection,
-            block_order=block_order,
-            seed=seed,
-            rules={"embeddings": embeddings, "head": head, "norms": norms},
+            density=options.density,
+            selection=options.selection,
+            block_order=options.block_order,
+            seed=options.seed,
+            rules={"embeddings": options.embeddings, "head": options.head, "norms": options.norms},
         )
         self._projections = Projections(self.subspaces)
         self._slots: dict[Tensor, list[Slot]] = {}
 
-    @staticmethod
-    def check_options(**options: Any) -> None:
-        """Check the options that need no model.
-
-        Raises:
-            ValueError: naming the option, what was found and what is allowed.
-        """
-        check_adam(options)
-        check_number(options, "density", at_least=0.0)
-        if options["density"] > 1.0:
-            raise ValueError(f"density: {options['density']!r} found, a number of at most 1 is needed")
-        check_number(options, "state_free_lr_scale", at_least=0.0)
-        check_count(options, "refresh_interval", optional=True)
-        check_choice(options, "selection", get_args(SelectionName))
-        check_choice(options, "block_order", get_args(BlockOrder))
-        check_choice(options, "state_free", get_args(StateFree))
-        check_choice(options, "embeddings", get_args(Rule))
-        check_choice(options, "head", get_args(Rule))
-        check_choice(options, "norms", ("full", "free"))
-        check_choice(options, "reduction", get_args(Reduction))
-        selection, order, rule = options["selection"], options["block_order"], options["state_free"]
-        if order != "random" and selection != "blockwise":
-            raise ValueError(f"block_order: {order!r} found, but selection is {selection!r}, not 'blockwise'")
-        if options["reduction"] == "majority_vote" and (rule != "signSGD" or selection in LOW_RANK):
-            raise ValueError(
-                f"reduction: 'majority_vote' found, which needs state_free 'signSGD' (found {rule!r}) and a selection"
-                f" of coordinates (found {selection!r})"
+    @classmethod
+    def unsupported_in_engine(cls, options: FrugalOptions, *, sharded: bool) -> list[str]:
+        problems = super().unsupported_in_engine(options, sharded=sharded)
+        if options.reduction == "majority_vote":
+            problems.append(
+                "reduction: 'majority_vote' does not work with the engine, which averages gradients before the"
+                " optimizer sees them; plain PyTorch without DDP is needed"
             )
+        return problems
 
     def defer_to_engine(self, shards: ShardMap) -> None:
         """As the base class's.
@@ -194,18 +101,15 @@ class Frugal(ShardedOptimizer):
         Raises:
             ValueError: with ``majority_vote``: an engine averages the gradients before the optimizer sees them.
         """
-        if self.reduction == "majority_vote":
-            raise ValueError(
-                "reduction: 'majority_vote' found, but an engine averages the gradients before the optimizer sees"
-                " them; it works in plain PyTorch only"
-            )
+        if problems := self.unsupported_in_engine(self.options, sharded=shards.num_process_ranks > 1):
+            raise ValueError(problems[0])
         super().defer_to_engine(shards)
         self._slots = {}
 
     @property
     def num_refreshes(self) -> int:
         """Changes of subspace so far."""
-        return 0 if self.refresh_interval is None else self.num_steps // self.refresh_interval
+        return 0 if self.options.refresh_interval is None else self.num_steps // self.options.refresh_interval
 
     def slots_of(self, flat: Tensor) -> list[Slot]:
         """Where the state of each of this rank's shards in ``flat`` is, in the current subspace."""
@@ -239,7 +143,7 @@ class Frugal(ShardedOptimizer):
     @torch.no_grad()
     def after_step(self, learning_rates: Sequence[float]) -> None:
         """Count a finished step; when a refresh is due, change the subspace and start the projected moments again."""
-        due = self.refresh_interval is not None and (self.num_steps + 1) % self.refresh_interval == 0
+        due = self.options.refresh_interval is not None and (self.num_steps + 1) % self.options.refresh_interval == 0
         old_slots = {flat: self.slots_of(flat) for flat, state in self.state.items() if due and "exp_avg" in state}
         super().after_step(learning_rates)
         if due:
@@ -255,8 +159,8 @@ class Frugal(ShardedOptimizer):
                         after.of(new[key]).copy_(before.of(old[key]))
 
     def _update(self, group: dict[str, Any], flats: Sequence[Tensor]) -> None:
-        foreach = self.foreach if self.foreach is not None else flats[0].is_cuda
-        together = foreach or self.shards.num_process_ranks > 1 or self.reduction == "majority_vote"
+        foreach = self.options.foreach if self.options.foreach is not None else flats[0].is_cuda
+        together = foreach or self.shards.num_process_ranks > 1 or self.options.reduction == "majority_vote"
         for batch in [flats] if together else [[flat] for flat in flats]:
             self._update_batch(group, batch)
 
@@ -274,7 +178,7 @@ class Frugal(ShardedOptimizer):
                 # Adam's update of a zero, which no decay changes, is its update.
                 update, gradient = compact.own(compact.update, slot), compact.own(compact.gradient, slot)
                 adam.add(update, gradient, slot, self.state[slot.shard.flat], self._step_of(slot))
-        adam.step(group, foreach=self.foreach)
+        adam.step(group, foreach=self.options.foreach)
         for slot, parts, parameter, chosen in writes:
             put_(parts, parameter, chosen)
             self._write_back(slot, parameter)
@@ -286,17 +190,17 @@ class Frugal(ShardedOptimizer):
         return self.state[slot.shard.flat]["since_refresh" if slot.resets else "step"]
 
     def _direction(self, gradient: Tensor) -> Tensor:
-        return gradient.sign() if self.state_free == "signSGD" else gradient
+        return gradient.sign() if self.options.state_free == "signSGD" else gradient
 
     def _state_free_step(self, parameter: Tensor, direction: Tensor, group: dict[str, Any]) -> None:
         lr = float(group["lr"])
         if group["weight_decay"]:
             parameter.mul_(1.0 - lr * group["weight_decay"])
-        if self.state_free_lr_scale:
-            parameter.add_(direction, alpha=-lr * self.state_free_lr_scale)
+        if self.options.state_free_lr_scale:
+            parameter.add_(direction, alpha=-lr * self.options.state_free_lr_scale)
 
     def _write_back(self, slot: Slot, parameter: Tensor) -> None:
-        seed = derive_seed(self.seed, self.num_steps, slot.shard.name)
+        seed = derive_seed(self.options.seed, self.num_steps, slot.shard.name)
         write_back(slot.shard.of(slot.shard.flat), parameter, seed=seed, position=slot.shard.position)
 
     def _split_coordinates(
@@ -311,7 +215,7 @@ class Frugal(ShardedOptimizer):
         gradients = [gradient_of(slot) for slot in slots]
         chosen = [slot.parts() for slot in slots]
         averaged, votes = [take(parts, g) for parts, g in zip(chosen, gradients, strict=True)], None
-        if self.reduction == "majority_vote":
+        if self.options.reduction == "majority_vote":
             averaged, votes = _vote(slots, chosen, gradients, averaged)
         for i, (slot, parts, gradient) in enumerate(zip(slots, chosen, gradients, strict=True)):
             parameter = widen(slot.shard.of(slot.shard.flat))
@@ -348,7 +252,7 @@ class Frugal(ShardedOptimizer):
         if self.subspaces.selection in LOW_RANK and self.shards.num_process_ranks > 1:
             return self._projections.bytes_summed(itemsize)
         step = 0
-        if self.reduction == "majority_vote":
+        if self.options.reduction == "majority_vote":
             for group in self.param_groups:
                 slots = [slot for flat in group["params"] for slot in self.slots_of(flat)]
                 count, total = sum(slot.count for slot in slots), sum(slot.shard.length for slot in slots)
@@ -375,15 +279,15 @@ class Frugal(ShardedOptimizer):
         return {**super().subspace_state(), "options": self._options(), "tensors": dict(bases)}
 
     def _options(self) -> dict[str, Any]:
-        return {**self.subspaces.describe(), "refresh_interval": self.refresh_interval}
+        return {**self.subspaces.describe(), "refresh_interval": self.options.refresh_interval}
 
     def _check_subspace_state(self, state: dict[str, Any]) -> None:
         super()._check_subspace_state(state)
         for key, own in self._options().items():
             saved = state["options"][key]
             if saved != own:
-                what = "other rules for some parameters" if key == "rules" else f"{key} {saved!r}"
-                raise ValueError(f"Frugal state: {what} found" + ("" if key == "rules" else f", {own!r} expected"))
+                found = "other rules for some parameters" if key == "rules" else f"{saved!r}"
+                raise ValueError(f"Frugal state: expected {key}{'' if key == 'rules' else f' {own!r}'}, got {found}")
 
     def load_subspace_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`subspace_state`; the moments are the caller's to restore, and start from zero.

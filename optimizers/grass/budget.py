@@ -18,7 +18,7 @@ def ranks_within(dims: Mapping[str, tuple[int, int]], budget: int) -> dict[str, 
     """
     least = sum(elements for _, elements in dims.values())
     if budget < least:
-        raise ValueError(f"budget: {budget} found, one column or row of each layer needs {least}")
+        raise ValueError(f"budget: expected at least {least}, one column or row of each layer, got {budget}")
 
     def share(dim: int, density: float) -> float:
         return min(float(dim), max(1.0, density * dim))

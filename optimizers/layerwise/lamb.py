@@ -9,15 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..engine_optimizer import keywords_of
 from ..numerics.adam import adam_directions
 from ..numerics.precision import widen, write_back
 from ..numerics.seeds import derive_seed
-from ..options import check_adam, check_number
 from ..sharded import ShardedOptimizer
 from .norms import find_excluded, member_norms
+from .options import LambOptions
 
 
-class Lamb(ShardedOptimizer):
+class Lamb(ShardedOptimizer[LambOptions]):
     """Adam whose update of each parameter tensor ``x`` is as long as ``lr * phi(||x||)``.
 
     Source: You, Li, Reddi et al. (2020), "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes",
@@ -32,69 +33,20 @@ class Lamb(ShardedOptimizer):
 
     Args:
         model: whose trainable parameters are all updated.
-        lr: learning rate of the dense parameters.
-        betas, eps: Adam's.
-        weight_decay: of the parameters that are not excluded.
-        weight_norm_bounds: ``(low, high)`` of ``phi(z) = min(max(z, low), high)``; None for ``phi(z) = z``.
-        exclude: globs over names of parameters that get plain Adam without decay or trust ratio; default those of
-            fewer than two dimensions (norms and biases), ``[]`` for none.
-        matrix_lr_scale: learning rate of the matrices relative to ``lr``.
-        target_modules: globs over the names of the modules whose weights are the matrices; default every linear inside
-            the transformer blocks.
-        param_groups: ``{"params": [globs over parameter names], **options}`` with ``lr``, ``betas``, ``eps`` or
-            ``weight_decay``; the first match wins.
+        options: the fields of :class:`~.options.LambOptions`, as keywords.
 
     Raises:
         ValueError: an option out of range, or globs that match nothing.
     """
 
+    type_name: ClassVar[str] = "Lamb"
+    options_type = LambOptions
     needs_matrices: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 1e-2,
-        weight_norm_bounds: Sequence[float] | None = None,
-        exclude: Sequence[str] | None = None,
-        matrix_lr_scale: float = 1.0,
-        target_modules: Sequence[str] | None = None,
-        param_groups: Sequence[dict[str, Any]] = (),
-    ) -> None:
-        self.check_options(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            weight_norm_bounds=weight_norm_bounds,
-            matrix_lr_scale=matrix_lr_scale,
-        )
-        self.excluded = find_excluded(model, exclude)
-        self.weight_norm_bounds = weight_norm_bounds
-        super().__init__(
-            model,
-            lr=lr,
-            defaults={"betas": betas, "eps": eps, "weight_decay": weight_decay},
-            matrix_lr_scale=matrix_lr_scale,
-            target_modules=target_modules,
-            param_groups=param_groups,
-        )
-
-    @staticmethod
-    def check_options(**options: Any) -> None:
-        """Check the options that need no model.
-
-        Raises:
-            ValueError: naming the option, what was found and what is needed.
-        """
-        check_adam(options)
-        if (bounds := options["weight_norm_bounds"]) is not None:
-            if not isinstance(bounds, list | tuple) or len(bounds) != 2 or not 0.0 <= bounds[0] <= bounds[1]:
-                raise ValueError(f"weight_norm_bounds: {bounds!r} found, [low, high] with 0 <= low <= high is needed")
-            check_number({"weight_norm_bounds": bounds[1]}, "weight_norm_bounds", above=0.0)
+    @keywords_of(LambOptions)
+    def __init__(self, model: nn.Module, options: LambOptions) -> None:
+        self.excluded = find_excluded(model, options.exclude)
+        super().__init__(model, options)
 
     def _update(self, group: dict[str, Any], flats: Sequence[Tensor]) -> None:
         values = [widen(flat) for flat in flats]
@@ -137,6 +89,6 @@ class Lamb(ShardedOptimizer):
 
     def _trust_ratios(self, norms: Tensor) -> Tensor:
         weights, updates = norms
-        if self.weight_norm_bounds is not None:
-            weights = weights.clamp(*self.weight_norm_bounds)
+        if self.options.weight_norm_bounds is not None:
+            weights = weights.clamp(*self.options.weight_norm_bounds)
         return torch.where((weights > 0.0) & (updates > 0.0), weights / updates, 1.0)

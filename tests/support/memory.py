@@ -53,16 +53,16 @@ def converted_model(config: Config, described: PretrainedConfig | None = None) -
     Args:
         described: what the folder that ``model.path`` names holds.
     """
-    parsed, params = config.parsed, config.our_params()
+    parsed, options = config.parsed, config.optimizer_options
     assert parsed.model is not None
     assert parsed.data is not None
     assert parsed.optimizer is not None
-    assert params is not None
+    assert options is not None
     length = parsed.data.sequence_length
     described = described or model_config(parsed.model, vocab_size=None, sequence_length=length)
     described.dtype = torch.bfloat16
     model = abstract_model(described)
-    make_optimizer(parsed.optimizer.type, model, params.arguments())
+    make_optimizer(parsed.optimizer.type, model, options)
     return model
 
 

@@ -11,7 +11,7 @@ from narrowgauge.optimizers import OPTIMIZERS
 
 from ...config.blocks import Block, Flag
 from ...config.engine_keys import EngineKeys
-from ...config.optimizer_params import OUR_ONLY, OUR_OPTIMIZERS
+from ...config.optimizer_params import our_only
 from ...config.problems import unknown_names
 from ...errors import did_you_mean
 
@@ -64,13 +64,13 @@ class DdpKeys(EngineKeys):
         if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
             return []
         name, params = optimizer["type"], optimizer.get("params", {})
-        if name in OUR_OPTIMIZERS:
+        if name in OPTIMIZERS:
             return []
         try:
             allowed = {*inspect.signature(torch_optimizer(name)).parameters, "torch_adam"} - {"params"}
         except ValueError as error:
             return [f"optimizer.type: {error}"]
-        own = [key for key in params if key not in OUR_ONLY] if isinstance(params, dict) else []
+        own = [key for key in params if key not in our_only()] if isinstance(params, dict) else []
         return unknown_names("optimizer.params", name, own, allowed)
 
 

@@ -1,5 +1,6 @@
 """Bytes a process rank sends under DistributedDataParallel; see :mod:`narrowgauge.engine.report.dense_traffic`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from narrowgauge.optimizers.sharding.communicator import GroupCommunicator
+from narrowgauge.optimizers.compact.backend import LocalBackend
 
 
 class DdpTraffic:
@@ -39,13 +40,12 @@ class DdpTraffic:
         return allreduce_hook(group, bucket)
 
 
-class CountedCommunicator(GroupCommunicator):
-    """All process ranks; what is averaged over them is counted."""
+class CountedBackend(LocalBackend):
+    """Where a compact optimizer's tensors lie: whole on every rank."""
 
     def __init__(self, traffic: DdpTraffic) -> None:
-        super().__init__()
         self._traffic = traffic
 
-    def average_(self, tensor: Tensor) -> Tensor:
-        self._traffic.count_all_reduce(tensor.nbytes)
-        return super().average_(tensor)
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        self._traffic.count_all_reduce(sum(tensor.nbytes for tensor in tensors))
+        super().average_(tensors)

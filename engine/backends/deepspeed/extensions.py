@@ -55,7 +55,7 @@ def _builders(more: Sequence[str] = ()) -> list[Any]:
 def _of_optimizer(config: Config) -> list[str]:
     """The builder of the kernel that DeepSpeed takes for its own optimizer of this configuration."""
     block, zero = config.parsed.optimizer, config.parsed.zero_optimization
-    if block is None or config.our_params() is not None or block.params.get("torch_adam"):
+    if block is None or config.optimizer_options is not None or block.params.get("torch_adam"):
         return []
     offloaded: Any = zero.offload_optimizer if zero is not None else None
     on_cpu = offloaded is not None and offloaded.device != "none"

@@ -87,7 +87,7 @@ def initialize(
     checked = config if isinstance(config, Config) else load_config(config)
     ensure_environment()
     client = optimizer if isinstance(optimizer, EngineOptimizer) else None
-    ours = client is not None or checked.our_params() is not None
+    ours = client is not None or checked.optimizer_options is not None
     if ours and optimizer is not None and checked.parsed.optimizer is not None:
         raise checked.error("optimizer: an optimizer was passed to initialize, and the configuration names another")
     if client is not None and not _is_made_from(client, model):
@@ -173,12 +173,12 @@ def init_distributed(dist_init_required: bool | None = None) -> None:
 
 
 def _make_optimizer(model: nn.Module, config: Config) -> EngineOptimizer:
-    params, block = config.our_params(), config.parsed.optimizer
-    assert params is not None
+    options, block = config.optimizer_options, config.parsed.optimizer
+    assert options is not None
     assert block is not None
     under_zero_init = any(hasattr(p, "ds_id") for p in model.parameters())
     try:
-        return make_optimizer(block.type, model, params.arguments(), GatherOnceBackend() if under_zero_init else None)
+        return make_optimizer(block.type, model, options, GatherOnceBackend() if under_zero_init else None)
     except ValueError as error:
         raise config.error(within("optimizer.params", str(error))) from error
 

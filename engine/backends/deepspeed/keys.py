@@ -30,7 +30,7 @@ from narrowgauge.optimizers import OPTIMIZERS
 from ...config.blocks import Block, Count, Flag, Number
 from ...config.config import Config
 from ...config.engine_keys import EngineKeys
-from ...config.optimizer_params import OUR_ONLY, OUR_OPTIMIZERS
+from ...config.optimizer_params import our_only
 from ...config.problems import unknown_names
 from ...errors import did_you_mean
 
@@ -197,8 +197,8 @@ class DeepSpeedKeys(EngineKeys):
         optimizer, scheduler = raw.get("optimizer"), raw.get("scheduler")
         if isinstance(optimizer, dict) and isinstance(optimizer.get("type"), str):
             name, params = optimizer["type"], optimizer.get("params", {})
-            if name not in OUR_OPTIMIZERS:
-                own = {key: value for key, value in params.items() if key not in OUR_ONLY} if params else {}
+            if name not in OPTIMIZERS:
+                own = {key: value for key, value in params.items() if key not in our_only()} if params else {}
                 problems += _name_problems("optimizer", name, own, optimizer_parameters, lambda _: ())
         if isinstance(scheduler, dict) and isinstance(scheduler.get("type"), str):
             problems += _name_problems(

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from narrowgauge.optimizers import EngineOptimizer
+from narrowgauge.optimizers import OPTIMIZERS, EngineOptimizer
 
 from ...config.config import Config
 from .keys import deepspeed_keys
@@ -20,7 +20,7 @@ def check_training(config: Config) -> None:
     problems = [f"{key}: {reason}" for key, reason in _unsupported_by_checkpoints(config)]
     if not deepspeed_keys(config).managed_gradient_accumulation:
         problems.append("managed_gradient_accumulation: expected true, got false: a step takes its micro-batches")
-    if config.our_params() is not None:
+    if config.optimizer_options is not None:
         check_supported(config)
     if problems:
         raise config.error(*problems)
@@ -49,27 +49,15 @@ def check_supported(
         ConfigError: naming each setting, why it does not work, and what to use instead.
     """
     if client is not None:
-        name = type(client).__name__
+        cls, options = type(client), client.options
     else:
         assert config.parsed.optimizer is not None
-        name = config.parsed.optimizer.type
-    options: Any = client or config.our_params()
+        options = config.optimizer_options
+        assert options is not None
+        cls = OPTIMIZERS[config.parsed.optimizer.type].class_for(options)
+    name = cls.type_name
     problems = [f"{key}: does not work with {name}: {reason}" for key, reason in _unsupported(config)]
-    if getattr(options, "base", None) == "Adafactor":
-        problems.append(
-            "optimizer.params.base: Adafactor does not work with the engine: it factors matrices, which ZeRO cuts into"
-            " flat pieces, and its factors are in no checkpoint; use AdamW8bit, or plain PyTorch and DDP"
-        )
-    if name == "GaLore" and options.reference_compatible:
-        problems.append(
-            "optimizer.params.reference_compatible: true does not work with the engine: it projects the gradients anew"
-            " before the step, when they are sharded"
-        )
-    if getattr(options, "reduction", None) == "majority_vote":
-        problems.append(
-            "optimizer.params.reduction: 'majority_vote' does not work with the engine: DeepSpeed averages gradients"
-            " before the optimizer sees them; plain PyTorch without DDP is needed"
-        )
+    problems += [f"optimizer.params.{problem}" for problem in cls.unsupported_in_engine(options, sharded=True)]
     if mpu is not None:
         problems.append(f"mpu: does not work with {name}: model parallelism is not supported yet")
     if model is not None and type(model).__name__ == "PipelineModule":

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -52,8 +53,8 @@ def authors_optimizer(twin: TinyTransformer, model: TinyTransformer, ours: Apoll
         own = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         own["params"] = [twin.get_parameter(names[id(p)]) for p in group["params"]]
         if group["kind"] == "matrix":
-            own.update(rank=ours.rank, proj="random", scale_type=ours.scale_type, scale=ours.scale**2)
-            own.update(update_proj_gap=ours.refresh_interval, proj_type="std")
+            own.update(rank=ours.options.rank, proj="random", scale_type=ours.options.scale_type, scale=ours.scale**2)
+            own.update(update_proj_gap=ours.options.refresh_interval, proj_type="std")
         groups.append(own)
     return apollo_torch.APOLLOAdamW(groups, lr=1.0, disable_nl=disable_limiter)
 
@@ -64,7 +65,7 @@ def test_equals_the_authors_package(kind: str, dtype: torch.dtype, tolerance: fl
     """Tall, wide and square matrices, three groups, four refreshes; unmodified, weights compared at every step."""
     model, twin = tiny(dtype=dtype), tiny(dtype=dtype)
     optimizer = Apollo(model, **OPTIONS, **KINDS[kind], param_groups=DECAYS, reference_compatible=True)
-    authors = authors_optimizer(twin, model, optimizer, disable_limiter=optimizer.norm_growth_limit is None)
+    authors = authors_optimizer(twin, model, optimizer, disable_limiter=optimizer.options.norm_growth_limit is None)
     for step in range(STEPS):
         train_steps(model, optimizer, step, step + 1)
         train_steps(twin, authors, step, step + 1)
@@ -152,7 +153,7 @@ def test_equals_the_paper(kind: str) -> None:
 def test_rank_one_preset_is_apollo_mini() -> None:
     model = tiny()
     optimizer = Apollo.mini(model, lr=1e-2)
-    assert (optimizer.rank, optimizer.scale_type) == (1, "tensor")
+    assert (optimizer.options.rank, optimizer.options.scale_type) == (1, "tensor")
     assert optimizer.scale == pytest.approx(128**0.5)
     assert Apollo.mini(model, lr=1e-2, scale=3.0).scale == 3.0
     assert Apollo(model, lr=1e-2, rank=4).scale == 1.0
@@ -327,7 +328,7 @@ def test_continues_bit_equal_from_its_state(kind: str, dtype: torch.dtype, compa
     other.load_state_dict(weights)
     resumed = Apollo(other, **{**options, "seed": 9})
     resumed.load_state_dict(state)
-    resumed.seed = 0
+    resumed.options = replace(resumed.options, seed=0)
     assert train_steps(other, resumed, 6, 12) == expected
     found = other.state_dict()
     assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
@@ -389,13 +390,13 @@ def test_bf16_parameters_follow_fp32() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank: 0 found, an integer of at least 1 is needed"),
+        ({"rank": 0}, "rank: expected an integer of at least 1, got 0"),
         ({"rank": 21}, "rank: 21 is above the shorter side 20 of 'blocks.0.q.weight'; at most 20 fits"),
-        ({"refresh_interval": 0}, "refresh_interval: 0 found, an integer of at least 1 or None"),
-        ({"scale_type": "row"}, r"scale_type: 'row' found, one of \['channel', 'tensor'\]"),
-        ({"scale": -1.0}, "scale: -1.0 found, a number above 0"),
-        ({"norm_growth_limit": 1.0}, "norm_growth_limit: 1.0 found, a number above 1"),
-        ({"eps": -1e-8}, "eps: -1e-08 found, a number at least 0"),
+        ({"refresh_interval": 0}, "refresh_interval: expected an integer of at least 1 or None, got 0"),
+        ({"scale_type": "row"}, r"scale_type: expected one of \['channel', 'tensor'\], got 'row'"),
+        ({"scale": -1.0}, "scale: expected a number above 0 or None, got -1.0"),
+        ({"norm_growth_limit": 1.0}, "norm_growth_limit: expected a number above 1 or None, got 1.0"),
+        ({"eps": -1e-8}, "eps: expected a number of at least 0, got -1e-08"),
         ({"target_modules": ["nothing*"]}, "target_modules: 'nothing\\*' matches no nn.Linear"),
     ],
 )

@@ -285,31 +285,37 @@ def test_groups_by_globs() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shared_inputs": "q"}, "shared_inputs: 'q' found, 'siblings', None or a list of lists"),
-        ({"shared_inputs": [["*.q", 1]]}, "a list of lists of globs is needed"),
+        ({"shared_inputs": "q"}, "shared_inputs: expected 'siblings' or a list of lists of globs or None, got 'q'"),
+        ({"shared_inputs": [["*.q", 1]]}, "expected 'siblings' or a list of lists of globs or None, got"),
         ({"shared_inputs": [["*.q"]], "side": "rows"}, "only columns without repeats can be shared"),
         ({"shared_inputs": [["*.query"]]}, r"shared_inputs\[0\]: \['\*.query'\] matches no two layers"),
         ({"shared_inputs": [["*.q", "*.down"]]}, r"shared_inputs\[0\]: layers of one input width"),
-        ({"statistics": "guess"}, "statistics: 'guess' found, one of"),
-        ({"sketch_size": 0}, "sketch_size: 0 found"),
-        ({"moments": "keep"}, "moments: 'keep' found, one of"),
-        ({"moments": "carry", "selection": "multinomial_replacement"}, "moments: 'carry' found, which selection"),
-        ({"moments": "carry", "base": "Adafactor"}, "moments: 'carry' found, which base 'Adafactor'"),
-        ({"decay": "active", "selection": "multinomial_replacement"}, "decay: 'active' found, 'all' is needed"),
-        ({"adaptive_refresh": 1.5, "selection": "top"}, r"adaptive_refresh: 1.5 found, a number in \(0, 1\]"),
-        ({"adaptive_refresh": 0.4}, "a selection by norms are needed; found 100 and 'uniform'"),
+        ({"statistics": "guess"}, "statistics: expected one of .*, got 'guess'"),
+        ({"sketch_size": 0}, "sketch_size: expected an integer of at least 1, got 0"),
+        ({"moments": "keep"}, "moments: expected one of .*, got 'keep'"),
+        (
+            {"moments": "carry", "selection": "multinomial_replacement"},
+            "moments: expected 'reset' with selection 'multinomial_replacement', got 'carry'",
+        ),
+        ({"moments": "carry", "base": "Adafactor"}, "moments: expected 'reset' with base 'Adafactor', got 'carry'"),
+        ({"decay": "active", "selection": "multinomial_replacement"}, "decay: expected 'all' with .*, got 'active'"),
+        (
+            {"adaptive_refresh": 1.5, "selection": "top"},
+            r"adaptive_refresh: expected a number in \(0, 1\] or None, got 1.5",
+        ),
+        ({"adaptive_refresh": 0.4}, "a selection by norms, got 100 and 'uniform'"),
         ({"adaptive_refresh": 0.4, "selection": "top", "refresh_interval": None}, "a refresh_interval and a selection"),
-        ({"max_refresh_interval": 400}, "max_refresh_interval: 400 found, but adaptive_refresh is None"),
+        ({"max_refresh_interval": 400}, "max_refresh_interval: expected None without adaptive_refresh, got 400"),
         (
             {"adaptive_refresh": 0.4, "selection": "top", "max_refresh_interval": 50},
             "at least refresh_interval, 100, is needed",
         ),
-        ({"rank": None, "budget": 10}, "budget: 10 found, one column or row of each layer needs 266"),
+        ({"rank": None, "budget": 10}, "budget: expected at least 266, one column or row of each layer, got 10"),
         ({"budget": 1000}, "exactly one of rank, density and budget"),
-        ({"vocabulary": "columns"}, "vocabulary: 'columns' found, one of"),
+        ({"vocabulary": "columns"}, "vocabulary: expected one of .*, got 'columns'"),
         (
             {"vocabulary": "rows", "selection": "multinomial_replacement"},
-            "vocabulary: 'rows' found, a selection without",
+            "vocabulary: expected 'dense' with .*, got 'rows'",
         ),
     ],
 )
@@ -468,7 +474,7 @@ def test_budgets_at_the_ends() -> None:
     assert ranks_within(dims, 107) == {"a": 1, "b": 1}
     assert ranks_within(dims, 470) == {"a": 10, "b": 4}
     assert ranks_within(dims, 10**9) == {"a": 10, "b": 4}
-    with pytest.raises(ValueError, match="budget: 106 found, one column or row of each layer needs 107"):
+    with pytest.raises(ValueError, match="budget: expected at least 107, one column or row of each layer, got 106"):
         ranks_within(dims, 106)
     # Density 0.436 would be 4.36 and 1.74: what rounding down leaves, 77, does not suffice for another of b.
     assert ranks_within(dims, 205) == {"a": 5, "b": 1}

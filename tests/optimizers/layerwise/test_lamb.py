@@ -236,14 +236,18 @@ def test_update_is_as_long_as_the_weight_asks() -> None:
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
-        (Lamb, {"lr": -1.0}, "lr: -1.0 found, a number at least 0 is needed"),
+        (Lamb, {"lr": -1.0}, "lr: expected a number of at least 0, got -1.0"),
         (Lamb, {"betas": (0.9, 1.0)}, "betas: .* two numbers in"),
         (Lamb, {"weight_norm_bounds": [2.0, 1.0]}, "weight_norm_bounds: .*low <= high"),
         (Lamb, {"exclude": ["*.nothing"]}, "exclude: '\\*.nothing' matches no trainable parameter"),
-        (Lars, {"momentum": 1.0}, "momentum: 1.0 found"),
-        (Lars, {"trust_coefficient": 0.0}, "trust_coefficient: 0.0 found, a number above 0 is needed"),
-        (Lars, {"nesterov": True, "momentum": 0.0}, "nesterov: True found with momentum 0"),
-        (Lars, {"param_groups": [{"params": ["*norm*"], "eps": 1e-3}]}, "\\['eps'\\] found, which LARS does not use"),
+        (Lars, {"momentum": 1.0}, "momentum: expected a number of at least 0 and below 1, got 1.0"),
+        (Lars, {"trust_coefficient": 0.0}, "trust_coefficient: expected a number above 0, got 0.0"),
+        (Lars, {"nesterov": True, "momentum": 0.0}, "nesterov: expected a momentum above 0, got 0"),
+        (
+            Lars,
+            {"param_groups": [{"params": ["*norm*"], "eps": 1e-3}]},
+            "param_groups\\[0\\]: expected 'params' and any of \\['lr', 'weight_decay'\\], got \\['eps', 'params'\\]",
+        ),
     ],
 )
 def test_refusals(cls: type[Lamb] | type[Lars], options: dict[str, Any], message: str) -> None:
@@ -253,5 +257,5 @@ def test_refusals(cls: type[Lamb] | type[Lars], options: dict[str, Any], message
 
 def test_refuses_the_state_of_another_type() -> None:
     model = tiny()
-    with pytest.raises(ValueError, match="type 'Lars' found, 'Lamb' expected"):
+    with pytest.raises(ValueError, match="expected type 'Lamb', got 'Lars'"):
         Lamb(model).load_state_dict(Lars(model, lr=0.1).state_dict())

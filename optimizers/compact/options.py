@@ -1,0 +1,41 @@
+"""Options that the optimizers of compact parameters have in common."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Annotated, Literal
+
+from ..options import COUNT, SHARE, SWITCH, AdamOptions, Foreach, RefreshInterval, Seed
+
+BaseName = Literal["AdamW", "AdamW8bit", "Adafactor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactOptions(AdamOptions):
+    """Rank, refresh, and the optimizer that updates the compact parameters."""
+
+    rank: Annotated[int | None, COUNT, "of the subspace of each layer"] = None
+    density: Annotated[float | None, SHARE, "the rank as a share of the dimension, in (0, 1]"] = None
+    refresh_interval: RefreshInterval = 200
+    seed: Seed = 0
+    foreach: Foreach = None
+    fused: Annotated[bool | None, SWITCH, "as in ``torch.optim.AdamW``"] = None
+    base: Annotated[
+        BaseName,
+        "the optimizer of all parameters: ``AdamW``, ``AdamW8bit`` (bitsandbytes; moments in 8 bits, which a checkpoint"
+        " of an engine holds in fp32) or ``Adafactor`` (plain PyTorch and DDP only)",
+    ] = "AdamW"
+
+    def _conflicts(self) -> Iterator[str]:
+        yield from super()._conflicts()
+        if self.foreach and self.fused:
+            yield "fused: expected one of foreach and fused, got both"
+        if self.base != "AdamW" and self.fused:
+            yield f"fused: expected None with base {self.base}, which has no fused form, got True"
+        if self.base == "AdamW8bit" and self.foreach:
+            yield "foreach: expected None with base AdamW8bit, which has no foreach form, got True"
+        if self.base == "AdamW8bit" and find_spec("bitsandbytes") is None:
+            yield "base: 'AdamW8bit' needs bitsandbytes: pip install 'narrowgauge[8bit]'"
+        unused = sorted({"betas", "eps"} & {key for group in self.param_groups for key in group})
+        if self.base == "Adafactor" and unused:
+            yield f"param_groups: expected no {unused} with base Adafactor, which does not have them"
