@@ -287,7 +287,10 @@ def test_groups_by_globs() -> None:
     [
         ({"shared_inputs": "q"}, "shared_inputs: expected 'siblings' or a list of lists of globs or None, got 'q'"),
         ({"shared_inputs": [["*.q", 1]]}, "expected 'siblings' or a list of lists of globs or None, got"),
-        ({"shared_inputs": [["*.q"]], "side": "rows"}, "only columns without repeats can be shared"),
+        (
+            {"shared_inputs": [["*.q"]], "side": "rows"},
+            "shared_inputs: expected side 'columns' with .*, got side 'rows'",
+        ),
         ({"shared_inputs": [["*.query"]]}, r"shared_inputs\[0\]: \['\*.query'\] matches no two layers"),
         ({"shared_inputs": [["*.q", "*.down"]]}, r"shared_inputs\[0\]: layers of one input width"),
         ({"statistics": "guess"}, "statistics: expected one of .*, got 'guess'"),
@@ -308,7 +311,7 @@ def test_groups_by_globs() -> None:
         ({"max_refresh_interval": 400}, "max_refresh_interval: expected None without adaptive_refresh, got 400"),
         (
             {"adaptive_refresh": 0.4, "selection": "top", "max_refresh_interval": 50},
-            "at least refresh_interval, 100, is needed",
+            "max_refresh_interval: expected at least refresh_interval, 100, got 50",
         ),
         ({"rank": None, "budget": 10}, "budget: expected at least 266, one column or row of each layer, got 10"),
         ({"budget": 1000}, "exactly one of rank, density and budget"),
@@ -439,7 +442,7 @@ def test_the_interval_of_an_optimizer_grows_when_its_choices_stand_still() -> No
     early.load_state_dict(resumed.state_dict())
     assert resumed.subspace_state()["interval"]["next_refresh"] == 32
     assert early.subspace_state()["interval"] == resumed.subspace_state()["interval"]
-    with pytest.raises(ValueError, match="saved without adaptive_refresh"):
+    with pytest.raises(ValueError, match="expected one with adaptive_refresh, got one without"):
         early.load_state_dict(Grass(tiny(), density=0.3, selection="top").state_dict())
 
 
