@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from narrowgauge.offload import ActivationOffload
+from narrowgauge.optimizers.compact.backend import LocalBackend
+from narrowgauge.optimizers.sharding.communicator import one_for_all
 
 from ...config.config import Config
 from ...config.optimizer_params import make_optimizer
@@ -20,7 +22,7 @@ from ...protocol import Schedule
 from ...ranks.agreement import agree, make_process_group
 from ...ranks.environment import process_rank, world_size
 from .keys import torch_optimizer
-from .traffic import CountedBackend, DdpTraffic
+from .traffic import CountedCommunicator, DdpTraffic
 from .training import DdpTraining
 
 _TIMEOUT = timedelta(minutes=30)
@@ -66,7 +68,8 @@ def _make_optimizer(config: Config, model: nn.Module, traffic: DdpTraffic) -> to
         raise config.error("optimizer: this block is needed")
     try:
         if options is not None:
-            return make_optimizer(block.type, model, options, CountedBackend(traffic))
+            backend = LocalBackend(one_for_all(CountedCommunicator(traffic)))
+            return make_optimizer(block.type, model, options, backend)
         if config.unused_params() and process_rank() == 0:
             warnings.warn(config.unused_params_note(), stacklevel=2)
         arguments = config.engine_settings()["optimizer"].get("params", {})

@@ -1,6 +1,5 @@
 """Bytes a process rank sends under DistributedDataParallel; see :mod:`narrowgauge.engine.report.dense_traffic`."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from narrowgauge.optimizers.compact.backend import LocalBackend
+from narrowgauge.optimizers.sharding.communicator import GroupCommunicator
 
 
 class DdpTraffic:
@@ -40,12 +39,13 @@ class DdpTraffic:
         return allreduce_hook(group, bucket)
 
 
-class CountedBackend(LocalBackend):
-    """Where a compact optimizer's tensors lie: whole on every rank."""
+class CountedCommunicator(GroupCommunicator):
+    """All process ranks; what is averaged over them is counted."""
 
     def __init__(self, traffic: DdpTraffic) -> None:
+        super().__init__()
         self._traffic = traffic
 
-    def average_(self, tensors: Sequence[Tensor]) -> None:
-        self._traffic.count_all_reduce(sum(tensor.nbytes for tensor in tensors))
-        super().average_(tensors)
+    def average_(self, tensor: Tensor) -> Tensor:
+        self._traffic.count_all_reduce(tensor.nbytes)
+        return super().average_(tensor)

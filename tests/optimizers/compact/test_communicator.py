@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from narrowgauge.engine.config.optimizer_params import make_optimizer
 from narrowgauge.optimizers import GaLore, Grass
 from narrowgauge.optimizers.compact.backend import LocalBackend
+from narrowgauge.optimizers.galore.options import GaLoreOptions
+from narrowgauge.optimizers.grass.options import GrassOptions
 from tests.support.models import tiny, token_batch
 
 SCALE = {"attention": 2.0, "experts": 4.0}
@@ -44,11 +47,11 @@ def test_each_layer_is_reduced_over_its_own_group(optimizer_type: type[Grass] | 
     model = tiny(dtype=torch.float64)
     backend = LocalBackend(lambda name: groups[group_of(name)])
     if optimizer_type is Grass:
-        optimizer = Grass(
-            model, rank=3, selection="top", statistics="exact", refresh_interval=1, backend=backend, lr=0.0
-        )
+        grass = GrassOptions(rank=3, selection="top", statistics="exact", refresh_interval=1, lr=0.0)
+        optimizer = make_optimizer("Grass", model, grass, backend)
     else:
-        optimizer = GaLore(model, rank=3, projector="svd", refresh_interval=1, backend=backend, lr=0.0)
+        galore = GaLoreOptions(rank=3, projector="svd", refresh_interval=1, lr=0.0)
+        optimizer = make_optimizer("GaLore", model, galore, backend)
     model(token_batch(0, 4)).backward()
     optimizer.step()
     shapes = {layer.name: layer.module.weight_shape for layer in optimizer.layers}
@@ -68,7 +71,8 @@ def test_the_full_norm_counts_each_layer_by_its_group() -> None:
     def norm_with(scales: dict[str, float]) -> float:
         groups = {name: Recorded(scale) for name, scale in scales.items()}
         model = tiny(dtype=torch.float64)
-        optimizer = Grass(model, rank=3, backend=LocalBackend(lambda name: groups[group_of(name)]))
+        backend = LocalBackend(lambda name: groups[group_of(name)])
+        optimizer = make_optimizer("Grass", model, GrassOptions(rank=3), backend)
         norm = FullNorm(optimizer, sketch_size=64)
         model(token_batch(0, 4)).backward()
         return float(norm.norm())
