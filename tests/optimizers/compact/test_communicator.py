@@ -66,13 +66,14 @@ def test_each_layer_is_reduced_over_its_own_group(optimizer_type: type[Grass] | 
 
 
 def test_the_full_norm_counts_each_layer_by_its_group() -> None:
-    from narrowgauge.optimizers import FullNorm
+    from narrowgauge.optimizers import CompactOptimizer, FullNorm
 
     def norm_with(scales: dict[str, float]) -> float:
         groups = {name: Recorded(scale) for name, scale in scales.items()}
         model = tiny(dtype=torch.float64)
         backend = LocalBackend(lambda name: groups[group_of(name)])
         optimizer = make_optimizer("Grass", model, GrassOptions(rank=3), backend)
+        assert isinstance(optimizer, CompactOptimizer)
         norm = FullNorm(optimizer, sketch_size=64)
         model(token_batch(0, 4)).backward()
         return float(norm.norm())
