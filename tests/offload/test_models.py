@@ -33,7 +33,7 @@ from narrowgauge.optimizers import Grass
 from narrowgauge.optimizers.layers.selected_linear import SelectedLinear
 from narrowgauge.optimizers.layers.selected_weight import Side
 
-from .support import level, settle, wait_until
+from .support import level, rest, settle, wait_until
 
 BLOCK = 4096
 VOCAB, WIDTH, ROWS, LENGTH = 64, 64, 4, 16
@@ -798,6 +798,7 @@ def test_generate(kind: str, granularity: str, tmp_path: Path) -> None:
     expected = generate()
     with offloading(tmp_path, granularity=granularity, model=model) as offload:
         train(copy.deepcopy(model).train(), kind, offload, steps=1)
+        rest(offload)
         written = offload.stats().written
         assert torch.equal(generate(), expected)
         with offload:
