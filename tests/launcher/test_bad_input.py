@@ -45,7 +45,7 @@ def refuse(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         ("gradient_cliping=1", "gradient_cliping: unknown key; did you mean 'gradient_clipping'?"),
         ("zero_optimization.offload_optimizer.devise=cpu", "devise: unknown key; did you mean 'device'?"),
         ("data.sequence_length=long", 'data.sequence_length: "long" found; input should be a valid integer'),
-        ("optimizer.params.density=1.5", "optimizer.params.density: 1.5 found"),
+        ("optimizer.params.density=1.5", "optimizer.params.density: expected a number in (0, 1] or None, got 1.5"),
         ('optimizer.params={"rank": 33}', "rank: 33 is above the 32 columns (in_features) of 'model.layers.0."),
         ('optimizer.params.target_modules=["*.query"]', "'*.query' matches no nn.Linear. The model's linears: model."),
         ('data.train=["missing/*.txt"]', "data.train: 'missing/*.txt' names no file"),
