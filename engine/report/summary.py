@@ -1,9 +1,10 @@
 """What a run was and what it saved: the figures of ``summary.json``."""
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from narrowgauge.optimizers.layers.compact import CompactWeight
 from narrowgauge.optimizers.layers.plain import plain_parameters
@@ -14,15 +15,20 @@ from .dense_traffic import trained_when_dense
 SCHEMA_VERSION = 1
 
 
-def count_parameters(engine: TrainingEngine) -> dict[str, int]:
+def count_parameters(
+    model: nn.Module, shape_of: Callable[[Tensor], tuple[int, ...]] = lambda p: tuple(p.shape)
+) -> dict[str, int]:
     """Numbers of elements: ``total`` as the user knows the model, of which ``frozen`` in weights that are trained
     through ``compact`` ones or not at all; ``dense`` are trained whole.
+
+    Args:
+        shape_of: the whole shape of a parameter, where an engine has cut it.
     """
-    plain = [p for _, p in plain_parameters(engine.module)]
-    compact = [m.compact for m in engine.module.modules() if isinstance(m, CompactWeight)]
+    plain = [p for _, p in plain_parameters(model)]
+    compact = [m.compact for m in model.modules() if isinstance(m, CompactWeight)]
 
     def count(parameters: list[Tensor]) -> int:
-        return sum(_numel(engine, p) for p in parameters)
+        return sum(math.prod(shape_of(p)) for p in parameters)
 
     return {
         "total": count([*plain]),

@@ -164,7 +164,7 @@ class _Run:
             "data_fingerprint": plan.prepared.fingerprint,
         }
         write_json(plan.run_dir / CONFIG, resolved)
-        parameters, ranks = count_parameters(self.engine)["total"], world_size()
+        parameters, ranks = count_parameters(self.engine.module, self.engine.shape_of)["total"], world_size()
         logger.info(
             f"{parameters:,} parameters, {plan.config.raw['optimizer']['type']} at {self.engine.description} on"
             f" {ranks} rank{'s' if ranks > 1 else ''}, {self.tokens_per_step:,} tokens per step; {plan.run_dir}"
@@ -367,7 +367,7 @@ class _Run:
             "tokens": plan.training.steps * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / median["step"],
             **self.history,
-            "parameters": count_parameters(engine),
+            "parameters": count_parameters(engine.module, engine.shape_of),
             "bytes": {
                 **traffic_bytes(engine, reduced=reduced, gathered=gathered),
                 "optimizer_state": state,
