@@ -275,4 +275,4 @@ def test_what_is_not_saved_is_said_once_and_a_vote_is_refused_under_an_engine(tw
     assert len(first) == 1
     assert "does not shrink the traffic" in first[0]
     assert second == []
-    assert "engine averages the gradients" in refusal
+    assert "engine, which averages gradients" in refusal
