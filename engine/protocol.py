@@ -137,7 +137,8 @@ class TrainingEngine(Protocol):
             phase: entered around each forward, backward and optimizer call.
 
         Returns:
-            The sum of the micro-batches' mean losses on this rank, a float64 scalar on ``device``.
+            The sum of the micro-batches' mean losses on this rank, a float64 scalar on ``device``; the same on all
+            ranks that have the same rank in ``data_parallel``.
         """
         ...
 

@@ -1,4 +1,7 @@
-"""Activation offload in an engine: made from the configuration, entered around every training forward."""
+"""Activation offload in an engine: made from the configuration, on all ranks or on none."""
+
+from collections.abc import Callable
+from contextlib import suppress
 
 from torch import nn
 
@@ -8,6 +11,9 @@ from narrowgauge.offload.backends import BACKENDS
 from narrowgauge.offload.backends.registry import AUTO
 
 from ..config.config import Config
+from ..config.redaction import redact
+from ..errors import ConfigError, UserError
+from ..ranks.agreement import agree
 
 
 def check_offload(config: Config) -> None:
@@ -49,3 +55,34 @@ def make_offload(config: Config, model: nn.Module, *, auto: str = AUTO) -> Activ
         return ActivationOffload(**{**vars(options), "backend": chosen}, model=model)
     except (OffloadError, ValueError) as error:
         raise config.error(f"activation_offload: {error}") from error
+
+
+def make_offload_together(
+    config: Config, model: nn.Module, *, auto: str = AUTO, first: Callable[[], object] = lambda: None
+) -> ActivationOffload | None:
+    """This rank's :func:`make_offload`, once all ranks have theirs and agree on the configuration. Collective.
+
+    Args:
+        first: what is done before it, and may fail as it may.
+
+    Raises:
+        UserError: some rank could not make it, or the ranks' configurations differ; the same on every rank.
+    """
+    offload, problem = None, None
+    try:
+        first()
+        offload = make_offload(config, model, auto=auto)
+    except ConfigError as error:
+        problem = str(error)
+    except Exception as fault:
+        # A fault of ours: this rank shows where it is, the others would wait for it.
+        with suppress(UserError):
+            agree(redact(config.raw), error=f"{type(fault).__name__}: {fault}")
+        raise
+    try:
+        agree(redact(config.raw), error=problem)
+    except BaseException:
+        if offload is not None:
+            offload.close()
+        raise
+    return offload

@@ -89,7 +89,6 @@ def train(
             with Watchdog(plan.training.hang_timeout, plan.run_dir) as run.watchdog:
                 run.execute()
         finally:
-            run.close()
             dist.destroy_process_group()
             if lock is not None:
                 lock.release()
@@ -113,8 +112,14 @@ class _Run:
         self.history: dict[str, Any] = {"loss_first": None, "loss_last": None, "eval_loss_first": None}
 
     def execute(self) -> None:
-        plan = self.plan
         self.engine = self._make_engine()
+        try:
+            self._train()
+        finally:
+            self.engine.close()
+
+    def _train(self) -> None:
+        plan = self.plan
         self.offload_meter = OffloadMeter(self.engine.activation_offload)
         self.watchdog.beat("loading the checkpoint")
         first_step = self._resume()
@@ -134,12 +139,6 @@ class _Run:
             if metrics is not None:
                 metrics.close()
         self._finish()
-
-    def close(self) -> None:
-        """Give back what the engine holds, if it came to be."""
-        engine = self.__dict__.get("engine")
-        if engine is not None:
-            engine.close()
 
     def _write_head(self, first_step: int) -> None:
         plan = self.plan

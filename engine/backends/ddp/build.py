@@ -8,18 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from narrowgauge.offload import ActivationOffload
 from narrowgauge.optimizers.compact.backend import LocalBackend
 from narrowgauge.optimizers.sharding.communicator import one_for_all
 
 from ...config.config import Config
 from ...config.optimizer_params import make_optimizer
 from ...config.problems import within
-from ...config.redaction import redact
-from ...errors import ConfigError
-from ...offload.attach import make_offload
+from ...offload.attach import make_offload_together
 from ...protocol import Schedule
-from ...ranks.agreement import agree, make_process_group
+from ...ranks.agreement import make_process_group
 from ...ranks.environment import process_rank, world_size
 from .keys import torch_optimizer
 from .traffic import CountedCommunicator, DdpTraffic
@@ -50,7 +47,8 @@ def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> Ddp
     model.to(_device())
     traffic = DdpTraffic()
     optimizer = _make_optimizer(config, model, traffic)
-    offload = _make_offload_together(config, model)
+    # What ``auto`` would try beside threads and GPUDirect is DeepSpeed's.
+    offload = make_offload_together(config, model, auto="threads")
     return DdpTraining(
         model,
         optimizer,
@@ -78,20 +76,3 @@ def _make_optimizer(config: Config, model: nn.Module, traffic: DdpTraffic) -> to
         return torch_optimizer(block.type)(trainable, **arguments)
     except (ValueError, TypeError) as error:
         raise config.error(within("optimizer.params", str(error))) from error
-
-
-def _make_offload_together(config: Config, model: nn.Module) -> ActivationOffload | None:
-    """This rank's activation offload, once all ranks have theirs."""
-    offload, problem = None, None
-    try:
-        # What ``auto`` would try beside threads and GPUDirect is DeepSpeed's.
-        offload = make_offload(config, model, auto="threads")
-    except ConfigError as error:
-        problem = str(error)
-    try:
-        agree(redact(config.raw), error=problem)
-    except BaseException:
-        if offload is not None:
-            offload.close()
-        raise
-    return offload

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,8 @@ from narrowgauge.optimizers import EngineOptimizer
 from ...config.config import Config, load_config
 from ...config.optimizer_params import make_optimizer
 from ...config.problems import within
-from ...config.redaction import redact
-from ...errors import ConfigError, UserError
-from ...offload.attach import make_offload
-from ...ranks.agreement import agree, make_process_group
+from ...offload.attach import make_offload_together
+from ...ranks.agreement import make_process_group
 from ...ranks.environment import ensure_environment, process_rank
 from .engine import Engine
 from .extensions import ensure_extensions
@@ -137,26 +135,19 @@ def _is_made_from(optimizer: EngineOptimizer, model: nn.Module) -> bool:
 @contextmanager
 def _offload_for(config: Config, model: nn.Module) -> Iterator[Callable[[_Made], _Made]]:
     """Build what is loaded, make this rank's activation offload, and meet the other ranks; gives what attaches it."""
-    offload, problem = None, None
-    try:
+
+    def build_and_check() -> None:
         ensure_extensions(config)
         check_offload_supported(config)
-        offload = make_offload(config, model)
-    except ConfigError as error:
-        problem = str(error)
-    except Exception as fault:
-        # A fault of ours: this rank shows where it is, the others would wait for it.
-        with suppress(UserError):
-            agree(redact(config.raw), error=f"{type(fault).__name__}: {fault}")
-        raise
+
+    offload = make_offload_together(config, model, first=build_and_check)
+
+    def attach(made: _Made) -> _Made:
+        if offload is not None:
+            attach_offload(made[0], offload)
+        return made
+
     try:
-        agree(redact(config.raw), error=problem)
-
-        def attach(made: _Made) -> _Made:
-            if offload is not None:
-                attach_offload(made[0], offload)
-            return made
-
         yield attach
     except BaseException:
         if offload is not None:
