@@ -5,45 +5,32 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from narrowgauge.engine.report.timing import PhaseTimer
+
 
 class Phases:
-    """Collects the seconds of named phases, one list each.
-
-    With CUDA they are times of the current stream, by events, so that a phase within another delays neither. They are
-    in ``seconds`` after :meth:`settle`.
-    """
+    """Collects the seconds of named phases, one list each; they are in ``seconds`` after :meth:`settle`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._timer = PhaseTimer()
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        if torch.cuda.is_available():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            yield
-            end.record()
-            self._events.append((name, begin, end))
-        else:
-            started = time.perf_counter()
-            yield
-            self.seconds.setdefault(name, []).append(time.perf_counter() - started)
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return self._timer.phase(name)
 
     def settle(self) -> None:
         """Wait for the GPU, where there is one, and read its times."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        for name, begin, end in self._events:
-            self.seconds.setdefault(name, []).append(begin.elapsed_time(end) / 1e3)
-        self._events.clear()
+        for name, seconds in self._timer.samples().items():
+            self.seconds.setdefault(name, []).extend(seconds)
 
 
 def interleave(

@@ -1,4 +1,4 @@
-"""Seconds spent in the phases of a step."""
+"""Seconds spent in named phases, of a step or of a benchmark."""
 
 import time
 from collections.abc import Iterator
@@ -8,11 +8,13 @@ import torch
 
 
 class PhaseTimer:
-    """Adds up the time of named phases; on CUDA by events, so that measuring does not make the host wait."""
+    """Times named phases; on CUDA by events on the current stream, so that measuring does not make the host wait and a
+    phase within another delays neither.
+    """
 
     def __init__(self) -> None:
         self._cuda = torch.cuda.is_available()
-        self._seconds: dict[str, float] = {}
+        self._samples: dict[str, list[float]] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -28,14 +30,18 @@ class PhaseTimer:
             yield
             self._add(name, time.perf_counter() - begin_time)
 
-    def collect(self) -> dict[str, float]:
-        """The seconds of each phase since the last call; waits for the device."""
+    def samples(self) -> dict[str, list[float]]:
+        """The seconds of each time a phase was entered since the last call, by name; waits for the device."""
         if self._events:
             torch.cuda.synchronize()
         for name, begin, end in self._events:
             self._add(name, begin.elapsed_time(end) / 1000)
-        seconds, self._seconds, self._events = self._seconds, {}, []
-        return seconds
+        samples, self._samples, self._events = self._samples, {}, []
+        return samples
+
+    def collect(self) -> dict[str, float]:
+        """The seconds in each phase since the last call, added up; waits for the device."""
+        return {name: sum(seconds) for name, seconds in self.samples().items()}
 
     def _add(self, name: str, seconds: float) -> None:
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        self._samples.setdefault(name, []).append(seconds)
