@@ -4,14 +4,18 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; :
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from narrowgauge.offload import OffloadOptions
 from narrowgauge.offload.backends import BACKENDS
 from narrowgauge.offload.options import option_of
+from narrowgauge.optimizers import OPTIMIZERS
+from narrowgauge.optimizers.options import is_required, options_of
 
 DOCS = Path(__file__).parent
 
@@ -26,7 +30,9 @@ def shown_default(value: Any) -> str:
     """As JSON has it; empty where there is none."""
     if value is dataclasses.MISSING or value is None:
         return ""
-    return f"{value:g}" if isinstance(value, float) else f"`{value}`" if isinstance(value, str) else f"{value}"
+    if isinstance(value, str | float):
+        return f"`{value}`" if isinstance(value, str) else f"{value:g}"
+    return json.dumps(value)
 
 
 def offload_options() -> str:
@@ -42,7 +48,19 @@ def offload_options() -> str:
     return markdown(rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"offload options": offload_options}
+def optimizer_options(name: str) -> str:
+    """Keywords of an optimizer's class and keys of ``optimizer.params``."""
+    rows = []
+    for option in options_of(OPTIMIZERS[name].options_type):
+        default = "required" if is_required(option) else shown_default(option.default)
+        rows.append((f"`{option.name}`", default, option.text.replace("``", "`").replace("|", "\\|")))
+    return markdown(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "offload options": offload_options,
+    **{f"{name} options": partial(optimizer_options, name) for name in OPTIMIZERS},
+}
 
 
 def with_tables(text: str) -> str:
