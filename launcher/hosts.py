@@ -44,13 +44,13 @@ def read_hostfile(path: Path) -> list[Host]:
             raise UserError(f"{path}, line {number}: {match['name']} is given twice")
         hosts.append(Host(match["name"], slots))
     if not hosts:
-        raise UserError(f"{path}: no host found")
+        raise UserError(f"{path}: expected at least one host, got none")
     first = hosts[0]
     for host in hosts:
         if host.slots != first.slots:
             raise UserError(
-                f"{path}: {first.name} has {first.slots} slots and {host.name} has {host.slots}; all hosts need the"
-                " same number"
+                f"{path}: expected the same slots on all hosts, got {first.slots} on {first.name} and {host.slots} on"
+                f" {host.name}"
             )
     return hosts
 

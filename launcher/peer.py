@@ -46,7 +46,7 @@ def ssh_command(host: str, module: str) -> list[str]:
     """
     ssh = shutil.which("ssh")
     if ssh is None:
-        raise UserError("a hostfile needs ssh, and there is none on PATH")
+        raise UserError("--hostfile: expected ssh on PATH, got none")
     inner = f"cd / && exec {shlex.quote(sys.executable)} -m {module}"
     return [ssh, "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", host, inner]
 

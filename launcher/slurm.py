@@ -107,5 +107,5 @@ def _job_state(job: str) -> str:
 def _program(name: str) -> str:
     found = shutil.which(name)
     if found is None:
-        raise UserError(f"there is no {name} on PATH: SLURM is needed")
+        raise UserError(f"expected SLURM, got no {name} on PATH")
     return found

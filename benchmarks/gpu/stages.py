@@ -127,5 +127,14 @@ STAGES = {
             sources=(*_STEPS, "configs/models/llama-1b.json"),
             limit=300,
         ),
+        Stage(
+            name="whole_run",
+            title="A whole run",
+            text="`narrowgauge train` of the quickstart in fp32 with the engine `ddp`: tokenizer, data, training,"
+            " evaluation and summary, on one GPU and without DeepSpeed.",
+            needs=(*_OFFLOAD, "pydantic", "hjson", "rich", "sentencepiece", "safetensors", "packaging", "psutil"),
+            sources=("engine", "optimizers", "offload", "configs/quickstart.json"),
+            limit=360,
+        ),
     )
 }

@@ -107,7 +107,7 @@ class Config:
             parsed.gradient_accumulation_steps,
         )
         if total is None and micro is None:
-            raise self.error("train_batch_size or train_micro_batch_size_per_gpu: one of them is needed")
+            raise self.error("train_batch_size: expected it or train_micro_batch_size_per_gpu, got neither")
         if micro is None:
             micro = (total or 0) // (world_size * (steps or 1))
         if steps is None:
@@ -116,8 +116,8 @@ class Config:
             total = micro * steps * world_size
         if micro * steps * world_size != total or not total:
             raise self.error(
-                f"train_batch_size: {total} found, which is not train_micro_batch_size_per_gpu ({micro}) x"
-                f" gradient_accumulation_steps ({steps}) x process ranks ({world_size})"
+                f"train_batch_size: expected train_micro_batch_size_per_gpu ({micro}) x gradient_accumulation_steps"
+                f" ({steps}) x process ranks ({world_size}), got {total}"
             )
         return Batches(total, micro, steps)
 

@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(str(path), [str(error)]) from error
     if not isinstance(raw, dict):
-        raise ConfigError(str(path), [f"a JSON object is needed, found {type(raw).__name__}"])
+        raise ConfigError(str(path), [f"expected a JSON object, got {type(raw).__name__}"])
     return raw
 
 
@@ -50,7 +50,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
-            raise ConfigError("--set", [f"{override!r} found, key.path=value is needed"])
+            raise ConfigError("--set", [f"expected key.path=value, got {override!r}"])
         try:
             value = json.loads(text)
         except json.JSONDecodeError:

@@ -37,7 +37,7 @@ class LaunchBlock(StrictBlock):
     def _one_line_each(cls, value: dict[str, Any]) -> dict[str, Any]:
         for key, text in value.items():
             if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
-                raise ValueError(f"{key!r} found, an option of sbatch without its dashes is needed")
+                raise ValueError(f"expected an option of sbatch without its dashes, got {key!r}")
             if text is not None and not re.fullmatch(r"[^\s#'\"`$\\]+", str(text)):
                 raise ValueError(f"{key}: expected a word without spaces and quotes, got {text!r}")
         return value

@@ -23,7 +23,9 @@ def read_options(name: str, params: Any) -> tuple[Options | None, list[str]]:
     if not isinstance(params, dict):
         return None, [f"expected an object, got {params!r}"]
     problems = [f"{key}: unknown key{did_you_mean(key, known)}" for key in params if key not in known]
-    problems += [f"{key}: this key is needed" for key in known if key not in params and is_required(known[key])]
+    problems += [
+        f"{key}: expected this key, got none" for key in known if key not in params and is_required(known[key])
+    ]
     if problems:
         return None, problems
     values: dict[str, Any] = {

@@ -24,7 +24,7 @@ def autos(value: Any, path: str = "") -> Iterable[str]:
             if path or key not in OWN_BLOCKS:
                 yield from autos(child, f"{path}.{key}" if path else key)
     elif value == "auto" and path not in ("data_types.keep_in_fp32_modules", "pipeline.stages"):
-        yield f"{path}: 'auto' found; it is filled in by Hugging Face's Trainer only, a value is needed here"
+        yield f"{path}: expected a value, got 'auto', which only Hugging Face's Trainer fills in"
 
 
 def strings_for_other_types(raw: Any, parsed: Any, path: str = "") -> Iterable[str]:
@@ -33,7 +33,7 @@ def strings_for_other_types(raw: Any, parsed: Any, path: str = "") -> Iterable[s
         for key, value in raw.items():
             yield from strings_for_other_types(value, getattr(parsed, key, None), f"{path}.{key}" if path else key)
     elif isinstance(raw, str) and isinstance(parsed, bool | int | float):
-        yield f"{path}: the string {json.dumps(raw)} found; {json.dumps(parsed)} is needed"
+        yield f"{path}: expected {json.dumps(parsed)}, got the string {json.dumps(raw)}"
 
 
 def within(block: str, problem: str) -> str:
@@ -58,17 +58,16 @@ def _describe(item: Any, schema: type[BaseModel]) -> str:
     if item["type"] == "extra_forbidden":
         return f"{path}: unknown key{did_you_mean(str(keys[-1]), _names_at(schema, keys[:-1]))}"
     if item["type"] == "missing":
-        return f"{path}: this key is needed"
+        return f"{path}: expected this key, got none"
     message = item["msg"].removeprefix("Value error, ")
     found = item["input"]
     is_secret = HIDDEN in str(redact(found, tuple(map(str, keys))))
-    is_told = message.startswith("expected ")
-    shown = (
-        ""
-        if is_told or is_secret or isinstance(found, dict | BaseModel)
-        else f" {json.dumps(found, default=str)[:60]} found;"
-    )
-    return f"{path}:{shown} {message[0].lower()}{message[1:]}"
+    if message.startswith("Input should be "):
+        message = f"expected {message.removeprefix('Input should be ')}"
+    elif message.startswith("expected ") or isinstance(found, dict | BaseModel):
+        return f"{path}: {message}"
+    shown = "a value that is not shown" if is_secret else json.dumps(found, default=str)[:60]
+    return f"{path}: {message[0].lower()}{message[1:]}, got {shown}"
 
 
 def _is_type_name(key: str) -> bool:

@@ -25,7 +25,7 @@ class ModelBlock(StrictBlock):
         if self.path is not None and (self.preset is not None or self.config):
             raise ValueError("'path' stands alone: 'preset' and 'config' start from random weights")
         if self.path is None and self.preset is None and not self.config:
-            raise ValueError("one of 'path', 'preset' and 'config' is needed")
+            raise ValueError("expected one of 'path', 'preset' and 'config', got none")
         return self
 
 

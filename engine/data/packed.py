@@ -32,7 +32,7 @@ class PackedTokens(Dataset[torch.Tensor]):
             found = sum(len(tokens) for _, tokens in streams)
             names = ", ".join(str(path) for path, _ in streams[:3])
             raise DataError(
-                f"{names}: {found} tokens found, one sample of data.sequence_length needs {sequence_length}"
+                f"{names}: expected at least the {sequence_length} tokens of one data.sequence_length, got {found}"
             )
 
     def __len__(self) -> int:
@@ -44,7 +44,9 @@ class PackedTokens(Dataset[torch.Tensor]):
         path, tokens = self._streams[stream]
         chunk = tokens[within * self._length : (within + 1) * self._length].astype(np.int64)
         if chunk.max() >= self._vocab_size or chunk.min() < 0:
-            raise DataError(f"{path}: token {chunk.max()} found, the model's vocabulary has {self._vocab_size}")
+            raise DataError(
+                f"{path}: expected tokens below the model's vocab_size, {self._vocab_size}, got {chunk.max()}"
+            )
         return torch.from_numpy(chunk)
 
 

@@ -108,7 +108,7 @@ def _prepare_text(
         return read_pieces(paths, skip_undecodable=embedded)
 
     if next(pieces(files), None) is None:
-        raise DataError(f"data.train: the {len(files)} files found are empty")
+        raise DataError(f"data.train: expected text, got {len(files)} empty files")
     if block.tokenizer is not None:
         folder = _own_tokenizer(block, cache)
     else:

@@ -52,7 +52,7 @@ def tokenizer_hash(source: Path) -> str:
     files = sorted(source.glob("*token*")) + sorted(source.glob("*.model")) if source.is_dir() else [source]
     if not files or not all(path.is_file() for path in files):
         raise DataError(
-            f"data.tokenizer: {source}: a Hugging Face tokenizer folder or a sentencepiece .model is needed"
+            f"data.tokenizer: expected a Hugging Face tokenizer folder or a sentencepiece .model, got {source}"
         )
     digest = hashlib.sha256()
     for path in files:

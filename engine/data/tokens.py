@@ -65,13 +65,11 @@ class TokenFile:
         _, version, code, num_sequences, num_bounds = _HEADER.unpack_from(data)
         if version != 1 or code not in _DTYPES:
             raise DataError(
-                f"{self.index_path}: version {version} with dtype code {code}; version 1 with {list(_DTYPES)} is read"
+                f"{self.index_path}: expected version 1 with a dtype code of {list(_DTYPES)}, got {version} with {code}"
             )
         needed = _HEADER.size + 12 * num_sequences + 8 * num_bounds
         if len(data) < needed:
-            raise DataError(
-                f"{self.index_path}: {len(data)} bytes found, its header asks for {needed}: it is cut short"
-            )
+            raise DataError(f"{self.index_path}: cut short: its header says {needed} bytes, got {len(data)}")
         lengths = np.frombuffer(data, np.int32, num_sequences, _HEADER.size)
         offsets = np.frombuffer(data, np.int64, num_sequences, _HEADER.size + 4 * num_sequences)
         bounds = np.frombuffer(data, np.int64, num_bounds, _HEADER.size + 12 * num_sequences)

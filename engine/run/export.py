@@ -26,7 +26,7 @@ def export_run(run_dir: Path, folder: Path, *, step: int | None = None) -> Path:
     """
     checkpoints = dict(find_checkpoints(run_dir / CHECKPOINTS))
     if not checkpoints:
-        raise UserError(f"{run_dir}: no run with a finished checkpoint was found there")
+        raise UserError(f"{run_dir}: expected a run with a finished checkpoint, got none")
     if step is not None and step not in checkpoints:
         raise UserError(f"{run_dir}: no checkpoint of step {step}; there are {sorted(checkpoints)}")
     source = checkpoints[step if step is not None else max(checkpoints)]

@@ -33,10 +33,12 @@ def model_config(block: ModelBlock, *, vocab_size: int | None, sequence_length: 
     """
     config = _from_folder(Path(block.path).expanduser()) if block.path is not None else _from_scratch(block, vocab_size)
     if vocab_size is not None and config.vocab_size < vocab_size:
-        raise UserError(f"model: vocab_size {config.vocab_size} found, the tokenizer has {vocab_size} tokens")
+        raise UserError(
+            f"model: expected a vocab_size of at least the tokenizer's {vocab_size}, got {config.vocab_size}"
+        )
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and context < sequence_length:
-        raise UserError(f"data.sequence_length: {sequence_length} found, the model reads at most {context} tokens")
+        raise UserError(f"data.sequence_length: expected at most the model's {context} tokens, got {sequence_length}")
     return config
 
 
@@ -55,7 +57,7 @@ def _from_scratch(block: ModelBlock, vocab_size: int | None) -> PretrainedConfig
     if block.preset is not None:
         if block.preset not in preset_names():
             hint = did_you_mean(block.preset, preset_names())
-            raise UserError(f"model.preset: {block.preset!r} found{hint}; one of {preset_names()} is needed")
+            raise UserError(f"model.preset: expected one of {preset_names()}, got {block.preset!r}{hint}")
         settings = json.loads(_presets().joinpath(f"{block.preset}.json").read_text())
     settings |= block.config
     if vocab_size is not None:

@@ -91,7 +91,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     parsed = config.parsed
     missing = [key for key in ("model", "data", "training", "logging", "optimizer") if getattr(parsed, key) is None]
     if missing:
-        raise config.error(*(f"{key}: this block is needed" for key in missing))
+        raise config.error(*(f"{key}: expected this block, got none" for key in missing))
     assert parsed.model is not None
     assert parsed.data is not None
     assert parsed.training is not None
@@ -150,8 +150,8 @@ def _check_schedule(config: Config, training: TrainingBlock) -> None:
         return
     if schedule.type == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > steps:
         raise config.error(
-            f"training.lr_schedule: {schedule.warmup_steps} warmup_steps and {schedule.decay_steps} decay_steps found;"
-            f" together at most training.steps, {steps}, are allowed"
+            f"training.lr_schedule: expected at most training.steps, {steps}, as warmup_steps and decay_steps together,"
+            f" got {schedule.warmup_steps} and {schedule.decay_steps}"
         )
     if schedule.warmup_steps >= steps and process_rank() == 0:
         warnings.warn(

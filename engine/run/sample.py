@@ -20,7 +20,7 @@ def check_prompt(prompt: str, tokenizer_folder: Path | None) -> None:
     if tokenizer_folder is None:
         raise UserError("training.sample_prompt: token files carry no tokenizer; name one as data.tokenizer")
     if not load_tokenizer(tokenizer_folder)(prompt, add_special_tokens=False)["input_ids"]:
-        raise UserError(f"training.sample_prompt: {prompt!r} found, which has no tokens")
+        raise UserError(f"training.sample_prompt: expected at least one token, got {prompt!r}")
 
 
 @torch.no_grad()

@@ -199,8 +199,8 @@ class _Run:
                 raise UserError(f"{folder}: the run was trained on other data than data.train names now").shared()
             if step > self.plan.training.steps:
                 raise UserError(
-                    f"training.steps: {self.plan.training.steps} found, but {self.plan.run_dir} has been trained for"
-                    f" {step}; use --fresh or another logging.run_dir"
+                    f"training.steps: expected at least the {step} steps that {self.plan.run_dir} has been trained for,"
+                    f" got {self.plan.training.steps}; use --fresh or another logging.run_dir"
                 ).shared()
             self.history.update(state["history"])
             _follow_schedule(self.engine.lr_scheduler)
@@ -346,7 +346,7 @@ class _Run:
         # The first steps build what later ones reuse.
         records = step_records(plan.run_dir)
         if not records:
-            raise UserError(f"{plan.run_dir}/{METRICS}: no training step found, so no summary can be made of the run")
+            raise UserError(f"{plan.run_dir}/{METRICS}: expected a training step to make a summary of, got none")
         measured = records[2:] or records
         median = {
             phase: statistics.median(record["seconds"][phase] for record in measured)

@@ -57,7 +57,7 @@ def _problem(order: dict[str, Any]) -> str | None:
         import torch
 
         if 0 < torch.cuda.device_count() < order["processes"]:
-            return f"{torch.cuda.device_count()} GPUs found, {order['processes']} process ranks are asked for"
+            return f"expected a GPU for each of {order['processes']} process ranks, got {torch.cuda.device_count()}"
     if order["listen"] is not None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

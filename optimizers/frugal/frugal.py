@@ -67,7 +67,7 @@ class Frugal(ShardedOptimizer[FrugalOptions]):
     def __init__(self, model: nn.Module, options: FrugalOptions) -> None:
         self.saves_traffic = options.reduction == "majority_vote"
         if self.saves_traffic and not dist.is_initialized():
-            raise ValueError("reduction: 'majority_vote' needs torch.distributed to be initialised")
+            raise ValueError("reduction: 'majority_vote' expected torch.distributed to be initialised")
         if self.saves_traffic and (wrapper := next(wrappers_of(model), None)) is not None:
             raise ValueError(
                 f"reduction: expected 'mean', got 'majority_vote': {wrapper} averages the gradients before the vote"

@@ -47,7 +47,7 @@ def find_groups(targets: dict[str, nn.Linear], shared_inputs: SharedInputs) -> l
                 groups.append(names)
                 taken.update(names)
             elif shared_inputs != "siblings":
-                raise ValueError(f"shared_inputs[{position}]: layers of one input width are needed, found {widths}")
+                raise ValueError(f"shared_inputs[{position}]: expected layers of one input width, got {widths}")
         if not siblings and shared_inputs != "siblings":
             raise ValueError(f"shared_inputs[{position}]: {list(patterns)} matches no two layers of one module")
     return groups

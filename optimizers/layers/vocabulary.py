@@ -29,8 +29,8 @@ def find_vocabulary(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
     }
     if not found:
         raise ValueError(
-            "vocabulary: 'rows' found, but no nn.Linear outside of the blocks has as many outputs as an nn.Embedding"
-            " has tokens"
+            "vocabulary: 'rows' expected an nn.Linear outside of the blocks with as many outputs as an nn.Embedding has"
+            " tokens, got none"
         )
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     unfit = {name: "is tied" for name, module in found.items() if uses[id(module.weight)] > 1}

@@ -20,7 +20,7 @@ def refuse_wrapped(model: nn.Module, *, in_engine: bool) -> None:
         ValueError: naming the wrapper.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"the model itself is needed, not its parameters; a {type(model).__name__} was given")
+        raise ValueError(f"expected the model itself, not its parameters, got a {type(model).__name__}")
     wrapper = next(wrappers_of(model), None)
     if wrapper is not None:
         raise ValueError(

@@ -38,12 +38,12 @@ def blocks_of(shard: Shard) -> Iterator[Block]:
     So a flat partition, cut anywhere, is multiplied as matrices without copies.
     """
     (first_row, first_column), (_, width) = (shard.box.offsets, shard.box.local) if shard.box else ((0, 0), shard.shape)
-    position, end = shard.start, shard.start + shard.length
+    position, end = shard.local_start, shard.local_start + shard.length
     while position < end:
         row, column = divmod(position, width)
         whole_rows = (end - position) // width if column == 0 else 0
         num_columns = width if whole_rows else min(width - column, end - position)
         place = (first_row + row, first_column + column)
-        block = Block(*place, max(1, whole_rows), num_columns, position - shard.start)
+        block = Block(*place, max(1, whole_rows), num_columns, position - shard.local_start)
         yield block
         position += block.num_rows * block.num_columns

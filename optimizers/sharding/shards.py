@@ -20,7 +20,7 @@ class Shard:
     Attributes:
         name: the parameter's name in the model.
         shape: of the whole parameter.
-        start: position of the first element within the flattened parameter, or within the flattened ``box``.
+        local_start: position of the first element within the flattened ``box``, or parameter where there is none.
         length: number of elements.
         flat: the tensor that the optimizer steps; the key of its state.
         offset: position of the first element within ``flat``.
@@ -29,11 +29,26 @@ class Shard:
 
     name: str
     shape: tuple[int, ...]
-    start: int
+    local_start: int
     length: int
     flat: Tensor
     offset: int
     box: Box | None = None
+
+    @property
+    def start(self) -> int:
+        """Position of the first element within the flattened parameter, in which all are neighbours.
+
+        Raises:
+            ValueError: they are not, as in a row-parallel slice.
+        """
+        runs = list(self.runs())
+        if len(runs) > 1:
+            raise ValueError(
+                f"{self.name}: expected elements that are neighbours in the {self.shape} parameter, got a slice"
+                f" of shape {self.box and self.box.local}, which this optimizer does not work on"
+            )
+        return runs[0][0] if runs else 0
 
     @property
     def position(self) -> int | Tensor:
@@ -41,15 +56,17 @@ class Shard:
         where they are not neighbours in it. What hashes positions (rounding) takes either.
         """
         if self.box is None:
-            return self.start
-        runs = list(self.box.runs(self.start, self.length))
-        return runs[0][0] if len(runs) == 1 else self.box.positions(self.start, self.length, self.flat.device)
+            return self.local_start
+        runs = list(self.runs())
+        if len(runs) == 1:
+            return runs[0][0]
+        return self.box.positions(self.local_start, self.length, self.flat.device)
 
     def runs(self) -> Iterator[tuple[int, int, int]]:
         """The shard as runs of the flattened parameter: position in it, position in the shard, length."""
         if self.box is None:
-            return iter([(self.start, 0, self.length)])
-        return self.box.runs(self.start, self.length)
+            return iter([(self.local_start, 0, self.length)])
+        return self.box.runs(self.local_start, self.length)
 
     def of(self, tensor: Tensor) -> Tensor:
         """This piece of ``flat``, or of a tensor shaped like it (gradient, state), as a 1-D view."""

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.compare import Phases, interleave
 from benchmarks.gpu import __main__ as command_line
-from benchmarks.gpu import offload_bits
+from benchmarks.gpu import offload_bits, whole_run
 from benchmarks.gpu.methods import COMPARED
 from benchmarks.gpu.offload import CASES
 from benchmarks.gpu.report import render, table
@@ -25,9 +25,9 @@ ABSENT = ("deepspeed", "pydantic", "rich", "typer", "hjson")
 GPU = {"device": "GPU A", "driver": "1", "torch": "2"}
 
 
-def figures_of(names: list[str], folder: Path) -> list[dict[str, Any]]:
-    """What stages print in a process in which nothing of ``ABSENT`` can be imported."""
-    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({ABSENT!r})\n")
+def figures_of(names: list[str], folder: Path, absent: tuple[str, ...]) -> list[dict[str, Any]]:
+    """What stages print in a process in which nothing of ``absent`` can be imported."""
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({absent!r})\n")
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-m", "benchmarks.gpu", *names, "--device", "cpu", "--small"],
         cwd=ROOT,
@@ -41,7 +41,7 @@ def figures_of(names: list[str], folder: Path) -> list[dict[str, Any]]:
 
 
 def test_every_stage_without_deepspeed(tmp_path: Path) -> None:
-    found = figures_of(list(STAGES), tmp_path)
+    found = figures_of([name for name in STAGES if name != "whole_run"], tmp_path, ABSENT)
 
     def take(count: int, *keys: str) -> list[dict[str, Any]]:
         taken, found[:count] = found[:count], []
@@ -75,6 +75,15 @@ def test_every_stage_without_deepspeed(tmp_path: Path) -> None:
     assert all(row["fits"] for row in take(2, "fits", *peaks))
     assert [row["case"] for row in take(2, *own, "tokens/s")] == ["AdamW, fused", "Grass 1/8, fused"]
     assert found == []
+
+
+def test_a_whole_run_without_deepspeed(tmp_path: Path) -> None:
+    dense, compact, offloaded = figures_of(["whole_run"], tmp_path, ("deepspeed",))
+    assert [row.pop("case") for row in (dense, compact, offloaded)] == list(whole_run.cases(""))
+    assert compact["optimizer state MiB"] < dense["optimizer state MiB"] / 4
+    assert [offloaded[key] for key in ("steps", "loss", "validation loss")] == [
+        compact[key] for key in ("steps", "loss", "validation loss")
+    ]
 
 
 def test_other_bits_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,17 +44,17 @@ def refuse(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     [
         ("gradient_cliping=1", "gradient_cliping: unknown key; did you mean 'gradient_clipping'?"),
         ("zero_optimization.offload_optimizer.devise=cpu", "devise: unknown key; did you mean 'device'?"),
-        ("data.sequence_length=long", 'data.sequence_length: "long" found; input should be a valid integer'),
+        ("data.sequence_length=long", 'data.sequence_length: expected a valid integer, got "long"'),
         ("optimizer.params.density=1.5", "optimizer.params.density: expected a number in (0, 1] or None, got 1.5"),
         ('optimizer.params={"rank": 33}', "rank: 33 is above the 32 columns (in_features) of 'model.layers.0."),
         ('optimizer.params.target_modules=["*.query"]', "'*.query' matches no nn.Linear. The model's linears: model."),
         ('data.train=["missing/*.txt"]', "data.train: 'missing/*.txt' names no file"),
-        ("data.sequence_length=64", "data.sequence_length: 64 found, the model reads at most 32 tokens"),
+        ("data.sequence_length=64", "data.sequence_length: expected at most the model's 32 tokens, got 64"),
         ("logging.run_dir=/proc/run", "logging.run_dir: /proc/run cannot be written"),
         ("fp16.enabled=true", "fp16.enabled: does not work with Grass: fp16 loss scaling is not supported, use bf16"),
-        ("train_batch_size=7", "train_batch_size: 7 found, which is not"),
+        ("train_batch_size=7", "train_batch_size: expected train_micro_batch_size_per_gpu (3) x"),
         ("model.config.hiden_size=3", "model.config.hiden_size: unknown key for llama; did you mean 'hidden_size'?"),
-        ('model={"preset": "llama-2t"}', "'llama-2t' found; did you mean 'llama-7b'?; one of ['llama-130m'"),
+        ('model={"preset": "llama-2t"}', "'llama-7b'], got 'llama-2t'; did you mean 'llama-7b'?"),
         ('model={"path": "nowhere"}', "model.path: nowhere holds no Hugging Face model"),
         ('model.config.hidden_size="x"', "model.config: "),
         ("model.config.num_attention_heads=5", "model.config: "),
@@ -62,12 +62,12 @@ def refuse(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         ("model.config.hidden_act=foo", "model.config: KeyError"),
         (
             'training.lr_schedule={"type": "wsd", "decay_steps": 13}',
-            "training.lr_schedule: 0 warmup_steps and 13 decay_steps found",
+            "lr_schedule: expected at most training.steps, 12, as warmup_steps and decay_steps together, got 0",
         ),
-        ("training.sample_prompt=", "training.sample_prompt: '' found, which has no tokens"),
+        ("training.sample_prompt=", "training.sample_prompt: expected at least one token, got ''"),
         ('optimizer.params.param_groups=[{"params": ["no"]}]', "param_groups[0]: ['no'] matches no trainable"),
         ("managed_gradient_accumulation=false", "managed_gradient_accumulation: expected true, got false"),
-        ("training.steps=0", "training.steps: 0 found; input should be greater than 0"),
+        ("training.steps=0", "training.steps: expected greater than 0, got 0"),
     ],
 )  # fmt: skip
 def test_each_is_one_line_that_names_it(refuse: Any, override: str, message: str) -> None:
@@ -80,7 +80,7 @@ def test_blocks_that_are_missing_are_named(call: Call, tmp_path: Path) -> None:
     result = call("train", str(path))
     assert result.returncode == 2
     for block in ("model", "data", "training", "logging", "optimizer"):
-        assert f"{path}: {block}: this block is needed" in result.stderr
+        assert f"{path}: {block}: expected this block, got none" in result.stderr
 
 
 def test_token_files_that_disagree(refuse: Any, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_data_shorter_than_a_sample(refuse: Any, tmp_path: Path) -> None:
 
     write_tokens(tmp_path / "a", [[1] * 20, [1] * 20], vocab_size=100)
     message = refuse(f'data={{"train": ["{tmp_path}/a"], "sequence_length": 32}}', "model.config.vocab_size=100")
-    assert "a.bin: 1 tokens found, one sample of data.sequence_length needs 32" in message
+    assert "a.bin: expected at least the 32 tokens of one data.sequence_length, got 1" in message
 
 
 def test_an_error_of_all_ranks_is_told_once_and_stops_all(corpus: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> Ddp
 def _make_optimizer(config: Config, model: nn.Module, traffic: DdpTraffic) -> torch.optim.Optimizer:
     block, options = config.parsed.optimizer, config.optimizer_options
     if block is None:
-        raise config.error("optimizer: this block is needed")
+        raise config.error("optimizer: expected this block, got none")
     try:
         if options is not None:
             backend = LocalBackend(one_for_all(CountedCommunicator(traffic)))

@@ -200,7 +200,7 @@ def _per_group_rates(config: Config, scheduler: dict[str, Any], optimizer: Engin
     base = optimizer.defaults["lr"]
     if base == 0.0:
         raise config.error(
-            "optimizer.params.lr: 0 found; with a scheduler it is what the groups' rates are relative to"
+            "optimizer.params.lr: expected more than 0 with a scheduler, which keeps the groups' rates relative to it"
         )
     proportions = [group["lr"] / base for group in optimizer.param_groups]
     params = dict(scheduler.get("params", {}))

@@ -233,7 +233,11 @@ def _name_problems(
         return [f"{block}.type: {error}"]
     if allowed is None or not isinstance(params, dict):
         return []
-    needed = [f"{block}.params.{key}: this key is needed for {name}" for key in required_of(name) if key not in params]
+    needed = [
+        f"{block}.params.{key}: expected this key for {name}, got none"
+        for key in required_of(name)
+        if key not in params
+    ]
     return unknown_names(f"{block}.params", name, params, allowed) + needed
 
 

@@ -64,7 +64,7 @@ def check_supported(
         problems.append(f"model: does not work with {name}: pipeline parallelism is not supported yet")
     if config.zero_stage != 3 and model is not None and any(hasattr(p, "ds_id") for p in model.parameters()):
         problems.append(
-            f"zero_optimization.stage: {config.zero_stage} found; a model built under deepspeed.zero.Init needs 3"
+            f"zero_optimization.stage: expected 3 for a model built under deepspeed.zero.Init, got {config.zero_stage}"
         )
     if model is not None and any(not getattr(p, "allreduce", True) for p in model.parameters()):
         problems.append(f"model: does not work with {name}: mixture of experts is not supported yet")
@@ -119,13 +119,13 @@ def _unsupported_zero(config: Config) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     optimizer, parameters = zero.offload_optimizer, zero.offload_param
     if optimizer is not None and optimizer.ratio != 1.0:
-        found.append(("offload_optimizer.ratio", "1.0 is needed, the rest would run DeepSpeed's own Adam"))
+        found.append(("offload_optimizer.ratio", "expected 1.0, the rest would run DeepSpeed's own Adam"))
     if optimizer is not None and optimizer.super_offload:
         found.append(("offload_optimizer.super_offload", "it runs DeepSpeed's own Adam"))
     if parameters is not None and parameters.device == "nvme":
         found.append(("offload_param.device", "nvme is not supported yet, use cpu"))
     if zero.zero_hpz_partition_size > 1:
-        found.append(("zero_hpz_partition_size", "1 is needed, secondary shards would not see the folded weights"))
+        found.append(("zero_hpz_partition_size", "expected 1, secondary shards would not see the folded weights"))
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if getattr(zero, key):
             found.append((key, "the frozen weights hold trained values"))

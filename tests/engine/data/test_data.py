@@ -111,7 +111,7 @@ def test_a_document_of_several_sequences_is_one_document(tmp_path: Path) -> None
     ("spoil", "message"),
     [
         (lambda p: os.truncate(f"{p}.bin", 6), r"a\.bin has 6 bytes, .*a\.idx describes 14: they do not match"),
-        (lambda p: os.truncate(f"{p}.idx", 40), r"a\.idx: 40 bytes found, its header asks for .*cut short"),
+        (lambda p: os.truncate(f"{p}.idx", 40), r"a\.idx: cut short: its header says .* bytes, got 40"),
         (lambda p: Path(f"{p}.idx").write_bytes(b"hello"), r"a\.idx: not a Megatron index"),
         (lambda p: Path(f"{p}.bin").unlink(), r"a\.bin: no such file"),
         (lambda p: write(p, []), r"a\.bin: empty"),
@@ -134,9 +134,9 @@ def test_packing_cuts_streams_and_drops_the_rest(tmp_path: Path) -> None:
         [13, 14, 15],
         [16, 17, 18],
     ]
-    with pytest.raises(DataError, match=r"a: token 5 found, the model's vocabulary has 5"):
+    with pytest.raises(DataError, match=r"a: expected tokens below the model's vocab_size, 5, got 5"):
         PackedTokens(streams, sequence_length=3, vocab_size=5)[1]
-    with pytest.raises(DataError, match=r"7 tokens found, one sample of data\.sequence_length needs 8"):
+    with pytest.raises(DataError, match=r"expected at least the 8 tokens of one data\.sequence_length, got 7"):
         PackedTokens(streams[:1], sequence_length=8, vocab_size=100)
 
 
@@ -239,7 +239,7 @@ def test_the_fingerprint_of_token_files_follows_the_tokens(tmp_path: Path) -> No
     ("files", "options", "message"),
     [
         ({}, {"train": ["nothing*.txt"]}, r"data\.train: '.*nothing\*\.txt' names no file"),
-        ({"a.txt": ""}, {"train": ["a.txt"]}, r"data\.train: the 1 files found are empty"),
+        ({"a.txt": ""}, {"train": ["a.txt"]}, r"data\.train: expected text, got 1 empty files"),
         (
             {"a.txt": "x\n"},
             {"train": ["a.txt"], "validation": ["b.txt"]},
@@ -247,7 +247,7 @@ def test_the_fingerprint_of_token_files_follows_the_tokens(tmp_path: Path) -> No
         ),
         ({"a.txt": b"\xff\xfe"}, {"train": ["a.txt"]}, r"a\.txt: not UTF-8 text"),
         ({"a.txt": "x y z\n" * 20}, {"train": ["a.txt"]}, r"data\.vocab_size: no tokenizer of 600 pieces"),
-        ({"a.txt": "x"}, {"train": ["a.txt"], "tokenizer": "none"}, r"data\.tokenizer: .*none: a Hugging Face"),
+        ({"a.txt": "x"}, {"train": ["a.txt"], "tokenizer": "none"}, r"data\.tokenizer: expected a Hugging Face tokenizer folder or .*none"),
         ({"a.bin": "x", "b.txt": "x"}, {"train": ["a.bin", "b.txt"]}, r"token files .* and text files are mixed"),
     ],
 )

@@ -143,7 +143,7 @@ def test_evaluation_stores_nothing_and_destroy_closes(one_rank: RankPool, tmp_pa
         ({"path": "/proc/self/status"}, "activation_offload.path: /proc/self/status: not a folder"),
         ({"path": "{tmp}", "capacity_bytes": 1 << 60}, "more bytes free, got"),
         ({"path": "{tmp}", "backend": "gds"}, "activation_offload: backend: gds cannot be used"),
-        ({}, "activation_offload.path: this key is needed"),
+        ({}, "activation_offload.path: expected this key, got none"),
         ({"path": "{tmp}", "keep_resident": 1.5}, "activation_offload.keep_resident"),
         ({"path": "{tmp}", "granularty": "layers"}, "did you mean 'granularity'"),
         ({"path": "{tmp}", "buffer_bytes": 0}, "activation_offload.buffer_bytes"),

@@ -542,7 +542,7 @@ def test_which_vocabularies_stay_dense() -> None:
     assert not {"lm_head", "model.embed_tokens"} & {layer.name for layer in tied.layers}
     untied = Grass(llama(), density=0.25, vocabulary="rows")
     assert {"lm_head", "model.embed_tokens"} <= {layer.name for layer in untied.layers}
-    with pytest.raises(ValueError, match=r"vocabulary: 'rows' found, but no nn\.Linear outside"):
+    with pytest.raises(ValueError, match=r"vocabulary: 'rows' expected an nn\.Linear outside"):
         Grass(nn.ModuleList([nn.Linear(8, 8)]), density=0.5, target_modules=["0"], vocabulary="rows")
     sparse = tiny()
     sparse.embed.sparse = True

@@ -64,6 +64,18 @@ def test_blocks_and_runs_say_where_in_the_whole_they_lie(box: Box, first: int, l
     assert torch.equal(box.positions(first, shard.length), piece)
 
 
+@EACH
+@CUTS
+def test_the_start_is_one_of_the_whole_or_refused(box: Box, first: int, last: int) -> None:
+    """It was that of the slice once, so that optimizers would have taken other elements for theirs."""
+    shard = shard_of(torch.zeros(box.local), box, first, last)
+    if len(list(shard.runs())) == 1:
+        assert shard.start == slice_of(torch.arange(70).view(SHAPE), box).flatten()[first]
+    else:
+        with pytest.raises(ValueError, match=r"w: expected elements that are neighbours"):
+            _ = shard.start
+
+
 def test_how_many_runs_a_slice_is() -> None:
     """A column-parallel slice is one run of the flattened matrix; a row-parallel one is one for each row."""
     counts = {name: len(list(box.runs(0, box.local[0] * box.local[1]))) for name, box in BOXES.items()}

@@ -39,7 +39,7 @@ def test_combinations_that_would_not_do_what_they_say(one_rank: RankPool) -> Non
     (found,) = one_rank.run(refusals)
     assert "an optimizer was passed to initialize, and the configuration names another" in found[0]
     assert "the Grass that was passed to initialize was made from another model" in found[1]
-    assert "zero_optimization.stage: 1 found; a model built under deepspeed.zero.Init needs 3" in found[2]
+    assert "zero_optimization.stage: expected 3 for a model built under deepspeed.zero.Init, got 1" in found[2]
     assert "refused by DeepSpeed" in found[3]
     assert "untested ZeRO Optimizer" in found[3]
 
