@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from narrowgauge.offload.backends.deepspeed_build import prefer_own_ninja
 from tests.support.cases import mark_the_rest_slow
 from tests.support.ranks import RankPool
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small, and two run side by side
+prefer_own_ninja()
 
 _FOLDER = Path(__file__).parent
 _START_PROCESSES = [

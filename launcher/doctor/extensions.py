@@ -4,7 +4,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import sysconfig
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,13 @@ from torch.utils.cpp_extension import get_cxx_compiler
 
 from narrowgauge.engine.backends.deepspeed.extensions import ensure_extensions, uncompiled_extensions
 from narrowgauge.offload.backends import BACKENDS
-from narrowgauge.offload.backends.deepspeed_build import build_folder, outdated, remove_stale_locks, stale_locks
+from narrowgauge.offload.backends.deepspeed_build import (
+    build_folder,
+    outdated,
+    prefer_own_ninja,
+    remove_stale_locks,
+    stale_locks,
+)
 
 from .finding import Finding, first_line
 from .packages import install_packages
@@ -45,12 +50,10 @@ def check_compiler() -> list[Finding]:
         found.append(Finding("ok", "C++ compiler", _first_line_of(compiler, "--version")))
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         found.append(Finding(status, "Python.h", "not installed", install_packages("python3-dev")))
-    ninja, beside = shutil.which("ninja"), Path(sys.executable).parent / "ninja"
+    prefer_own_ninja()
+    ninja = shutil.which("ninja")
     if ninja is not None:
         found.append(Finding("ok", "ninja", _first_line_of(ninja, "--version")))
-    elif beside.is_file():
-        cure = f"export PATH={shlex.quote(str(beside.parent))}:$PATH"
-        found.append(Finding(status, "ninja", "in this environment, but not on PATH", cure))
     else:
         found.append(Finding(status, "ninja", "not on PATH", install_packages("ninja-build")))
     return found

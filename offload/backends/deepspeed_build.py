@@ -9,6 +9,8 @@ import ctypes
 import fcntl
 import os
 import re
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +80,18 @@ def import_compiled(name: str, *, symbols_for_others: bool = False) -> Any:
     return module
 
 
+def prefer_own_ninja() -> None:
+    """Let this process, and those it starts, compile with the ninja of its environment rather than the system's.
+
+    PyTorch takes the first on PATH. Each version of ninja takes the other's builds for out of date, so that what was
+    built by ``narrowgauge build`` was compiled again, for minutes, by a run in an activated environment.
+    """
+    own = Path(sys.executable).parent
+    path = os.environ.get("PATH", os.defpath)
+    if shutil.which("ninja", path=str(own)) is not None and not path.startswith(f"{own}{os.pathsep}"):
+        os.environ["PATH"] = f"{own}{os.pathsep}{path}"
+
+
 def build_extension(
     builder: Any,
     *,
@@ -96,6 +110,7 @@ def build_extension(
     Raises:
         ImportError, OSError, RuntimeError: it cannot be compiled or loaded here.
     """
+    prefer_own_ninja()
     folders = [build_folder(name) for name in (*needs, builder.name)]
     with _one_at_a_time(folders[0].parent, announce):
         for folder in folders:
