@@ -14,29 +14,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small, and two run side by side
 prefer_own_ninja()
 
-_FOLDER = Path(__file__).parent
-_START_PROCESSES = [
-    _FOLDER / name
-    for name in (
-        "cluster",
-        "engine/backends/ddp/test_train.py",
-        "engine/ranks",
-        "engine/run",
-        "launcher",
-        "support/test_slow_stage.py",
-        "test_docs.py",
-        "test_examples.py",
-    )
-]
-_POOLS = {"one_rank", "two_ranks", "three_ranks"}
+# Hosts, SLURM and launchers of a whole machine, signals that must arrive in time.
+_ALONE = [Path(__file__).parent / name for name in ("cluster", "engine/ranks", "launcher/launch")]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_the_rest_slow(items)
     for item in items:
-        uses_pool = _POOLS.intersection(getattr(item, "fixturenames", ()))
-        if uses_pool or any(item.path.is_relative_to(folder) for folder in _START_PROCESSES):
+        if any(item.path.is_relative_to(folder) for folder in _ALONE):
             item.add_marker(pytest.mark.alone)
 
 

@@ -7,6 +7,7 @@ fork of it. A call that raises or hangs on any rank ends all of them, and the ne
 import importlib
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -58,9 +59,12 @@ class RankPool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["deepspeed"])
         rendezvous = tempfile.mktemp(prefix="narrowgauge-ranks-")  # noqa: S306 (the store makes the file)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         for rank in range(self._world_size):
             own, other = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self._world_size, rendezvous, other), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self._world_size, rendezvous, port, other), daemon=True)
             process.start()
             other.close()
             self._processes.append(process)
@@ -73,10 +77,10 @@ class RankPool:
         self._processes, self._pipes = [], []
 
 
-def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, rendezvous: str, port: int, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "1")  # DeepSpeed wants it set; the group is made from a file
+    # The group is made from a file; DeepSpeed names its shared memory after these, which must differ between pools.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import deepspeed
     import torch
     import torch.distributed as dist
