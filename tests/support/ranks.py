@@ -64,7 +64,8 @@ class RankPool:
             port = probe.getsockname()[1]
         for rank in range(self._world_size):
             own, other = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self._world_size, rendezvous, port, other), daemon=True)
+            args = (rank, self._world_size, rendezvous, port, other)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             other.close()
             self._processes.append(process)
