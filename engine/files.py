@@ -8,6 +8,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
+
+def local_path(text: str, key: str) -> Path:
+    """A path as the user gives it, ``~`` and ``~user`` replaced.
+
+    Args:
+        key: the configuration key, for messages.
+
+    Raises:
+        UserError: no file can have this name.
+    """
+    if "\0" in text:
+        raise UserError(f"{key}: expected a path, got {text!r} with a NUL character")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}: expected a path, got {text!r}: there is no such user, or no home folder") from error
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one go."""

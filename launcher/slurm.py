@@ -90,7 +90,7 @@ def show_status(config: Path, overrides: Sequence[str], console: Console) -> Non
 def _run_dir(config: Config) -> Path:
     if config.parsed.logging is None or config.parsed.training is None:
         raise config.error("logging and training: expected these blocks, got none")
-    return Path(config.parsed.logging.run_dir).expanduser()
+    return local_path(config.parsed.logging.run_dir, "logging.run_dir")
 
 
 def _lines(path: Path) -> list[str]:

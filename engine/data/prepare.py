@@ -1,16 +1,8 @@
-"""From ``data`` in the configuration to packed samples, through a cache keyed by content.
+"""From ``data`` in the configuration to packed samples, through a cache keyed by content."""
 
-Whatever is built (a tokenizer, token files) is built by one process of the machine, aside, and renamed into place;
-the others wait for the lock and find it. Nothing here needs a process group.
-"""
-
-import fcntl
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +11,17 @@ import numpy.typing as npt
 
 from ..config.run_blocks import DataBlock
 from ..errors import DataError
+from ..files import local_path
+from .cache import build_once, cache_key
 from .corpus import content_hash, expand, is_token_prefix, read_pieces, stdlib_files, token_prefix
-from .tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer, wrap_sentencepiece
+from .holdout import Holdout
+from .plain_text import check_plain_text
+from .tokenizer import load_tokenizer, sentencepiece_hash, tokenizer_hash, train_tokenizer, wrap_sentencepiece
 from .tokens import TokenFile, write_tokens
 
-_FORMAT = 1
 _BATCH_PIECES = 64
+# Of the share asked for: how far a document's bound may be from it.
+_TOLERANCE = 0.1
 Streams = list[tuple[Path, npt.NDArray[Any]]]
 
 
@@ -55,7 +52,7 @@ def prepare_data(block: DataBlock, notify: Callable[[str], None] = lambda text: 
     Raises:
         DataError: files are missing, empty, damaged or of mixed kinds, or the cache cannot be written.
     """
-    cache = Path(block.cache_dir).expanduser()
+    cache = local_path(block.cache_dir, "data.cache_dir")
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -65,11 +62,13 @@ def prepare_data(block: DataBlock, notify: Callable[[str], None] = lambda text: 
     kinds = {is_token_prefix(path) for path in files + validation}
     if kinds == {True, False}:
         raise DataError("data: token files (.bin/.idx) and text files are mixed; one kind is allowed")
-    return (
-        _prepare_tokens(block, cache, files, validation)
-        if kinds == {True}
-        else _prepare_text(block, cache, files, validation, notify)
-    )
+    if kinds == {True}:
+        return _prepare_tokens(block, cache, files, validation)
+    if block.train != "stdlib":
+        for key, named in (("data.train", files), ("data.validation", validation)):
+            for path in named:
+                check_plain_text(path, key)
+    return _prepare_text(block, cache, files, validation, notify)
 
 
 def _prepare_tokens(block: DataBlock, cache: Path, files: list[Path], validation: list[Path]) -> PreparedData:
@@ -77,25 +76,28 @@ def _prepare_tokens(block: DataBlock, cache: Path, files: list[Path], validation
     held_out = list(dict.fromkeys(map(token_prefix, validation)))
     train: Streams = []
     valid: Streams = [(file.bin_path, file.tokens) for file in map(TokenFile, held_out)]
+    owed = 0.0
     for file in map(TokenFile, prefixes):
-        end = len(file.tokens) if held_out else _last_documents(file, block.validation_fraction)
+        owed += 0.0 if held_out else block.validation_fraction * len(file.tokens)
+        end = _last_documents(file, owed)
+        owed -= len(file.tokens) - end
         train.append((file.bin_path, file.tokens[:end]))
         if not held_out:
             valid.append((file.bin_path, file.tokens[end:]))
     content = content_hash([Path(f"{p}{end}") for p in prefixes + held_out for end in (".idx", ".bin")], cache)
-    folder = _own_tokenizer(block, cache) if block.tokenizer is not None else None
-    vocab_size = len(load_tokenizer(folder)) if folder is not None else None
-    fingerprint = _key("token files", content, block.validation_fraction, len(held_out))
-    return PreparedData(train, valid, folder, vocab_size, fingerprint)
+    tokenizer, _ = _own_tokenizer(block, cache) if block.tokenizer is not None else (None, None)
+    vocab_size = len(load_tokenizer(tokenizer)) if tokenizer is not None else None
+    fingerprint = cache_key("token files", content, block.validation_fraction, len(held_out))
+    return PreparedData(train, valid, tokenizer, vocab_size, fingerprint)
 
 
-def _last_documents(file: TokenFile, fraction: float) -> int:
-    """Where the last ``fraction`` of the tokens starts, at the document's bound before it unless that is far off."""
-    wanted = len(file.tokens) * (1 - fraction)
-    ends = file.document_ends
-    position = int(np.searchsorted(ends, wanted, side="right"))
-    bound = int(ends[position - 1]) if position else 0
-    return bound if len(file.tokens) - bound <= 2 * fraction * len(file.tokens) else int(wanted)
+def _last_documents(file: TokenFile, wanted: float) -> int:
+    """Where the last ``wanted`` tokens start: at the nearest document's bound unless that is too far from them."""
+    num_tokens = len(file.tokens)
+    start = num_tokens - min(max(round(wanted), 0), num_tokens)
+    bounds = np.concatenate(([0], file.document_ends))
+    nearest = int(bounds[np.abs(bounds - start).argmin()])
+    return nearest if abs(nearest - start) <= _TOLERANCE * min(num_tokens - start, start) else start
 
 
 def _prepare_text(
@@ -110,65 +112,50 @@ def _prepare_text(
     if next(pieces(files), None) is None:
         raise DataError(f"data.train: expected text, got {len(files)} empty files")
     if block.tokenizer is not None:
-        folder = _own_tokenizer(block, cache)
+        folder, tokenizer = _own_tokenizer(block, cache)
     else:
 
         def learn(target: Path) -> None:
             notify(f"training a tokenizer of {block.vocab_size} pieces on {len(files)} text files")
             train_tokenizer(lambda: (text for text, _ in pieces(files)), block.vocab_size, target)
 
-        folder = _build_once(cache / "tokenizers" / _key("sentencepiece-bpe", content, block.vocab_size), learn)
-    held_out = None if validation else block.validation_fraction
-    key = _key("tokens", content, tokenizer_hash(folder), held_out)
+        folder = build_once(cache / "tokenizers" / cache_key("sentencepiece-bpe", content, block.vocab_size), learn)
+        tokenizer = load_tokenizer(folder)
+    fraction = None if validation else block.validation_fraction
+    key = cache_key("tokens", content, tokenizer_hash(tokenizer), fraction, embedded)
 
     def tokenize(target: Path) -> None:
         notify(f"tokenizing {len(files) + len(validation)} text files")
-        tokenizer = load_tokenizer(folder)
         target.mkdir()
-        choose = (
-            (lambda text: False)
-            if validation
-            else _holdout((text for text, _ in pieces(files)), block.validation_fraction)
-        )
-        for name, source, chosen in (("train", files, False), ("validation", validation or files, not validation)):
-            selected = (piece for piece in pieces(source) if choose(piece[0]) == chosen)
+        if fraction is None:
+            parts = {"train": pieces(files), "validation": pieces(validation)}
+        else:
+            holdout = Holdout(pieces(files), fraction)
+            parts = {"train": holdout.select(pieces(files), False), "validation": holdout.select(pieces(files), True)}
+        for name, selected in parts.items():
             if write_tokens(target / name, _encode(tokenizer, selected), len(tokenizer)) == 0:
                 raise DataError(f"data.{name}: no text was left for it")
 
-    tokens = _build_once(cache / "tokens" / key, tokenize)
-    streams = {name: TokenFile(tokens / name) for name in ("train", "validation")}
-    vocab_size = len(load_tokenizer(folder))
-    return PreparedData(
-        [(streams["train"].bin_path, streams["train"].tokens)],
-        [(streams["validation"].bin_path, streams["validation"].tokens)],
-        folder,
-        vocab_size,
-        key,
-    )
+    tokens = build_once(cache / "tokens" / key, tokenize)
+    train, held_out = (TokenFile(tokens / name) for name in ("train", "validation"))
+    if len(held_out.tokens) < block.sequence_length <= len(train.tokens):
+        source = f"the {fraction:.2%} of data.validation_fraction" if fraction is not None else "data.validation"
+        raise DataError(
+            f"data.validation: expected at least the {block.sequence_length} tokens of one data.sequence_length, got"
+            f" {len(held_out.tokens)} in {source}"
+        )
+    streams: list[Streams] = [[(file.bin_path, file.tokens)] for file in (train, held_out)]
+    return PreparedData(streams[0], streams[1], folder, len(tokenizer), key)
 
 
-def _own_tokenizer(block: DataBlock, cache: Path) -> Path:
+def _own_tokenizer(block: DataBlock, cache: Path) -> tuple[Path, Any]:
+    """The folder of the user's tokenizer, and the tokenizer."""
     assert block.tokenizer is not None
-    source = Path(block.tokenizer).expanduser()
-    digest = tokenizer_hash(source)
-    if source.is_dir():
-        return source
-    return _build_once(
-        cache / "tokenizers" / _key("wrapped", digest), lambda target: wrap_sentencepiece(source, target)
-    )
-
-
-def _holdout(texts: Iterable[str], fraction: float) -> Callable[[str], bool]:
-    """Choose pieces for validation by the hash of their text: about ``fraction`` of them, at least one, never all.
-
-    Raises:
-        DataError: there is only one piece.
-    """
-    ranks = sorted({hashlib.sha256(text.encode()).digest() for text in texts})
-    if len(ranks) < 2:
-        raise DataError("data.validation: the text has a single piece, nothing can be held out; name files for it")
-    last = ranks[min(max(1, round(fraction * len(ranks))), len(ranks) - 1) - 1]
-    return lambda text: hashlib.sha256(text.encode()).digest() <= last
+    source = local_path(block.tokenizer, "data.tokenizer")
+    if not source.is_dir():
+        key = cache_key("wrapped", sentencepiece_hash(source))
+        source = build_once(cache / "tokenizers" / key, partial(wrap_sentencepiece, source))
+    return source, load_tokenizer(source)
 
 
 def _encode(tokenizer: Any, pieces: Iterable[tuple[str, bool]]) -> Iterator[list[int]]:
@@ -185,23 +172,3 @@ def _encode(tokenizer: Any, pieces: Iterable[tuple[str, bool]]) -> Iterator[list
         if len(batch) == _BATCH_PIECES:
             yield from flush()
     yield from flush()
-
-
-def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()[:32]
-
-
-def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Have one process of this machine build ``target``; return it once it is there, whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{target}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists():
-            return target
-        aside = Path(f"{target}.tmp-{os.getpid()}")
-        try:
-            build(aside)
-            aside.rename(target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return target

@@ -21,6 +21,7 @@ from ..config.run_blocks import DataBlock, LoggingBlock, ModelBlock, TrainingBlo
 from ..data.packed import PackedTokens
 from ..data.prepare import PreparedData, prepare_data
 from ..errors import UserError
+from ..files import local_path
 from ..offload.attach import check_offload
 from ..ranks.agreement import agree
 from ..ranks.environment import process_rank, world_size
@@ -100,7 +101,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     backend.check(config)
     _check_schedule(config, parsed.training)
     batches = config.batches(backend.data_parallel_size(config, world_size()))
-    run_dir = Path(parsed.logging.run_dir).expanduser()
+    run_dir = local_path(parsed.logging.run_dir, "logging.run_dir")
     if fresh:
         run_dir = folder_beside(run_dir)
         check_writable(run_dir.parent)

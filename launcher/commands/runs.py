@@ -18,13 +18,14 @@ def train(
 ) -> None:
     """Train a model. Runs alone, under torchrun, and under deepspeed; resumes where its run folder has a checkpoint."""
     from narrowgauge.engine.config.json_file import apply_overrides, read_json
+    from narrowgauge.engine.files import local_path
     from narrowgauge.engine.run_folder import finished_summary
 
     raw = read_json(config)
     apply_overrides(raw, set_ or [])
     run_dir = raw.get("logging", {}).get("run_dir") if isinstance(raw.get("logging"), dict) else None
     if isinstance(run_dir, str) and not fresh:
-        summary = finished_summary(Path(run_dir).expanduser(), raw)
+        summary = finished_summary(local_path(run_dir, "logging.run_dir"), raw)
         if summary is not None:
             _show_finished(summary, run_dir)
             return

@@ -1,0 +1,74 @@
+"""Whether a file is plain text. Records, compressed and binary files would be trained on as the characters they are
+written with.
+"""
+
+import re
+from pathlib import Path
+
+from ..errors import DataError
+
+_START_BYTES = 1 << 16
+_BY_NAME = {
+    "JSON": ("json", "jsonl", "ndjson", "geojson", "ipynb"),
+    "comma- or tab-separated values": ("csv", "tsv"),
+    "Parquet": ("parquet",),
+    "Arrow": ("arrow", "feather", "ipc"),
+    "records": ("avro", "orc", "tfrecord", "tfrecords", "msgpack", "mds", "sqlite", "db", "h5", "hdf5", "xlsx", "xls"),
+    "compressed": ("gz", "tgz", "zst", "bz2", "xz", "lzma", "lz4", "br", "zip", "7z", "rar", "tar"),
+    "arrays or weights": ("npy", "npz", "pt", "pth", "ckpt", "safetensors", "gguf", "pkl", "pickle"),
+    "a document with a layout": ("pdf", "docx", "doc", "odt", "epub", "rtf"),
+}
+_SUFFIXES = {f".{suffix}": kind for kind, suffixes in _BY_NAME.items() for suffix in suffixes}
+_BY_START = {
+    b"\x1f\x8b": "compressed (gzip)",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd)",
+    b"BZh": "compressed (bzip2)",
+    b"\xfd7zXZ\0": "compressed (xz)",
+    b"\x04\x22\x4d\x18": "compressed (lz4)",
+    b"PK\x03\x04": "compressed (zip)",
+    b"7z\xbc\xaf\x27\x1c": "compressed (7z)",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\xff\xff\xff\xff": "Arrow",
+    b"Obj\x01": "records (Avro)",
+    b"\x89HDF\r\n\x1a\n": "records (HDF5)",
+    b"SQLite format 3\0": "records (SQLite)",
+    b"\x93NUMPY": "arrays (NumPy)",
+    b"%PDF-": "a document with a layout (PDF)",
+}
+_STRING = r'"(?:[^"\\\n]|\\.)*"'
+# An object with a key; a list of objects, of lists or of several strings.
+_JSON_START = re.compile(rf"\ufeff?\s*(?:\{{\s*{_STRING}\s*:|\[\s*(?:\{{\s*{_STRING}\s*:|\[\s*[\[\"\d]|{_STRING}\s*,))")
+
+
+def check_plain_text(path: Path, key: str) -> None:
+    """Refuse a file that is not plain text, by its name and by how it begins.
+
+    Args:
+        key: the configuration key, for messages.
+
+    Raises:
+        DataError: naming the file and what it is.
+    """
+    kind = _SUFFIXES.get(path.suffix.lower()) or _kind_of(path)
+    if kind is not None:
+        raise DataError(
+            f"{key}: {path}: expected plain text or Megatron's .bin and .idx, got {kind}, which would be trained on as"
+            " it is written; extract its text into a file first"
+        )
+
+
+def _kind_of(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(_START_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    for magic, kind in _BY_START.items():
+        if start.startswith(magic):
+            return kind
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "text in UTF-16"
+    if b"\0" in start:
+        return "bytes that are no text"
+    return "JSON" if _JSON_START.match(start.decode(errors="ignore")) else None
