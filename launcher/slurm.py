@@ -13,6 +13,7 @@ from rich.table import Table
 from narrowgauge.engine.config.config import Config, load_config
 from narrowgauge.engine.config.launch_block import LaunchBlock
 from narrowgauge.engine.errors import UserError
+from narrowgauge.engine.files import local_path
 from narrowgauge.engine.report.metrics import step_records
 from narrowgauge.engine.run_folder import METRICS, STARTS, SUMMARY
 

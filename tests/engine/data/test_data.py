@@ -243,9 +243,7 @@ def test_a_long_last_document_is_cut_rather_than_held_out_whole(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("num_files", "length", "fraction"), [(1, 1000, 0.02), (40, 30, 0.02), (7, 150, 0.3)])
-def test_token_files_hold_out_the_share_together(
-    tmp_path: Path, num_files: int, length: int, fraction: float
-) -> None:
+def test_token_files_hold_out_the_share_together(tmp_path: Path, num_files: int, length: int, fraction: float) -> None:
     """Each file gave at least one document or token, so many small files gave up to half of all text."""
     prefixes = [str(write(tmp_path / f"f{n}", [[n] * (length // 3)] * 3)) for n in range(num_files)]
     prepared = prepare_data(block(tmp_path, train=prefixes, validation_fraction=fraction))
@@ -306,7 +304,9 @@ def test_a_single_document_is_cut_for_validation(corpus: Path, tmp_path: Path) -
 def test_a_share_without_a_sample_is_named(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text((corpus / "heapq.txt").read_text())
     options = {"sequence_length": 512, "validation_fraction": 0.01}
-    with pytest.raises(DataError, match=r"data\.validation: .* 512 tokens of one data\.sequence_length, got \d+ in the"):
+    with pytest.raises(
+        DataError, match=r"data\.validation: .* 512 tokens of one data\.sequence_length, got \d+ in the"
+    ):
         prepare_data(block(tmp_path, train=[str(tmp_path / "a.txt")], **options))
 
 

@@ -46,7 +46,7 @@ SHAPES = {
 def test_the_share_holds_within_a_tenth(shape: str, fraction: float) -> None:
     """Pieces were counted, not their text: of 2 % asked for, files of 1 to 5 MB gave 0.7 to 99 %."""
     for seed in range(3):
-        rng = random.Random(seed)  # noqa: S311
+        rng = random.Random(seed)
         pieces = [piece for size in SHAPES[shape] for piece in document(rng, size)]
         _, _, share = sides(pieces, fraction)
         assert abs(share - fraction) <= 0.1 * min(fraction, 1 - fraction) + 1e-9
@@ -55,7 +55,7 @@ def test_the_share_holds_within_a_tenth(shape: str, fraction: float) -> None:
 @pytest.mark.parametrize("copies", [1, 3])
 def test_no_line_is_on_both_sides(copies: int) -> None:
     """Also where documents are there several times, and where one is cut."""
-    rng = random.Random(5)  # noqa: S311
+    rng = random.Random(5)
     distinct = [document(rng, size) for size in (400_000, 30_000, 700, 700, 700)]
     train, held, share = sides([piece for text in distinct for piece in text] * copies, 0.02)
     assert 0.018 <= share <= 0.022
@@ -66,7 +66,7 @@ def test_no_line_is_on_both_sides(copies: int) -> None:
 
 def test_a_cut_document_ends_on_both_sides() -> None:
     """There is an end token wherever a side's text does not go on."""
-    rng = random.Random(6)  # noqa: S311
+    rng = random.Random(6)
     pieces = document(rng, 500_000)
     train, held, _ = sides(pieces, 0.3)
     whole = "".join(text for text, _ in pieces)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from narrowgauge.engine.data.tokenizer import load_tokenizer, train_tokenizer
 
-RANDOM = random.Random(0)  # noqa: S311
+RANDOM = random.Random(0)
 WORDS = ["".join(RANDOM.choices("abcdefghijklm", k=6)) for _ in range(200)]
 
 
@@ -16,7 +16,7 @@ def vocabulary(folder: Path, pieces: list[str]) -> set[str]:
 
 def test_long_lines_are_learnt_from(tmp_path: Path) -> None:
     """Sentencepiece leaves out lines above 4192 bytes: text of long lines ended in an error that blamed vocab_size."""
-    rng = random.Random(1)  # noqa: S311
+    rng = random.Random(1)
     words = [rng.choice(WORDS) for _ in range(3000)]
     short = vocabulary(tmp_path / "short", [" ".join(words[at : at + 10]) + "\n" for at in range(0, 3000, 10)])
     long = vocabulary(tmp_path / "long", [" ".join(words)])
@@ -32,7 +32,7 @@ def test_a_long_line_among_short_ones_counts(tmp_path: Path) -> None:
 
 
 def test_a_line_without_spaces_is_cut_between_characters(tmp_path: Path) -> None:
-    rng = random.Random(2)  # noqa: S311
+    rng = random.Random(2)
     line = "".join(rng.choice("\u4e00\u4e01\u4e02\u4e03\u4e04") for _ in range(20_000))
     found = vocabulary(tmp_path / "a", [line])
     assert "\ufffd" not in "".join(found)
