@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import ByteLevelBPETokenizer
-from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
 from narrowgauge.engine.config.run_blocks import DataBlock
 from narrowgauge.engine.data.cache import build_once
@@ -21,7 +20,7 @@ TEXTS = ("a tokenizer learns from its text. " * 50, "klm nop qrs tuv wxyz klmnop
 def byte_level(folder: Path, text: str) -> None:
     """``vocab.json`` and ``merges.txt``."""
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator([text], vocab_size=300, special_tokens=["<|endoftext|>"])
+    tokenizer.train_from_iterator(iter([text]), vocab_size=300, special_tokens=["<|endoftext|>"])
     folder.mkdir()
     tokenizer.save_model(str(folder))
     special = dict.fromkeys(("eos_token", "bos_token", "unk_token"), "<|endoftext|>")
@@ -31,7 +30,7 @@ def byte_level(folder: Path, text: str) -> None:
 def word_pieces(folder: Path, text: str) -> None:
     """``vocab.txt``."""
     tokenizer = BertWordPieceTokenizer()
-    tokenizer.train_from_iterator([text], vocab_size=120, show_progress=False)
+    tokenizer.train_from_iterator(iter([text]), vocab_size=120, show_progress=False)
     folder.mkdir()
     tokenizer.save_model(str(folder))
     settings = {"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]"}
