@@ -1,18 +1,17 @@
 """Building the model that an engine trains; what differs between engines is handed in."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from narrowgauge.optimizers.numerics.seeds import derive_seed
 
 from ..config.config import Config
 from ..config.run_blocks import ModelBlock
+from .first_weights import Whole, draw_weights, undrawn
 
 
 def build_model(
@@ -20,7 +19,7 @@ def build_model(
     model_config: PretrainedConfig,
     config: Config,
     *,
-    whole: Callable[[Sequence[Tensor]], AbstractContextManager[Any]] = lambda parameters: nullcontext(),
+    whole: Whole = lambda parameters: nullcontext(),
 ) -> nn.Module:
     """Build the model, in bf16 if the configuration says so.
 
@@ -35,8 +34,12 @@ def build_model(
         path = str(Path(block.path).expanduser())
         model = AutoModelForCausalLM.from_pretrained(path, config=model_config, dtype=dtype, local_files_only=True)
     else:
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-        _initialize(model, config.parsed.training.seed if config.parsed.training is not None else 0, whole)
+        seed = config.parsed.training.seed if config.parsed.training is not None else 0
+        # For what no rule draws: its constructor did.
+        torch.manual_seed(derive_seed(seed, "weights"))
+        with undrawn():
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
+        draw_weights(model, seed, whole)
     model.config.use_cache = False
     if block.gradient_checkpointing != "none":
         reentrant = block.gradient_checkpointing == "reentrant"
@@ -45,12 +48,3 @@ def build_model(
         enable({"use_reentrant": reentrant})
     model.train()
     return model
-
-
-@torch.no_grad()
-def _initialize(model: Any, seed: int, whole: Callable[[Sequence[Tensor]], AbstractContextManager[Any]]) -> None:
-    """Draw each module's weights from a seed of its own, by the model's own rule for it."""
-    for name, module in model.named_modules():
-        with whole(list(module.parameters(recurse=False))):
-            torch.manual_seed(derive_seed(seed, "weights", name))
-            model._init_weights(module)

@@ -1,0 +1,91 @@
+"""Weights from scratch: by transformers' own rule for each module, in its order, from a seed for each module.
+
+A rule may write to what lies below its module (GPT-2's attention scales the weights of its output), so children are
+drawn before their parents, as transformers does, and a model inside a model has its own rule.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
+
+from narrowgauge.optimizers.numerics.seeds import derive_seed
+
+# transformers' own mark: its rules leave such a tensor as it is.
+_KEEP = "_is_hf_initialized"
+
+Whole = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Within it transformers builds models without drawing their weights."""
+    drawn = PreTrainedModel._initialize_weights
+    PreTrainedModel._initialize_weights = lambda self, *args, **kwargs: None  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        PreTrainedModel._initialize_weights = drawn
+
+
+def draw_weights(model: PreTrainedModel, seed: int, whole: Whole) -> None:
+    """Draw all weights of a model from scratch.
+
+    Args:
+        whole: within it parameters are whole, and what is written to them stays; for parameters that are sharded.
+    """
+    with torch.no_grad(), guard_torch_init_functions():
+        _Drawing(model, seed, whole).visit("", model, model)
+
+
+class _Drawing:
+    def __init__(self, model: PreTrainedModel, seed: int, whole: Whole) -> None:
+        self._seed, self._whole = seed, whole
+        # The names whose values are another parameter's: it alone is drawn.
+        self._tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        self._visited = set[int]()
+
+    def visit(self, name: str, module: nn.Module, owner: PreTrainedModel) -> None:
+        """Draw a module and what is below it.
+
+        Args:
+            name: of the module.
+            owner: the model whose rule it is drawn by.
+        """
+        if id(module) in self._visited:
+            return
+        self._visited.add(id(module))
+        for child_name, child in module.named_children():
+            below = child if isinstance(child, PreTrainedModel) else owner
+            self.visit(_join(name, child_name), child, below)
+        with self._whole(_reached(module)), self._kept(name, module):
+            torch.manual_seed(derive_seed(self._seed, "weights", name))
+            owner._init_weights(module)
+
+    @contextmanager
+    def _kept(self, name: str, module: nn.Module) -> Iterator[None]:
+        """Within it the parameters that are tied to another module's are not drawn for this one."""
+        tied = [p for key, p in module.named_parameters(recurse=False) if _join(name, key) in self._tied]
+        for parameter in tied:
+            setattr(parameter, _KEEP, True)
+        try:
+            yield
+        finally:
+            for parameter in tied:
+                delattr(parameter, _KEEP)
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _reached(module: nn.Module) -> list[Tensor]:
+    """The parameters that a rule for this module may read or write: all below it, short of whole stacks of layers."""
+    inner = list(module.modules())
+    if any(isinstance(part, nn.ModuleList | PreTrainedModel) for part in inner):
+        inner = [module, *module.children()]
+    return list(dict.fromkeys(p for part in inner for p in part.parameters(recurse=False)))
