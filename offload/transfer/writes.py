@@ -59,7 +59,11 @@ class Writes:
             record.give_up_storage()
             return True
         fits = round_up(record.nbytes) <= self._host_tier.budget
-        host = self._host_tier.lend(round_up(record.nbytes)) if fits else None
+        try:
+            host = self._host_tier.lend(round_up(record.nbytes)) if fits else None
+        except (MemoryError, RuntimeError) as error:
+            self._note_failure(record, "activation offload", error, is_of_disk=False)
+            return True
         if host is not None:
             self._copies.stage(record, storage, host)
             record.host = host
