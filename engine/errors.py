@@ -10,6 +10,12 @@ def did_you_mean(found: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def one_line(error: BaseException) -> str:
+    """What another library says of a folder or configuration, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "it needs code of its own, and code in a folder is never run" if "trust_remote_code" in text else text
+
+
 class UserError(ValueError):
     """Bad input: the message names the file, key or rank, what was found and what is allowed.
 

@@ -1,7 +1,7 @@
 """Building the model that an engine trains; what differs between engines is handed in."""
 
 from contextlib import nullcontext
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +11,8 @@ from narrowgauge.optimizers.numerics.seeds import derive_seed
 
 from ..config.config import Config
 from ..config.run_blocks import ModelBlock
+from ..errors import UserError
+from ..files import local_path
 from .first_weights import Whole, draw_weights, undrawn
 
 
@@ -31,8 +33,7 @@ def build_model(
     """
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     if block.path is not None:
-        path = str(Path(block.path).expanduser())
-        model = AutoModelForCausalLM.from_pretrained(path, config=model_config, dtype=dtype, local_files_only=True)
+        model = _from_folder(block.path, model_config, dtype)
     else:
         seed = config.parsed.training.seed if config.parsed.training is not None else 0
         # For what no rule draws: its constructor did.
@@ -47,4 +48,32 @@ def build_model(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": reentrant})
     model.train()
+    return model
+
+
+def _from_folder(path: str, model_config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """A model with its weights from a folder.
+
+    Raises:
+        UserError: they cannot be read, or are not all the model has: transformers would draw the others.
+    """
+    folder = str(local_path(path, "model.path"))
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=model_config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"model.path: {folder}: {type(error).__name__}: {text}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model.path: {folder} holds no weights for {len(missing)} parameters of {type(model).__name__}, such as"
+            f" {missing[0]}"
+        ).shared()
     return model

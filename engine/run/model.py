@@ -1,17 +1,19 @@
 """The model a run trains: a Hugging Face folder, a preset, or an inline configuration."""
 
+import copy
 import json
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..config.run_blocks import ModelBlock
-from ..errors import UserError, did_you_mean
+from ..errors import UserError, did_you_mean, one_line
+from .model_folder import config_of_folder
+from .model_keys import keys_of
 
 
 def preset_names() -> list[str]:
@@ -29,9 +31,10 @@ def model_config(block: ModelBlock, *, vocab_size: int | None, sequence_length: 
         vocab_size: of the tokenizer; taken for the model where its configuration names none.
 
     Raises:
-        UserError: no such folder, preset, model type or key, or a vocabulary or context too small for the data.
+        UserError: no such folder, preset, model type or key, a model that is no causal language model, or a vocabulary
+            or context too small for the data.
     """
-    config = _from_folder(Path(block.path).expanduser()) if block.path is not None else _from_scratch(block, vocab_size)
+    config = config_of_folder(block.path) if block.path is not None else _from_scratch(block, vocab_size)
     if vocab_size is not None and config.vocab_size < vocab_size:
         raise UserError(
             f"model: expected a vocab_size of at least the tokenizer's {vocab_size}, got {config.vocab_size}"
@@ -42,14 +45,14 @@ def model_config(block: ModelBlock, *, vocab_size: int | None, sequence_length: 
     return config
 
 
-def _from_folder(folder: Path) -> PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"model.path: {folder} holds no Hugging Face model: {error}") from error
-    if not any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin")):
-        raise UserError(f"model.path: {folder} holds no weights (*.safetensors or pytorch_model*.bin)")
-    return config
+def check_model(block: ModelBlock) -> None:
+    """Find what is wrong with the model without knowing the data, before that is prepared.
+
+    Raises:
+        UserError: as :func:`model_config`, or the model cannot be built.
+    """
+    config = config_of_folder(block.path) if block.path is not None else _from_scratch(block, None)
+    abstract_model(config)
 
 
 def _from_scratch(block: ModelBlock, vocab_size: int | None) -> PretrainedConfig:
@@ -59,26 +62,74 @@ def _from_scratch(block: ModelBlock, vocab_size: int | None) -> PretrainedConfig
             hint = did_you_mean(block.preset, preset_names())
             raise UserError(f"model.preset: expected one of {preset_names()}, got {block.preset!r}{hint}")
         settings = json.loads(_presets().joinpath(f"{block.preset}.json").read_text())
-    settings |= block.config
+    # transformers changes the objects that it is given.
+    settings |= copy.deepcopy(block.config)
+    model_type = settings.pop("model_type", None)
+    known = _known(model_type, "model.config")
+    text = known.get_text_config()
+    if text is known:
+        return _make(known, settings, vocab_size, "model.config")
+    return _text_model(known, text, settings, vocab_size)
+
+
+def _text_model(
+    known: PretrainedConfig, text: PretrainedConfig, settings: dict[str, Any], vocab_size: int | None
+) -> PretrainedConfig:
+    """The configuration of the text model inside one that is made of several."""
+    key = next((key for key in known.sub_configs if getattr(known, key, None) is text), "text_config")
+    found = settings.pop(key, None)
+    if not isinstance(found, dict):
+        raise UserError(
+            f"model.config: {known.model_type} is made of several models, of which only the text model is trained:"
+            f" expected its keys in an object {key!r}, got none; or give them with the model_type {text.model_type!r}"
+        )
+    _check_keys(settings, type(known), "model.config")
+    text = _known(found.pop("model_type", text.model_type), f"model.config.{key}")
+    return _make(text, found, vocab_size, f"model.config.{key}")
+
+
+def _known(model_type: Any, where: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.for_model(model_type)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}.model_type: {model_type!r} is not a model type of transformers") from error
+
+
+def _make(known: PretrainedConfig, settings: dict[str, Any], vocab_size: int | None, where: str) -> PretrainedConfig:
     if vocab_size is not None:
         settings.setdefault("vocab_size", vocab_size)
-    model_type = settings.pop("model_type", None)
+    _check_keys(settings, type(known), where)
     try:
-        known = AutoConfig.for_model(model_type)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"model.config.model_type: {model_type!r} is not a model type of transformers") from error
-    allowed = {*known.to_dict(), *known.attribute_map, "architectures", "attn_implementation"}
-    for key in settings:
-        if key not in allowed:
-            raise UserError(f"model.config.{key}: unknown key for {model_type}{did_you_mean(key, allowed)}")
-    try:
-        return AutoConfig.for_model(model_type, **settings)
+        config = AutoConfig.for_model(known.model_type, **settings)
     except Exception as error:
         # Model types raise what comes: a strict dataclass's error, a KeyError for an unknown activation.
-        raise UserError(f"model.config: {type(error).__name__}: {error}") from error
+        raise UserError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{where}.model_type: {known.model_type!r} is not a causal language model of transformers")
+    return config
+
+
+def _check_keys(settings: dict[str, Any], kind: type[PretrainedConfig], where: str) -> None:
+    allowed = keys_of(kind)
+    for key in settings:
+        if key not in allowed:
+            raise UserError(f"{where}.{key}: unknown key for {kind.model_type}{did_you_mean(key, allowed)}")
 
 
 def abstract_model(config: PretrainedConfig) -> nn.Module:
-    """The model without storage, to check options and count parameters before anything is allocated."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The model without storage, to check options and count parameters before anything is allocated.
+
+    Raises:
+        UserError: transformers cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"model: transformers cannot build this {config.model_type}: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

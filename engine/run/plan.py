@@ -26,7 +26,7 @@ from ..offload.attach import check_offload
 from ..ranks.agreement import agree
 from ..ranks.environment import process_rank, world_size
 from ..run_folder import RunLock, check_same_run, check_shared, check_writable, folder_beside
-from .model import abstract_model, model_config
+from .model import abstract_model, check_model, model_config
 from .sample import check_prompt
 
 logger = logging.getLogger(__name__)
@@ -108,12 +108,10 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     else:
         check_writable(run_dir)
         check_same_run(run_dir, config.raw, batches.total)
+    check_model(parsed.model)
     prepared = prepare_data(parsed.data, logger.info)
     described = model_config(parsed.model, vocab_size=prepared.vocab_size, sequence_length=parsed.data.sequence_length)
-    try:
-        abstract = abstract_model(described)
-    except Exception as error:
-        raise config.error(f"model.config: {type(error).__name__}: {error}") from error
+    abstract = abstract_model(described)
     options = config.optimizer_options
     if options is not None and parsed.optimizer is not None:
         if isinstance(options, CompactOptions):

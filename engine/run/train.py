@@ -31,6 +31,7 @@ from ..errors import CheckpointError, UserError
 from ..files import write_json
 from ..offload.meter import OffloadMeter, summarize_offload
 from ..protocol import TrainingEngine
+from ..ranks.agreement import agree
 from ..ranks.environment import ensure_environment, process_rank, world_size
 from ..ranks.preemption import Preempted, StopRequest
 from ..ranks.watchdog import Watchdog
@@ -175,7 +176,14 @@ class _Run:
     def _make_engine(self) -> TrainingEngine:
         plan = self.plan
         backend = backend_of(plan.config.parsed.engine)
-        model = backend.construct(plan.model, plan.model_config, plan.config)
+        model, error = None, None
+        try:
+            model = backend.construct(plan.model, plan.model_config, plan.config)
+        except UserError as found:
+            error = str(found)
+        # A rank that cannot read the weights takes the others with it; they would wait for it.
+        agree({}, error=error)
+        assert model is not None
         schedule = plan.training.lr_schedule
         return backend.build(
             plan.config,

@@ -1,0 +1,89 @@
+"""A Hugging Face folder that a run starts from, checked before anything is built. No code in it is run."""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..errors import UserError
+from ..files import local_path
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# What transformers looks for, in its order: one file, or an index of several.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def config_of_folder(path: str) -> PretrainedConfig:
+    """The configuration of the causal language model in a folder whose weights can be read.
+
+    Raises:
+        UserError: there is no such folder, or what it holds cannot be trained.
+    """
+    folder = local_path(path, "model.path")
+    if not folder.is_dir():
+        raise UserError(f"model.path: expected a Hugging Face folder on this machine, got {path!r}{_hint(path)}")
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # Configurations check themselves, and raise what comes.
+        text = " ".join(str(error).split())
+        raise UserError(f"model.path: {folder} holds no Hugging Face model that can be used: {text}") from error
+    if config.get_text_config() is not config:
+        raise UserError(
+            f"model.path: {folder} holds a {config.model_type}, which is made of several models; save its text model"
+            f" ({config.get_text_config().model_type}) in a folder of its own"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"model.path: {folder} holds a {config.model_type}, which is no causal language model")
+    for file in _weight_files(folder):
+        _check_weights(file)
+    return config
+
+
+def _hint(path: str) -> str:
+    if not _HUB_NAME.fullmatch(path):
+        return ""
+    return f"; nothing is downloaded: fetch a model from the hub first (hf download {path} --local-dir FOLDER)"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"model.path: {folder} holds no weights (model.safetensors or pytorch_model.bin, or an index)")
+    if found.suffix != ".json":
+        return [found]
+    try:
+        files = sorted({folder / name for name in json.loads(found.read_text())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"model.path: {found}: expected an index of weights: {error}") from error
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise UserError(f"model.path: {folder} lacks {len(missing)} of its {len(files)} files, such as {missing[0]}")
+    return files
+
+
+def _check_weights(path: Path) -> None:
+    """Open a file of weights as it is read later, without reading the tensors."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                return
+        torch.load(path, map_location="meta", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"model.path: {path}: expected tensors, got a pickle with other objects, which is not read: it could run"
+            " code; save the weights as safetensors"
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"model.path: {path}: damaged, or no file of weights: {text}") from error
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
