@@ -11,7 +11,7 @@ from narrowgauge.optimizers.numerics.seeds import derive_seed
 
 from ..config.config import Config
 from ..config.run_blocks import ModelBlock
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import local_path
 from .first_weights import Whole, draw_weights, undrawn
 
@@ -68,8 +68,7 @@ def _from_folder(path: str, model_config: PretrainedConfig, dtype: torch.dtype) 
             output_loading_info=True,
         )
     except Exception as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"model.path: {folder}: {type(error).__name__}: {text}") from error
+        raise UserError(f"model.path: {folder}: {type(error).__name__}: {one_line(error)}") from error
     missing = sorted(found["missing_keys"])
     if missing:
         raise UserError(

@@ -14,7 +14,7 @@ from typing import Any
 
 import sentencepiece
 
-from ..errors import DataError
+from ..errors import DataError, one_line
 
 _TRAINING_LINES = 100_000
 # What sentencepiece takes at most; it leaves longer lines out.
@@ -45,7 +45,7 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # Each kind of tokenizer, and the Rust below it, raises what comes.
-        raise DataError(f"data.tokenizer: {folder} holds no Hugging Face tokenizer: {error}") from error
+        raise DataError(f"data.tokenizer: {folder} holds no Hugging Face tokenizer: {one_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise DataError(f"data.tokenizer: {folder} has no end-of-sequence token to put between documents")
     return tokenizer

@@ -129,7 +129,3 @@ def abstract_model(config: PretrainedConfig) -> nn.Module:
         raise UserError(
             f"model: transformers cannot build this {config.model_type}: {type(error).__name__}: {one_line(error)}"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

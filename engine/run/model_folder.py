@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import local_path
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -31,8 +31,7 @@ def config_of_folder(path: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # Configurations check themselves, and raise what comes.
-        text = " ".join(str(error).split())
-        raise UserError(f"model.path: {folder} holds no Hugging Face model that can be used: {text}") from error
+        raise UserError(f"model.path: {folder} holds no Hugging Face model that can be used: {one_line(error)}") from error
     if config.get_text_config() is not config:
         raise UserError(
             f"model.path: {folder} holds a {config.model_type}, which is made of several models; save its text model"
@@ -80,8 +79,7 @@ def _check_weights(path: Path) -> None:
             " code; save the weights as safetensors"
         ) from error
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"model.path: {path}: damaged, or no file of weights: {text}") from error
+        raise UserError(f"model.path: {path}: damaged, or no file of weights: {one_line(error)}") from error
 
 
 def _is_zip(path: Path) -> bool:

@@ -55,11 +55,11 @@ def refuse(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         ("train_batch_size=7", "train_batch_size: expected train_micro_batch_size_per_gpu (3) x"),
         ("model.config.hiden_size=3", "model.config.hiden_size: unknown key for llama; did you mean 'hidden_size'?"),
         ('model={"preset": "llama-2t"}', "'llama-7b'], got 'llama-2t'; did you mean 'llama-7b'?"),
-        ('model={"path": "nowhere"}', "model.path: nowhere holds no Hugging Face model"),
+        ('model={"path": "nowhere"}', "model.path: expected a Hugging Face folder on this machine, got 'nowhere'"),
         ('model.config.hidden_size="x"', "model.config: "),
         ("model.config.num_attention_heads=5", "model.config: "),
         ("model.config.num_attention_heads=0", "model.config: ZeroDivisionError"),
-        ("model.config.hidden_act=foo", "model.config: KeyError"),
+        ("model.config.hidden_act=foo", "transformers cannot build this llama: KeyError: 'foo'"),
         (
             'training.lr_schedule={"type": "wsd", "decay_steps": 13}',
             "lr_schedule: expected at most training.steps, 12, as warmup_steps and decay_steps together, got 0",

@@ -180,7 +180,7 @@ def without_a_part(folder: Path) -> None:
 
 FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pickle": (as_pickle, r"pytorch_model\.bin: expected tensors, got a pickle with other objects"),
-    "code": (as_code, r"holds no Hugging Face model that can be used: .*trust_remote_code"),
+    "code": (as_code, r"holds no Hugging Face model that can be used: it needs code of its own"),
     "composite": (as_composite, r"holds a gemma3, which is made of several models; save its text model"),
     "cut": (lambda f: os.truncate(f / "model.safetensors", 5000), r"model\.safetensors: damaged"),
     "not weights": (lambda f: (f / "model.safetensors").write_text("x"), r"model\.safetensors: damaged"),
@@ -206,7 +206,7 @@ def test_a_tokenizers_code_is_not_run(tmp_path: Path, monkeypatch: pytest.Monkey
     settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
-    with pytest.raises(DataError, match=r"^data\.tokenizer: .* holds no Hugging Face tokenizer: .*trust_remote_code"):
+    with pytest.raises(DataError, match=r"^data\.tokenizer: .* holds no Hugging Face tokenizer: it needs code of its own"):
         load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
 
