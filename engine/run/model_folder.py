@@ -31,7 +31,9 @@ def config_of_folder(path: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # Configurations check themselves, and raise what comes.
-        raise UserError(f"model.path: {folder} holds no Hugging Face model that can be used: {one_line(error)}") from error
+        raise UserError(
+            f"model.path: {folder} holds no Hugging Face model that can be used: {one_line(error)}"
+        ) from error
     if config.get_text_config() is not config:
         raise UserError(
             f"model.path: {folder} holds a {config.model_type}, which is made of several models; save its text model"

@@ -1,4 +1,4 @@
-"""The keys that a model type of transformers takes in its configuration, as released ``config.json`` files have them."""
+"""The keys that a model type of transformers takes in its configuration, as released files have them."""
 
 import importlib
 import inspect

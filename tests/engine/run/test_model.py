@@ -67,7 +67,11 @@ RELEASED: dict[str, tuple[dict[str, Any], Callable[[Any], Any], Any]] = {
         lambda c: c.max_position_embeddings,
         64,
     ),
-    "mixtral": ({**TEXT, "model_type": "mixtral", "rope_theta": 1e6, "sliding_window": None}, lambda c: c.vocab_size, 600),
+    "mixtral": (
+        {**TEXT, "model_type": "mixtral", "rope_theta": 1e6, "sliding_window": None},
+        lambda c: c.vocab_size,
+        600,
+    ),
 }
 
 
@@ -118,7 +122,10 @@ def test_the_text_model_of_a_composite_is_trained(family: str, expected: str) ->
     [
         ({"model_type": "gemma3"}, r"model\.config: gemma3 is made of several models.* 'text_config', got none"),
         ({"model_type": "gemma3", "hidden_size": 8}, r"expected its keys in an object 'text_config'"),
-        ({"model_type": "gemma3", "text_config": {"hiden_size": 8}}, r"model\.config\.text_config\.hiden_size: .* mean 'h"),
+        (
+            {"model_type": "gemma3", "text_config": {"hiden_size": 8}},
+            r"model\.config\.text_config\.hiden_size: .* mean 'h",
+        ),
         ({"model_type": "qwen2_vl", "text_config": {}}, r"'qwen2_vl_text' is not a causal language model"),
         ({"model_type": "t5"}, r"'t5' is not a causal language model"),
         ({"model_type": "lama"}, r"'lama' is not a model type of transformers"),
@@ -206,13 +213,17 @@ def test_a_tokenizers_code_is_not_run(tmp_path: Path, monkeypatch: pytest.Monkey
     settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
-    with pytest.raises(DataError, match=r"^data\.tokenizer: .* holds no Hugging Face tokenizer: it needs code of its own"):
+    with pytest.raises(
+        DataError, match=r"^data\.tokenizer: .* holds no Hugging Face tokenizer: it needs code of its own"
+    ):
         load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_names_of_the_hub_are_explained() -> None:
-    with pytest.raises(UserError, match=r"^model\.path: expected a .*folder.* got 'meta-llama/Llama-3-8B'; nothing is downl"):
+    with pytest.raises(
+        UserError, match=r"^model\.path: expected a .*folder.* got 'meta-llama/Llama-3-8B'; nothing is downl"
+    ):
         check_model(ModelBlock(path="meta-llama/Llama-3-8B"))
 
 
