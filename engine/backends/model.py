@@ -59,7 +59,7 @@ def _from_folder(path: str, model_config: PretrainedConfig, dtype: torch.dtype) 
     """
     folder = str(local_path(path, "model.path"))
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=model_config,
             dtype=dtype,
@@ -69,6 +69,7 @@ def _from_folder(path: str, model_config: PretrainedConfig, dtype: torch.dtype) 
         )
     except Exception as error:
         raise UserError(f"model.path: {folder}: {type(error).__name__}: {one_line(error)}") from error
+    model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
         raise UserError(

@@ -45,7 +45,7 @@ RELEASED: dict[str, tuple[dict[str, Any], Callable[[Any], Any], Any]] = {
     ),
     "qwen3_moe": (
         {**TEXT, "model_type": "qwen3_moe", "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4},
-        lambda c: abstract_model(c).get_submodule("model.layers.0.self_attn.q_proj").weight.shape[0],
+        lambda c: abstract_model(c).get_parameter("model.layers.0.self_attn.q_proj.weight").shape[0],
         64,
     ),
     "phi 2": (
