@@ -87,6 +87,9 @@ class EngineOptimizer(torch.optim.Optimizer, ABC, Generic[OptionsT]):
         """The current learning rate of each parameter group."""
         return [group["lr"] for group in self.param_groups]
 
+    def before_step(self) -> None:
+        """Before gradients are used: raise if another has changed what this optimizer trains."""
+
     def after_step(self, learning_rates: Sequence[float]) -> None:
         """Finish a step.
 

@@ -51,8 +51,5 @@ def build_groups(
     for kind, position, at_dense_rate in sorted(members):
         own = {key: value for key, value in specs[position].items() if key != "params"} if position >= 0 else {}
         group_lr = own.get("lr", options.lr) * (1.0 if at_dense_rate else options.matrix_lr_scale)
-        group = {**own, "params": members[kind, position, at_dense_rate], "kind": kind, "lr": group_lr}
-        if kind == "compact":
-            group["pending_decay"] = 1.0
-        groups.append(group)
+        groups.append({**own, "params": members[kind, position, at_dense_rate], "kind": kind, "lr": group_lr})
     return groups

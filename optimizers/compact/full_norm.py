@@ -10,6 +10,7 @@ from ..layers.compact import CompactLinear
 from ..layers.targets import CompactLayer
 from ..numerics.seeds import derive_seed
 from .optimizer import CompactOptimizer
+from .rescaling import Rescaling
 from .sketches import directions
 
 
@@ -21,6 +22,9 @@ class FullNorm:
     ``sketch_size = n``. At a step that is observed anyway, the optimizer's own statistics serve. Parameters that are
     trained whole count with their own gradients, and so do compact embeddings. Where process ranks average gradients
     (DDP), :meth:`norm` averages the sketches over the ranks.
+
+    Gradients may have been scaled since backward, all by one factor, as ``GradScaler.unscale_`` does: the estimate is of
+    what they are when :meth:`norm` is called.
 
     In plain PyTorch and under DDP only: ZeRO clips inside, by the norm of the compact gradients.
 
@@ -48,6 +52,8 @@ class FullNorm:
         self._optimizer, self._size = optimizer, sketch_size
         self._layers = [layer for layer in optimizer.layers if isinstance(layer.module, CompactLinear)]
         self._own: dict[str, Tensor] = {}
+        self._rescaling = Rescaling(self._layers)
+        optimizer.forget_hooks.append(self._rescaling.forget)
         # After the optimizer's own hook, which starts the probes of its statistics.
         optimizer.register_step_post_hook(self._after_step)
         self._start()
@@ -69,6 +75,7 @@ class FullNorm:
                 layer.module.start_probe("rows", torch.linalg.qr(omega).Q)
                 assert layer.module.probe is not None
                 self._own[layer.name] = layer.module.probe
+        self._rescaling.forget()
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         for layer in self._layers:
@@ -80,16 +87,17 @@ class FullNorm:
     def norm(self) -> Tensor:
         """The estimated 2-norm of the full gradient, after backward. Collective where ranks average gradients."""
         squares = [_squared(p.grad) for p in self._exact() if p.grad is not None]
+        rescaled = self._rescaling.factor(self._optimizer.backend)
         for layer in self._layers:
             module = layer.module
             if module.probe is None or module.probe.grad is None:
                 continue
             observed = module.probe.grad.clone()
             self._optimizer.backend.communicator(layer.name).average_(observed)
-            factor = 1.0
+            factor = rescaled**2
             if module.omega is not None:
                 # |Omega|^2 counts its directions, whatever their scale.
-                factor = module.omega.shape[0] / float(_squared(module.omega))
+                factor *= module.omega.shape[0] / float(_squared(module.omega))
             squares.append(factor * _squared(observed))
         return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 

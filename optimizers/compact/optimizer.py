@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engine_optimizer import EngineOptimizer
-from ..layers.targets import CompactLayer
+from ..layers.targets import CompactLayer, shortened
+from ..layers.watch import watch_layers
 from ..layers.wrappers import refuse_wrapped
 from ..param_groups import build_groups
 from .backend import LocalBackend, SubspaceBackend
@@ -44,6 +45,7 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
 
     Attributes:
         num_refreshes: changes of subspace so far.
+        forget_hooks: called when what was observed of gradients is forgotten.
     """
 
     state_version: ClassVar[int] = 2
@@ -65,7 +67,10 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
                 stacklevel=3,
             )
         self.backend: SubspaceBackend = backend or LocalBackend()
-        self.num_refreshes = 0
+        self.num_refreshes, self._is_reverted = 0, False
+        # Layers that had no gradient at the last step.
+        self._idle: set[str] = set()
+        self.forget_hooks: list[Callable[[], None]] = []
         try:
             self._fill_compact()
             groups = build_groups(model, self.layers, converted.full_rank, options, dense_rate=converted.dense_rate)
@@ -79,6 +84,7 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         # By position: engines replace the parameters of the groups, and loading a state replaces the groups.
         self._group_of = {owner[id(p)]: i for i, g in enumerate(groups) for p in g["params"] if id(p) in owner}
         self._observe_next_step()
+        watch_layers(((layer.name, layer.module) for layer in self.layers), self)
 
     @abstractmethod
     def _convert(self, model: nn.Module, options: OptionsT) -> Converted:
@@ -113,7 +119,19 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As the base's; alone and under DDP the weights are folded, and the subspace refreshed when it is due."""
-        return self._inner_step(closure)
+        if self._is_reverted:
+            raise RuntimeError(f"{type(self).__name__}.step: its layers were reverted, make another optimizer")
+        if not self.in_engine:
+            self.before_step()
+        loss = self._inner_step(closure)
+        owned = {id(p) for group in self.param_groups for p in group["params"]}
+        compact = ((layer.name, layer.module.compact) for layer in self.layers)
+        self._idle = {name for name, parameter in compact if parameter.grad is None and id(parameter) in owned}
+        return loss
+
+    def before_step(self) -> None:
+        for layer in self.layers:
+            layer.module.look()
 
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
         self._base.param_groups, self._base.state = self.param_groups, self.state
@@ -123,6 +141,14 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         """Hand fold and refresh to an engine that will call :meth:`after_step` itself, once per optimizer step."""
         self._leave_to_engine()
         self.backend = backend
+        for layer in self.layers:
+            if layer.module.watch is not None:
+                layer.module.watch.honours_weight = False
+        self._note_layers()
+
+    def _note_layers(self) -> None:
+        for layer in self.layers:
+            layer.module.note()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what was observed of full gradients is forgotten with them, for a step that is not taken."""
@@ -134,6 +160,8 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
     def forget_observed(self) -> None:
         for layer in self.layers:
             layer.module.forget_observed()
+        for hook in self.forget_hooks:
+            hook()
 
     def _after_own_step(self, args: Any, kwargs: Any) -> None:
         owned = {id(p) for group in self.param_groups for p in group["params"]}
@@ -151,6 +179,42 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         if self.is_refresh_due():
             self.refresh()
         self._observe_next_step()
+        self._note_layers()
+        if self.num_steps == 1:
+            self._warn_of_unused()
+
+    def _warn_of_unused(self) -> None:
+        unused = [layer.name for layer in self.layers if not layer.module.was_called]
+        if unused:
+            warnings.warn(
+                f"{self.type_name}: no forward of these compact layers has run by the end of the first step:"
+                f" {shortened(unused)}. If the model reads their weight without calling them, or replaced their forward,"
+                " they are not trained: leave them out with target_modules",
+                stacklevel=3,
+            )
+
+    def revert(self) -> None:
+        """Make the compact layers ordinary ones again, for training by another optimizer; this one is done then.
+
+        The weights hold all that was trained. Make the other optimizer, and whatever wraps the model, afterwards.
+
+        Raises:
+            RuntimeError: an engine trains them, which has the parameters cut and cannot let them go, or another
+                optimizer has changed them.
+        """
+        if self.in_engine:
+            raise RuntimeError(
+                f"{type(self).__name__}.revert: the layers belong to an engine: save the model's weights and load them"
+                " into a new model"
+            )
+        self.before_step()
+        self._settle()
+        for layer in self.layers:
+            layer.module.revert()
+        self.layers, self._is_reverted = [], True
+
+    def _settle(self) -> None:
+        """Bring into the weights what waits for the next change of subspace."""
 
     def is_refresh_due(self) -> bool:
         """Whether the subspace changes after the step that was just counted."""
@@ -167,13 +231,10 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
     def _decays(self, learning_rates: Sequence[float]) -> list[float]:
         """By what the step's decay multiplies each layer's weight; 1 for layers that had no gradient.
 
-        Under an engine all layers have one: ZeRO counts a missing gradient as zero.
+        Under ZeRO all layers have one: it counts a missing gradient as zero.
         """
         factors = [1.0 - float(lr) * g["weight_decay"] for lr, g in zip(learning_rates, self.param_groups, strict=True)]
-        return [
-            factors[self._group_of[layer.name]] if self.in_engine or layer.module.compact.grad is not None else 1.0
-            for layer in self.layers
-        ]
+        return [1.0 if layer.name in self._idle else factors[self._group_of[layer.name]] for layer in self.layers]
 
     def refresh(self) -> None:
         """Change the subspace of every layer."""
@@ -280,3 +341,4 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
             layer.module.compact.copy_(subspace["compact"][layer.name])
         if any(not layer.module.is_delta for layer in self.layers):
             self.backend.fold(self.layers)
+        self._note_layers()

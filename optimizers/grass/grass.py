@@ -56,6 +56,8 @@ class Grass(CompactOptimizer[GrassOptions]):
         self.rule = SELECTION_RULES[options.selection]
         self._statistics = NormStatistics(options.statistics, options.sketch_size)
         self._interval: AdaptiveInterval | None = None
+        # By layer: the factor that the entries outside of the subspace are still to be scaled by.
+        self._pending_decay: dict[str, float] = {}
         if options.adaptive_refresh is not None and options.refresh_interval is not None:
             longest = options.max_refresh_interval or 16 * options.refresh_interval
             self._interval = AdaptiveInterval(
@@ -106,9 +108,8 @@ class Grass(CompactOptimizer[GrassOptions]):
     def _fold(self, learning_rates: Sequence[float]) -> None:
         self.backend.fold(self.layers)
         if self.options.decay == "all":
-            for group, lr in zip(self.param_groups, learning_rates, strict=True):
-                if group["kind"] == "compact":
-                    group["pending_decay"] *= 1.0 - float(lr) * group["weight_decay"]
+            for layer, factor in zip(self.layers, self._decays(learning_rates), strict=True):
+                self._pending_decay[layer.name] = self._pending_decay.get(layer.name, 1.0) * factor
 
     @torch.no_grad()
     def _change_subspace(self) -> None:
@@ -138,11 +139,17 @@ class Grass(CompactOptimizer[GrassOptions]):
 
     def _take(self, indices: Sequence[Tensor], norms: dict[str, Tensor]) -> None:
         """Select these columns or rows."""
-        decays = [self.param_groups[self._group_of[layer.name]]["pending_decay"] for layer in self.layers]
+        decays = [self._pending_decay.get(layer.name, 1.0) for layer in self.layers]
         self.backend.change_subspace(self.layers, indices, decays, seed=self.options.seed + self.num_refreshes)
-        for group in self.param_groups:
-            if group["kind"] == "compact":
-                group["pending_decay"] = 1.0
+        self._pending_decay = {}
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        for layer in self.layers:
+            module, decay = layer.module, self._pending_decay.get(layer.name, 1.0)
+            seed = derive_seed(self.options.seed + self.num_refreshes + 1, "decay", layer.name)
+            if decay != 1.0:
+                module.apply_(module.weight, module.compact, decay, seed=seed)
 
     def _carry_moments(self, old: Sequence[Tensor]) -> None:
         compact = [group for group in self.param_groups if group["kind"] == "compact"]
@@ -166,10 +173,12 @@ class Grass(CompactOptimizer[GrassOptions]):
 
     def subspace_state(self) -> dict[str, Any]:
         adaptive = self._interval.state() if self._interval is not None else None
-        return {**super().subspace_state(), "side": self.options.side, "interval": adaptive}
+        own = {"side": self.options.side, "interval": adaptive, "pending_decay": dict(self._pending_decay)}
+        return {**super().subspace_state(), **own}
 
     def load_subspace_state(self, state: dict[str, Any]) -> None:
         super().load_subspace_state(state)
+        self._pending_decay = dict(state.get("pending_decay", {}))
         if self._interval is not None:
             self._interval.load_state(state["interval"])
         for layer in self.layers:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .shape import whole_shape
+from .watch import Watch, unwatch
 
 Side = Literal["columns", "rows"]
 ProbeKind = Literal["rows", "columns", "full"]
@@ -34,6 +35,8 @@ class CompactWeight(nn.Module):
             only where ``compact`` holds values.
         is_delta: ``compact`` holds a change that is to be added to ``weight``, not values of it.
         plain: the class of the layer it was made from.
+        watch: notices what others than its optimizer do to it; None without an optimizer.
+        was_called: its ``forward`` has run.
     """
 
     is_delta: ClassVar[bool]
@@ -45,6 +48,8 @@ class CompactWeight(nn.Module):
     probe: Tensor | None
     probe_kind: ProbeKind
     omega: Tensor | None
+    watch: Watch | None = None
+    was_called: bool = False
 
     def _become_compact(self, shape: tuple[int, int], side: Side) -> None:
         """The part of a conversion that is common; ``compact`` is left uninitialised."""
@@ -57,6 +62,9 @@ class CompactWeight(nn.Module):
         del self.compact, self.side, self.folds_at_use, self.probe, self.omega
         for key in self.subspace():
             delattr(self, key)
+        unwatch(self)
+        for key in ("watch", "was_called"):
+            self.__dict__.pop(key, None)
         self.weight.requires_grad_(True)
         self.__class__ = self.plain  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -65,6 +73,36 @@ class CompactWeight(nn.Module):
         """``(m, n)``, also where an engine keeps only a part of the weight here."""
         m, n = whole_shape(self.weight)
         return m, n
+
+    @property
+    def compact_shape(self) -> tuple[int, ...]:
+        """That of ``compact``, also where an engine keeps only a part of it here."""
+        return whole_shape(self.compact)
+
+    def agrees(self) -> bool:
+        """Whether ``compact`` holds what stands for ``weight``, so that there is nothing to fold."""
+        compact, expected = self.compact.detach(), self.compact_of(self.weight)
+        return bool(((compact == expected) | ((compact != compact) & (expected != expected))).all())
+
+    def note(self) -> None:
+        """Weight and compact values are meant to be as they are now."""
+        if self.watch is not None:
+            self.watch.note(self)
+
+    def look(self) -> None:
+        """Raise if ``compact`` was changed by another than its optimizer (see :class:`.Watch`)."""
+        if self.watch is not None:
+            self.watch.look(self)
+
+    def _begin_forward(self) -> None:
+        """First of all in ``forward``."""
+        if torch.compiler.is_compiling():
+            self.was_called = True
+            return
+        if not self.was_called:
+            self.was_called = True
+        if self.watch is not None:
+            self.watch.look(self)
 
     @property
     def dim(self) -> int:
@@ -162,14 +200,19 @@ class CompactWeight(nn.Module):
             self.probe.grad = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        agreed = self.watch is None or self.watch.is_unchanged(self)
         super()._apply(fn, recurse)
         for key, value in self.subspace().items():
             setattr(self, key, value.to(self.weight.device))
         if self.probe is not None:
             self.start_probe(self.probe_kind, self.omega)
+        if agreed:
+            self.note()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.watch is not None:
+            self.watch.compare(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[prefix + "compact"]
 
@@ -192,6 +235,7 @@ class CompactWeight(nn.Module):
         if self.weight.shape == self.weight_shape and prefix + "weight" in state_dict:
             with torch.no_grad():
                 self.compact.copy_(self.compact_of(self.weight))
+            self.note()
 
 
 class CompactLinear(CompactWeight, nn.Linear):

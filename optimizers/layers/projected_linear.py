@@ -189,6 +189,7 @@ class ProjectedLinear(CompactLinear):
         return lift_rows(rows.t(), self.right, self.right_index, 0, n, n).t() * self.scale
 
     def forward(self, input: Tensor) -> Tensor:
+        self._begin_forward()
         compute_dtype = self._compute_dtype(input)
         return _ProjectedLinearFunction.apply(
             input,

@@ -85,6 +85,7 @@ class SelectedEmbedding(SelectedWeight, nn.Embedding):
         return embedding
 
     def forward(self, input: Tensor) -> Tensor:
+        self._begin_forward()
         return _SelectedEmbeddingFunction.apply(
             input,
             self.weight,

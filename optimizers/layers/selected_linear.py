@@ -98,6 +98,7 @@ class SelectedLinear(SelectedWeight, CompactLinear):
         super().revert()
 
     def forward(self, input: Tensor) -> Tensor:
+        self._begin_forward()
         compute_dtype = self._compute_dtype(input)
         return _SelectedLinearFunction.apply(
             input,

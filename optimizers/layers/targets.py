@@ -80,5 +80,9 @@ def _linears_of(model: nn.Module, linears: dict[str, nn.Linear]) -> str:
             type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None
         )
         return f"The model has no nn.Linear; its layers with parameters are {dict(others)}"
-    shown = list(linears)[:8]
-    return f"The model's linears: {', '.join(shown)}{f', ... ({len(linears)} in all)' if len(linears) > 8 else ''}"
+    return f"The model's linears: {shortened(list(linears))}"
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first names of many, for a message."""
+    return f"{', '.join(names[:8])}{f', ... ({len(names)} in all)' if len(names) > 8 else ''}"

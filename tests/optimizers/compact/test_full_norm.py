@@ -127,3 +127,27 @@ def test_refusals() -> None:
     optimizer.defer_to_engine(LocalBackend())
     with pytest.raises(ValueError, match="belongs to an engine"):
         FullNorm(optimizer)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_gradients_that_a_scaler_has_unscaled_count_as_they_are(name: str) -> None:
+    """The sketches kept the loss scale that ``GradScaler.unscale_`` takes from the gradients: clipping went 34,000
+    times too far.
+    """
+    model = tiny(dtype=torch.float64)
+    optimizer = MAKERS[name](model)
+    norm = FullNorm(optimizer, sketch_size=33)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    for step in range(4):
+        wanted = full_norm(model, step)
+        for micro_batch in token_batch(step, 8).chunk(2):
+            scaler.scale(model(micro_batch) / 2).backward()
+        scaled = float(norm.norm())
+        scaler.unscale_(optimizer)
+        found = float(norm.clip_(0.1))
+        assert scaled == pytest.approx(65536.0 * found, rel=1e-9)
+        assert found == pytest.approx(wanted, rel=0.35)
+        scaler.step(optimizer)
+        scaler.update()
+        # Zeros instead of None: what was observed is forgotten all the same.
+        optimizer.zero_grad(set_to_none=step % 2 == 0)

@@ -292,7 +292,7 @@ def test_groups_by_globs() -> None:
             "shared_inputs: expected side 'columns' with .*, got side 'rows'",
         ),
         ({"shared_inputs": [["*.query"]]}, r"shared_inputs\[0\]: \['\*.query'\] matches no two layers"),
-        ({"shared_inputs": [["*.q", "*.down"]]}, r"shared_inputs\[0\]: layers of one input width"),
+        ({"shared_inputs": [["*.q", "*.down"]]}, r"shared_inputs\[0\]: expected layers of one input width"),
         ({"statistics": "guess"}, "statistics: expected one of .*, got 'guess'"),
         ({"sketch_size": 0}, "sketch_size: expected an integer of at least 1, got 0"),
         ({"moments": "keep"}, "moments: expected one of .*, got 'keep'"),

@@ -1,0 +1,198 @@
+"""What happens when something else than its optimizer changes a compact layer, or does not call it."""
+
+import gc
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import nn
+
+from narrowgauge.optimizers import CompactLinear, GaLore, Grass
+from tests.support.models import TinyTransformer, tiny, token_batch
+from tests.support.ranks import RankPool
+
+Make = Callable[[nn.Module], Any]
+METHODS: dict[str, Make] = {
+    "grass": lambda model: Grass(model, lr=1e-2, density=0.3, refresh_interval=2),
+    "galore": lambda model: GaLore(model, lr=1e-2, density=0.3, refresh_interval=2),
+}
+each_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+CHANGED = r"blocks\.0\.\w+\.compact: expected values that only (Grass|GaLore) changes"
+
+
+def backward(model: nn.Module, step: int = 0) -> float:
+    loss = model(token_batch(step, 4))
+    loss.backward()
+    return float(loss.detach())
+
+
+@each_method
+@pytest.mark.parametrize("fused", [False, True])
+def test_another_optimizer_is_refused_before_it_changes_anything(make: Make, fused: bool) -> None:
+    """``AdamW(model.parameters())`` after ``Grass(model)``, as Hugging Face's Trainer makes with a DeepSpeed JSON,
+    trained ``compact`` and no weight changed: exit 0, and the saved model held the first matrices.
+    """
+    model = tiny()
+    make(model)
+    gc.collect()
+    other = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    backward(model)
+    with pytest.raises(RuntimeError, match=r"AdamW\.step: " + CHANGED.replace("0", r"\d")):
+        other.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@each_method
+def test_changed_compact_values_are_refused_by_forward_and_save(make: Make) -> None:
+    model = tiny()
+    optimizer = make(model)
+    with torch.no_grad():
+        optimizer.layers[0].module.compact.add_(1.0)
+    for use in (lambda: backward(model), model.state_dict, optimizer.step, optimizer.revert):
+        with pytest.raises(RuntimeError, match=CHANGED):
+            use()
+
+
+def test_changes_that_no_counter_sees_are_refused_by_a_save_and_within_64_forwards() -> None:
+    """Version counters do not count what is written through ``.data``, as some engines do."""
+    model = tiny()
+    optimizer = METHODS["grass"](model)
+    optimizer.layers[0].module.compact.data.add_(1.0)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        model.state_dict()
+    for _ in range(62):
+        backward(model)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        for _ in range(2):
+            backward(model)
+
+
+def steps_of_a_foreign_engine(stage: int) -> tuple[int, str]:
+    model = tiny()
+    METHODS["grass"](model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    config = {
+        "train_batch_size": 4,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
+    step = 0
+    try:
+        for step in range(4):
+            engine.backward(engine(token_batch(step, 4)))
+            engine.step()
+    except RuntimeError as error:
+        return step, str(error)
+    finally:
+        engine.destroy()
+    return step, ""
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_engine_that_does_not_know_the_layers_stops_at_the_second_step(stage: int, one_rank: RankPool) -> None:
+    """DeepSpeed's own optimizer writes through flat buffers, which no version counter counts."""
+    ((step, error),) = one_rank.run(steps_of_a_foreign_engine, stage)
+    assert step == (0 if stage == 0 else 1)
+    assert "compact: expected values that only Grass changes" in error
+
+
+def test_an_edit_of_the_weight_is_kept() -> None:
+    """``weight.zero_()`` was undone in the selected entries by the next fold."""
+    model = tiny()
+    optimizer = METHODS["grass"](model)
+    module = optimizer.layers[0].module
+    outside = torch.ones(module.weight_shape[1], dtype=torch.bool)
+    outside[module.selected()] = False
+    backward(model)
+    with torch.no_grad():
+        module.weight.zero_()
+    optimizer.step()
+    assert module.weight[:, outside].abs().max() == 0.0
+    # AdamW's first step is the rate; decay of zero is zero.
+    selected = module.weight[:, module.selected()]
+    torch.testing.assert_close(selected.abs(), torch.full_like(selected, 1e-2), rtol=1e-3, atol=0)
+
+
+@each_method
+def test_reverted_layers_are_trained_by_another_optimizer(make: Make) -> None:
+    model, twin = tiny(), tiny()
+    optimizer = make(model)
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.revert()
+    assert not any(isinstance(m, CompactLinear) for m in model.modules())
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    twin.load_state_dict(trained)
+    losses = []
+    for each in (model, twin):
+        other = torch.optim.AdamW(each.parameters(), lr=1e-2)
+        backward(each)
+        other.step()
+        losses.append(backward(each, 1))
+    assert losses[0] == losses[1]
+    with pytest.raises(RuntimeError, match="were reverted"):
+        optimizer.step()
+
+
+def test_revert_applies_the_decay_that_waits() -> None:
+    model = tiny()
+    optimizer = Grass(model, lr=1e-2, density=0.3, decay="all", weight_decay=0.5, refresh_interval=100)
+    module = optimizer.layers[0].module
+    before, index = module.weight.detach().clone(), module.selected().clone()
+    for step in range(2):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    selected = module.compact.detach().clone()
+    optimizer.revert()
+    expected = (before * (1.0 - 0.005) ** 2).index_copy(1, index, selected)
+    torch.testing.assert_close(module.weight.detach(), expected)
+
+
+class ReadsWeight(nn.Module):
+    """As WavLM's attention: the weight of ``read`` is used without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"called": nn.Linear(8, 8), "read": nn.Linear(8, 8)})])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        block: Any = self.blocks[0]
+        return (block["called"](x) @ block["read"].weight.t()).square().sum()
+
+
+def test_a_layer_that_is_not_called_is_named_after_the_first_step() -> None:
+    """Thirty steps moved such a weight by 0.0 without a word."""
+    model = ReadsWeight()
+    optimizer = Grass(model, density=0.5)
+    model(torch.randn(4, 8)).backward()
+    with pytest.warns(UserWarning, match=r"no forward of these compact layers has run.*: blocks\.0\.read\. "):
+        optimizer.step()
+    model(torch.randn(4, 8)).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_decay_of_all_entries_spares_layers_without_a_gradient() -> None:
+    """The other entries of a layer that was not used were decayed, its selected ones were not."""
+    model: TinyTransformer = tiny()
+    optimizer = Grass(model, lr=1e-2, density=0.3, decay="all", weight_decay=0.5, refresh_interval=1)
+    layers = {layer.name: layer.module for layer in optimizer.layers}
+    before = {name: module.weight.detach().clone() for name, module in layers.items()}
+    x = torch.randn(4, 20)
+    model.get_submodule("blocks.0.q")(x).square().sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+    changed = [name for name, module in layers.items() if not torch.equal(module.weight, before[name])]
+    assert changed == ["blocks.0.q"]
