@@ -1,17 +1,28 @@
 """What all optimizers of this package offer to an engine, its checkpoints and its summary."""
 
 import inspect
+import logging
+import os
+import warnings
 from abc import ABC
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import wraps
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from .layers.coverage import Coverage, coverage_of
+from .layers.registry import is_target
 from .layers.targets import CompactLayer
+from .layers.unfit import unfit_layers
 from .options import Options
 from .sharding.shards import StatePiece
+
+logger = logging.getLogger("narrowgauge.optimizers")
+
+# A smaller share of the matrices than this is told in a warning.
+_LOUD_BELOW = 0.8
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 _OptimizerT = TypeVar("_OptimizerT", bound="EngineOptimizer[Any]")
@@ -29,6 +40,7 @@ class EngineOptimizer(torch.optim.Optimizer, ABC, Generic[OptionsT]):
         options: as it was made with.
         state_version: of :meth:`subspace_state`; another version is not read.
         layers: the converted layers; none if the optimizer works on the model's own parameters.
+        coverage: how much of the model's matrices its method trains.
         num_steps: optimizer steps finished.
         in_engine: an engine calls :meth:`after_step`.
     """
@@ -38,6 +50,7 @@ class EngineOptimizer(torch.optim.Optimizer, ABC, Generic[OptionsT]):
     state_version: ClassVar[int] = 1
     options: OptionsT
     layers: Sequence[CompactLayer] = ()
+    coverage: Coverage
     num_steps: int
     in_engine: bool
 
@@ -75,6 +88,17 @@ class EngineOptimizer(torch.optim.Optimizer, ABC, Generic[OptionsT]):
             sharded: it cuts parameters, gradients and state into flat pieces, as ZeRO does.
         """
         return []
+
+    def _cover(self, model: nn.Module, covered: Collection[str], what: str) -> None:
+        """Say how much of the model's matrices are among the layers or parameters ``covered``."""
+        linears = {name: module for name, module in model.named_modules() if is_target(module)}
+        unfit = unfit_layers(model, {name: m for name, m in linears.items() if name not in covered})
+        self.coverage = coverage_of(model, covered, unfit)
+        if os.environ.get("RANK", "0") == "0":
+            told = f"{self.type_name}: {self.coverage.describe(what)}"
+            logger.info(told)
+            if self.coverage.share < _LOUD_BELOW:
+                warnings.warn(told, stacklevel=4)
 
     def _leave_to_engine(self) -> None:
         self._step_hook.remove()

@@ -375,6 +375,7 @@ class _Run:
             "tokens_per_second": self.tokens_per_step / median["step"],
             **self.history,
             "parameters": count_parameters(engine.module, engine.shape_of),
+            **({"matrices": engine.own_optimizer.coverage.summary()} if engine.own_optimizer is not None else {}),
             "bytes": {
                 **traffic_bytes(engine, reduced=reduced, gathered=gathered),
                 "optimizer_state": state,

@@ -75,6 +75,7 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
             self._fill_compact()
             groups = build_groups(model, self.layers, converted.full_rank, options, dense_rate=converted.dense_rate)
             self._base = make_base(groups, options)
+            self._check_coverage(model, options, [layer.name for layer in self.layers] + converted.full_rank)
             super().__init__(options, self._base.param_groups, self._base.defaults)
         except Exception:
             for layer in self.layers:
@@ -85,6 +86,15 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         self._group_of = {owner[id(p)]: i for i, g in enumerate(groups) for p in g["params"] if id(p) in owner}
         self._observe_next_step()
         watch_layers(((layer.name, layer.module) for layer in self.layers), self)
+
+    def _check_coverage(self, model: nn.Module, options: OptionsT, covered: list[str]) -> None:
+        self._cover(model, covered, "compact")
+        if options.target_modules is None and self.coverage.share < options.min_compact_share:
+            raise ValueError(
+                f"min_compact_share: expected at least {options.min_compact_share}, got {self.coverage.share:.2f}:"
+                f" {self.coverage.describe()}. Give a lower share to train these as AdamW does, or name the matrices in"
+                " target_modules"
+            )
 
     @abstractmethod
     def _convert(self, model: nn.Module, options: OptionsT) -> Converted:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
-from ..options import COUNT, SHARE, SWITCH, AdamOptions, Foreach, RefreshInterval, Seed
+from ..options import COUNT, SHARE, SWITCH, AdamOptions, Foreach, RefreshInterval, Seed, number
 
 BaseName = Literal["AdamW", "AdamW8bit", "Adafactor"]
 
@@ -25,6 +25,13 @@ class CompactOptions(AdamOptions):
         "the optimizer of all parameters: ``AdamW``, ``AdamW8bit`` (bitsandbytes; moments in 8 bits, which a checkpoint"
         " of an engine holds in fp32) or ``Adafactor`` (plain PyTorch and DDP only)",
     ] = "AdamW"
+
+    min_compact_share: Annotated[
+        float,
+        number(at_least=0.0, at_most=1.0),
+        "share of the matrices in the blocks below which it is an error that the others are trained whole, as AdamW does;"
+        " only for the default ``target_modules``",
+    ] = 0.5
 
     def _conflicts(self) -> Iterator[str]:
         yield from super()._conflicts()

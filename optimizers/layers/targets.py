@@ -9,6 +9,7 @@ from torch import nn
 
 from .compact import CompactWeight
 from .registry import is_target
+from .unfit import READ, REPLACED, unfit_layers
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, 
 
     Args:
         patterns: globs over module names (``"*.mlp.*_proj"``); None takes every linear inside a transformer block,
-            that is below an element of an ``nn.ModuleList`` or ``nn.Sequential``.
+            that is below an element of an ``nn.ModuleList`` or ``nn.Sequential`` and is called (see
+            :func:`.unfit_layers`). Adapters are left alone.
 
     Raises:
-        ValueError: a pattern, or the default, matches nothing; the message lists the model's linears.
+        ValueError: a pattern, or the default, matches nothing, or a pattern matches a layer whose ``forward`` was
+            replaced; the message lists the model's linears.
     """
     linears = {name: module for name, module in model.named_modules() if is_target(module)}
     if any(isinstance(module, CompactWeight) for module in model.modules()):
@@ -51,15 +54,30 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, 
             if not any(fnmatchcase(name, pattern) for name in linears):
                 raise ValueError(f"target_modules: {pattern!r} matches no nn.Linear. {_linears_of(model, linears)}")
         matched = {name: m for name, m in linears.items() if any(fnmatchcase(name, p) for p in patterns)}
+    unfit = unfit_layers(model, matched)
+    if patterns is not None:
+        replaced = [name for name, why in unfit.items() if why == REPLACED]
+        if replaced:
+            raise ValueError(f"target_modules: {replaced[0]}: {REPLACED}")
+        # Who names a layer knows that it is called.
+        unfit = {name: why for name, why in unfit.items() if why != READ}
+    matched = {name: m for name, m in matched.items() if name not in unfit}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     targets = {name: m for name, m in matched.items() if m.weight.requires_grad and uses[id(m.weight)] == 1}
     if not targets:
         raise ValueError(
             "target_modules: no trainable nn.Linear with a weight of its own matches"
             f" {_DEFAULT if patterns is None else list(patterns)}."
-            f" {_linears_of(model, linears)}"
+            f" {_linears_of(model, linears)}{_told(unfit)}"
         )
     return targets
+
+
+def _told(unfit: dict[str, str]) -> str:
+    if not unfit:
+        return ""
+    name, why = next(iter(unfit.items()))
+    return f". Left alone: {len(unfit)}, for example {name} ({why})"
 
 
 def block_prefixes(model: nn.Module) -> tuple[str, ...]:

@@ -50,6 +50,9 @@ def fold_by_hand(optimizer: CompactOptimizer, lr: float) -> None:
 
 
 def groups_of(optimizer: CompactOptimizer) -> list[dict[str, Any]]:
+    for layer in optimizer.layers:
+        # For another optimizer, with folds by hand.
+        unwatch(layer.module)
     return [{"params": group["params"]} for group in optimizer.param_groups]
 
 
@@ -59,9 +62,6 @@ def test_equals_bitsandbytes_stepping_the_compact_parameters_bit_for_bit(kind: s
     model, optimizer = made(kind, "AdamW8bit")
     twin, chooser = made(kind, "AdamW")
     stepper = cast(Any, bitsandbytes.optim).AdamW8bit(groups_of(chooser), **ADAM)
-    for layer in chooser.layers:
-        # Folded by hand, which only this test can do.
-        unwatch(layer.module)
     chooser.register_step_pre_hook(lambda *_: pytest.fail("only bitsandbytes steps"))
     for step in range(3 * INTERVAL + 2):
         for network in (model, twin):

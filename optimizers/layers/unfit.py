@@ -1,0 +1,78 @@
+"""Linear layers that would not train as compact ones, because nothing calls the ``forward`` that they would get."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Mapping
+from functools import cache
+
+from torch import nn
+
+
+def unfit_layers(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Which of the layers have to stay dense, and why, by name."""
+    adapters = tuple(f"{name}." for name, module in model.named_modules() if _is_adapted(module))
+    found: dict[str, str] = {}
+    for name, module in linears.items():
+        parent, _, own = name.rpartition(".")
+        if "forward" in module.__dict__:
+            found[name] = REPLACED
+        elif name.startswith(adapters):
+            found[name] = "an adapter's, which is small already"
+        elif own in _only_read(type(model.get_submodule(parent))):
+            found[name] = READ
+    return found
+
+
+REPLACED = "its forward was replaced on the instance, as accelerate's hooks do: make the optimizer before them"
+READ = "its weight is read without calling it"
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether it is one of peft's layers around a frozen one."""
+    return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
+
+
+@cache
+def _only_read(parent: type[nn.Module]) -> frozenset[str]:
+    """The children whose ``weight`` the methods of a class use, none of which calls the child."""
+    read, called = set[str](), set[str]()
+    for base in parent.__mro__:
+        if base is not nn.Module and issubclass(base, nn.Module):
+            for method in _methods(base):
+                for node in ast.walk(method):
+                    if isinstance(node, ast.Call) and (child := _child(node.func)) is not None:
+                        called.add(child)
+                    read |= _weights_used_in(node)
+    return frozenset(read - called)
+
+
+def _methods(cls: type[nn.Module]) -> list[ast.FunctionDef]:
+    """Those whose source is at hand and that do not set the weights up."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return []
+    (defined,) = tree.body
+    assert isinstance(defined, ast.ClassDef)
+    return [node for node in defined.body if isinstance(node, ast.FunctionDef) and not _sets_up(node.name)]
+
+
+def _sets_up(name: str) -> bool:
+    return "init" in name or "reset" in name or "load" in name
+
+
+def _weights_used_in(node: ast.AST) -> set[str]:
+    """``x`` of each ``self.x.weight`` directly below a node, but where only its dtype, device or shape is asked."""
+    if isinstance(node, ast.Attribute) and node.attr in ("dtype", "device", "shape", "data"):
+        return set()
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr"):
+        return set()
+    children = (child for child in ast.iter_child_nodes(node) if isinstance(child, ast.Attribute))
+    return {name for child in children if child.attr == "weight" and (name := _child(child.value)) is not None}
+
+
+def _child(node: ast.AST) -> str | None:
+    """``x`` of ``self.x``."""
+    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    return node.attr if is_own else None  # pyright: ignore[reportAttributeAccessIssue]
