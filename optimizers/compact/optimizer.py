@@ -311,6 +311,9 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         for layer in self.layers:
             keys = layer.module.subspace()
             layer.module.set_subspace({key: state["tensors"][f"{layer.name}.{key}"] for key in keys})
+            if layer.module.watch is not None:
+                # Values are loaded by whoever holds them.
+                layer.module.watch.suspend()
         self.num_refreshes = state["num_refreshes"]
 
     def _identity(self) -> dict[str, Any]:

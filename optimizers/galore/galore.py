@@ -11,8 +11,7 @@ from ..compact.backend import SubspaceBackend
 from ..compact.optimizer import CompactOptimizer, Converted
 from ..compact.sketches import directions
 from ..engine_optimizer import keywords_of
-from ..layers.registry import to_projected
-from ..layers.shape import whole_shape
+from ..layers.registry import outputs_and_inputs, to_projected
 from ..layers.targets import CompactLayer, find_targets, rank_of
 from ..numerics.seeds import derive_seed
 from .bases import aligned, iterated_basis, leading_basis, random_basis
@@ -140,7 +139,7 @@ def _convert(targets: dict[str, nn.Linear], options: GaLoreOptions) -> Converted
     """Convert the targets with seeded random bases; those that the rank covers whole are named only."""
     layers, full, side = [], [], options.side
     for name, linear in targets.items():
-        m, n = whole_shape(linear.weight)
+        m, n = outputs_and_inputs(linear)
         own_rank = rank_of(min(m, n), rank=options.rank, density=options.density)
         on_left = side in ("left", "full") or (side == "std" and m < n)
         on_right = side in ("right", "full") or (side == "std" and m >= n)

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from ..layers.compact import Side
-from ..layers.registry import to_projected, to_selected
-from ..layers.shape import whole_shape
+from ..layers.registry import outputs_and_inputs, to_projected, to_selected
 from ..layers.shared_copy import SharedCopy
 from ..layers.targets import CompactLayer, rank_of
 from ..numerics.selection import SelectionRule, replacement_scales, select_index
@@ -43,8 +42,7 @@ class SelectedTarget:
 
     @property
     def _shape(self) -> tuple[int, int]:
-        m, n = whole_shape(self.module.weight)
-        return m, n
+        return outputs_and_inputs(self.module)
 
 
 def ranks_of(

@@ -5,6 +5,8 @@ from typing import Literal
 
 from torch import nn
 
+from ..layers.registry import outputs_and_inputs
+
 SharedInputs = Literal["siblings"] | list[list[str]] | None
 
 # Names of siblings that transformers call with the same input: Llama and its kin, T5, BERT, ours.
@@ -42,7 +44,7 @@ def find_groups(targets: dict[str, nn.Linear], shared_inputs: SharedInputs) -> l
                 found.setdefault(parent, []).append(name)
         siblings = [names for names in found.values() if len(names) > 1]
         for names in siblings:
-            widths = {name: targets[name].in_features for name in names}
+            widths = {name: outputs_and_inputs(targets[name])[1] for name in names}
             if len(set(widths.values())) == 1:
                 groups.append(names)
                 taken.update(names)

@@ -3,3 +3,4 @@
 # Each enters its type into the registry.
 from . import projected_linear as projected_linear
 from . import selected_embedding as selected_embedding
+from . import transposed_linear as transposed_linear

@@ -4,6 +4,7 @@ What the ways to be compact have in common: how the layer looks from outside, an
 statistics of the full gradient are had without forming it.
 """
 
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -239,9 +240,14 @@ class CompactWeight(nn.Module):
 
 
 class CompactLinear(CompactWeight, nn.Linear):
-    """A compact ``nn.Linear``, for ``y = x W^T + b``: ``G = dY^T X``."""
+    """A compact ``nn.Linear``, for ``y = x W^T + b``: ``G = dY^T X``.
+
+    Attributes:
+        transposed: the layer is ``y = x W + b`` instead, with a weight of inputs times outputs: ``G = X^T dY``.
+    """
 
     plain: ClassVar[type[nn.Module]] = nn.Linear
+    transposed: ClassVar[bool] = False
 
     def _probe_arguments(
         self, input: Tensor, compute_dtype: torch.dtype
@@ -250,10 +256,14 @@ class CompactLinear(CompactWeight, nn.Linear):
         if self.probe is None:
             return None, None, None, None
         x_2d = input.detach().reshape(-1, input.shape[-1]).to(compute_dtype)
-        if self.probe_kind == "rows":
+        kind: ProbeKind = self.probe_kind
+        if self.transposed and kind != "full":
+            # Of W^T.
+            kind = "rows" if kind == "columns" else "columns"
+        if kind == "rows":
             assert self.omega is not None
             x_2d = x_2d @ self.omega.to(x_2d.dtype)
-        return self.probe, self.probe_kind, x_2d, self.omega
+        return self.probe, kind, x_2d, self.omega
 
     def _compute_dtype(self, input: Tensor) -> torch.dtype:
         """The dtype of the matrix products: the input's, or autocast's.
@@ -269,10 +279,25 @@ class CompactLinear(CompactWeight, nn.Linear):
         return input.dtype
 
 
+@cache
+def compact_class(compact: type[CompactWeight], plain: type[nn.Module]) -> type[CompactWeight]:
+    """``compact`` for layers of the type ``plain``, of which they stay instances."""
+    if compact.plain is plain:
+        return compact
+    return type(f"{compact.__name__}Of{plain.__name__}", (compact, plain), {"plain": plain})
+
+
 def keep_dtypes(
-    ctx: Any, x: Tensor, bias: Tensor | None, compact: Tensor, probe: Tensor | None, probe_kind: ProbeKind | None
+    ctx: Any,
+    x: Tensor,
+    bias: Tensor | None,
+    compact: Tensor,
+    probe: Tensor | None,
+    probe_kind: ProbeKind | None,
+    transposed: bool,
 ) -> None:
     """In the forward of a compact linear layer's autograd function: what its gradients have to be."""
+    ctx.transposed = transposed
     ctx.x_dtype, ctx.compact_dtype = x.dtype, compact.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.probe_kind, ctx.probe_dtype = probe_kind, None if probe is None else probe.dtype
@@ -287,7 +312,8 @@ def other_gradients(
     """
     grad_x = grad_bias = grad_probe = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad_y.matmul(weight.to(grad_y.dtype)).to(ctx.x_dtype)
+        whole = weight.t() if ctx.transposed else weight
+        grad_x = grad_y.matmul(whole.to(grad_y.dtype)).to(ctx.x_dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = grad_y_2d.sum(0).to(ctx.bias_dtype)
     if probe_input is not None:
@@ -295,5 +321,10 @@ def other_gradients(
         if ctx.probe_kind == "columns":
             assert omega is not None
             observed = observed @ omega.to(observed.dtype)
-        grad_probe = observed.t().mm(probe_input).to(ctx.probe_dtype)
+        grad_probe = weight_gradient(observed, probe_input, ctx.transposed).to(ctx.probe_dtype)
     return grad_x, grad_bias, grad_probe
+
+
+def weight_gradient(grad_y: Tensor, x: Tensor, transposed: bool) -> Tensor:
+    """``dY^T X``, or ``X^T dY`` for a weight of inputs times outputs; or of parts of them."""
+    return x.t().mm(grad_y) if transposed else grad_y.t().mm(x)

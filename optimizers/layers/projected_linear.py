@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..numerics.rounding import add_
-from .compact import CompactLinear, ProbeKind, keep_dtypes, other_gradients
+from .compact import CompactLinear, ProbeKind, compact_class, keep_dtypes, other_gradients, weight_gradient
 from .registry import register
 from .selected_linear import SelectedLinear
 from .shape import whole_shape
@@ -70,15 +70,17 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         left_index: Tensor | None,
         right: Tensor | None,
         right_index: Tensor | None,
+        transposed: bool,
         compute_dtype: torch.dtype,
         probe: Tensor | None,
         probe_kind: ProbeKind | None,
         probe_input: Tensor | None,
         omega: Tensor | None,
     ) -> Tensor:
-        keep_dtypes(ctx, x, bias, compact, probe, probe_kind)
+        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed)
         x = x.to(compute_dtype)
-        y = F.linear(x, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
+        whole = weight.t() if transposed else weight
+        y = F.linear(x, whole.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
         projected = project(x.reshape(-1, x.shape[-1]), right, right_index)
         ctx.save_for_backward(projected, weight, left, left_index, probe_input, omega)
         return y
@@ -91,8 +93,9 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         grad_y_2d, grad_compact = grad_y.reshape(-1, grad_y.shape[-1]), None
         grad_x, grad_bias, grad_probe = other_gradients(ctx, grad_y, grad_y_2d, weight, probe_input, omega)
         if ctx.needs_input_grad[3]:
-            grad_compact = project(grad_y_2d, left, left_index).t().mm(projected).to(ctx.compact_dtype)
-        return grad_x, None, grad_bias, grad_compact, *(None,) * 5, grad_probe, None, None, None
+            projected_y = project(grad_y_2d, left, left_index)
+            grad_compact = weight_gradient(projected_y, projected, ctx.transposed).to(ctx.compact_dtype)
+        return grad_x, None, grad_bias, grad_compact, *(None,) * 6, grad_probe, None, None, None
 
 
 class ProjectedLinear(CompactLinear):
@@ -125,7 +128,7 @@ class ProjectedLinear(CompactLinear):
         scale: float = 1.0,
     ) -> "ProjectedLinear":
         """Turn ``linear`` into a ``ProjectedLinear`` in place; ``compact`` is registered but left uninitialised."""
-        linear.__class__ = cls
+        linear.__class__ = compact_class(cls, type(linear))
         assert isinstance(linear, ProjectedLinear)
         linear.scale = scale
         for key, value in zip(_KEYS, (left, left_index, right, right_index), strict=True):
@@ -191,15 +194,16 @@ class ProjectedLinear(CompactLinear):
     def forward(self, input: Tensor) -> Tensor:
         self._begin_forward()
         compute_dtype = self._compute_dtype(input)
+        bases = (self.left, self.left_index), (self.right, self.right_index)
+        of_outputs, of_inputs = reversed(bases) if self.transposed else bases
         return _ProjectedLinearFunction.apply(
             input,
             self.weight,
             self.bias,
             self.compact,
-            self.left,
-            self.left_index,
-            self.right,
-            self.right_index,
+            *of_outputs,
+            *of_inputs,
+            self.transposed,
             compute_dtype,
             *self._probe_arguments(input, compute_dtype),
         )

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .compact import CompactWeight
+from .shape import whole_shape
 
 
 @dataclass(frozen=True)
@@ -17,13 +19,16 @@ class CompactTypes:
         selected: called as :meth:`.SelectedLinear.convert`; gives a layer that holds values.
         projected: called as :meth:`.ProjectedLinear.convert`; gives a layer that holds a change. None for layers that
             ``target_modules`` does not name.
+        transposed: the weight is inputs times outputs.
     """
 
     selected: Callable[..., CompactWeight]
     projected: Callable[..., CompactWeight] | None
+    transposed: bool = False
 
 
 _types: dict[type[nn.Module], CompactTypes] = {}
+_names: dict[str, CompactTypes] = {}
 
 
 def register(
@@ -33,27 +38,72 @@ def register(
     projected: Callable[..., CompactWeight] | None = None,
 ) -> None:
     """Let layers of exactly ``layer_type`` become compact; a subclass may compute something else, and is its own type.
+    (Those of ``nn.Linear`` that have its ``forward`` count as it.)
 
     Args:
-        selected, projected: as in :class:`CompactTypes`. With both, the layer has ``nn.Linear``'s ``weight``,
-            ``in_features`` and ``out_features``.
+        selected, projected: as in :class:`CompactTypes`. With both, the layer has ``nn.Linear``'s ``weight`` and ``bias``.
     """
     _types[layer_type] = CompactTypes(selected, projected)
 
 
+def register_name(
+    name: str,
+    *,
+    selected: Callable[..., CompactWeight],
+    projected: Callable[..., CompactWeight],
+    transposed: bool = False,
+) -> None:
+    """As :func:`register`, for a type of a package that need not be there, by its whole name.
+
+    Args:
+        transposed: as in :class:`CompactTypes`.
+    """
+    _names[name] = CompactTypes(selected, projected, transposed)
+
+
+def _types_of(module: nn.Module) -> CompactTypes | None:
+    cls = type(module)
+    found = _types.get(cls) or _names.get(f"{cls.__module__}.{cls.__qualname__}")
+    return found or (_types.get(nn.Linear) if _computes_as_linear(module) else None)
+
+
+def _computes_as_linear(module: nn.Module) -> bool:
+    """Whether it is of a subclass of ``nn.Linear`` that computes the same."""
+    cls = type(module)
+    return (
+        isinstance(module, nn.Linear)
+        and not isinstance(module, CompactWeight)
+        and cls.forward is nn.Linear.forward
+        and cls.__call__ is nn.Module.__call__
+        # Its weight is read by nn.MultiheadAttention, which does not call it.
+        and cls is not NonDynamicallyQuantizableLinear
+        # A parametrised weight is computed.
+        and module._parameters.get("weight") is not None
+    )
+
+
+def outputs_and_inputs(module: nn.Module) -> tuple[int, int]:
+    """Their numbers, of a layer that :func:`is_target`, or ``(m, n)`` of another registered one."""
+    found, (m, n) = _types_of(module), whole_shape(module.weight)  # pyright: ignore[reportArgumentType]
+    return (n, m) if found is not None and found.transposed else (m, n)
+
+
 def is_target(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether ``target_modules`` may name the layer: it has both compact forms."""
-    found = _types.get(type(module))
+    found = _types_of(module)
     return found is not None and found.projected is not None
 
 
 def to_selected(module: nn.Module, **arguments: Any) -> CompactWeight:
     """Convert a layer of a registered type in place, to one that trains a selection of its weight."""
-    return _types[type(module)].selected(module, **arguments)
+    found = _types_of(module)
+    assert found is not None
+    return found.selected(module, **arguments)
 
 
 def to_projected(module: nn.Module, **arguments: Any) -> CompactWeight:
     """Convert a layer that :func:`is_target` in place, to one that trains a change of its weight."""
-    projected = _types[type(module)].projected
-    assert projected is not None
-    return projected(module, **arguments)
+    found = _types_of(module)
+    assert found is not None
+    assert found.projected is not None
+    return found.projected(module, **arguments)

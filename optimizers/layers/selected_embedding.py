@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact import ProbeKind, Side
+from .compact import ProbeKind, Side, compact_class
 from .registry import register
 from .selected_weight import SelectedWeight, write_selected_
 
@@ -79,7 +79,7 @@ class SelectedEmbedding(SelectedWeight, nn.Embedding):
             side, shared: as in :meth:`.SelectedLinear.convert`; only rows are selected, and nothing is shared.
         """
         assert side == "rows"
-        embedding.__class__ = cls
+        embedding.__class__ = compact_class(cls, type(embedding))
         assert isinstance(embedding, SelectedEmbedding)
         embedding._become_selected(side=side, index=index, contiguous=contiguous)
         return embedding

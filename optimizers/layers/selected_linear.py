@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact import CompactLinear, ProbeKind, Side, keep_dtypes, other_gradients
+from .compact import (
+    CompactLinear,
+    ProbeKind,
+    Side,
+    compact_class,
+    keep_dtypes,
+    other_gradients,
+    weight_gradient,
+)
 from .selected_weight import SelectedWeight, read_selected, write_selected_
 from .shared_copy import SharedCopy
 
@@ -33,6 +41,7 @@ class _SelectedLinearFunction(torch.autograd.Function):
         index: Tensor,
         start: int | None,
         columns: bool,
+        transposed: bool,
         folds_at_use: bool,
         compute_dtype: torch.dtype,
         probe: Tensor | None,
@@ -42,10 +51,11 @@ class _SelectedLinearFunction(torch.autograd.Function):
         shared_x: Tensor | None,
     ) -> Tensor:
         if folds_at_use:
-            write_selected_(weight.data, compact.data, index, start, dim=1 if columns else 0)
-        keep_dtypes(ctx, x, bias, compact, probe, probe_kind)
+            write_selected_(weight.data, compact.data, index, start, dim=int(columns != transposed))
+        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed)
         x = x.to(compute_dtype)
-        y = F.linear(x, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
+        whole = weight.t() if transposed else weight
+        y = F.linear(x, whole.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
         saved_x = shared_x if shared_x is not None else x
         if columns and shared_x is None:
             saved_x = read_selected(x.reshape(-1, x.shape[-1]), index, start, dim=1)
@@ -60,17 +70,18 @@ class _SelectedLinearFunction(torch.autograd.Function):
         (grad_y,) = grad_outputs
         saved_x, weight, index, compact, probe_input, omega = ctx.saved_tensors
         if compact is not None:
-            write_selected_(weight.data, compact.data, index, ctx.start, dim=1 if ctx.columns else 0)
+            write_selected_(weight.data, compact.data, index, ctx.start, dim=int(ctx.columns != ctx.transposed))
         grad_y_2d, grad_compact = grad_y.reshape(-1, grad_y.shape[-1]), None
         grad_x, grad_bias, grad_probe = other_gradients(ctx, grad_y, grad_y_2d, weight, probe_input, omega)
         if ctx.needs_input_grad[3]:
             if ctx.columns:
-                grad_compact = grad_y_2d.t().mm(saved_x)
+                grad_compact = weight_gradient(grad_y_2d, saved_x, ctx.transposed)
             else:
                 x_2d = saved_x.reshape(-1, saved_x.shape[-1])
-                grad_compact = read_selected(grad_y_2d, index, ctx.start, dim=1).t().mm(x_2d)
+                selected_y = read_selected(grad_y_2d, index, ctx.start, dim=1)
+                grad_compact = weight_gradient(selected_y, x_2d, ctx.transposed)
             grad_compact = grad_compact.to(ctx.compact_dtype)
-        return grad_x, None, grad_bias, grad_compact, *(None,) * 5, grad_probe, *(None,) * 4
+        return grad_x, None, grad_bias, grad_compact, *(None,) * 6, grad_probe, *(None,) * 4
 
 
 class SelectedLinear(SelectedWeight, CompactLinear):
@@ -87,7 +98,7 @@ class SelectedLinear(SelectedWeight, CompactLinear):
         cls, linear: nn.Linear, *, side: Side, index: Tensor, contiguous: bool, shared: SharedCopy | None = None
     ) -> "SelectedLinear":
         """Turn ``linear`` into a ``SelectedLinear`` in place; ``compact`` is registered but left uninitialised."""
-        linear.__class__ = cls
+        linear.__class__ = compact_class(cls, type(linear))
         assert isinstance(linear, SelectedLinear)
         linear.shared = shared
         linear._become_selected(side=side, index=index, contiguous=contiguous)
@@ -108,7 +119,8 @@ class SelectedLinear(SelectedWeight, CompactLinear):
             self.index,
             # A Python int would be a constant of the compiled graph and recompile it at every refresh.
             None if torch.compiler.is_compiling() else self.start,
-            self.side == "columns",
+            (self.side == "columns") != self.transposed,
+            self.transposed,
             self.folds_at_use,
             compute_dtype,
             *self._probe_arguments(input, compute_dtype),

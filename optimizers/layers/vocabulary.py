@@ -5,7 +5,7 @@ from collections import Counter
 
 from torch import nn
 
-from .registry import is_target
+from .registry import is_target, outputs_and_inputs
 from .targets import block_prefixes
 
 
@@ -22,10 +22,10 @@ def find_vocabulary(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
     outside = {name: module for name, module in model.named_modules() if not name.startswith(blocks)}
     heads = {name: module for name, module in outside.items() if is_target(module)}
     embeddings = {name: module for name, module in outside.items() if type(module) is nn.Embedding}
-    sizes = {m.out_features for m in heads.values()} & {m.num_embeddings for m in embeddings.values()}
+    sizes = {outputs_and_inputs(m)[0] for m in heads.values()} & {m.num_embeddings for m in embeddings.values()}
     found: dict[str, nn.Linear | nn.Embedding] = {
         **{name: module for name, module in embeddings.items() if module.num_embeddings in sizes},
-        **{name: module for name, module in heads.items() if module.out_features in sizes},
+        **{name: module for name, module in heads.items() if outputs_and_inputs(module)[0] in sizes},
     }
     if not found:
         raise ValueError(

@@ -50,13 +50,17 @@ class Watch:
         self._noted, self._moved = _state_of(layer), False
         self._uses, self._next = 0, _FIRST_COMPARISON
 
+    def suspend(self) -> None:
+        """Until :meth:`note`: the layer is being loaded, one part after the other."""
+        self._noted = ()
+
     def look(self, layer: "CompactWeight") -> None:
         """Before the layer is used.
 
         Raises:
             RuntimeError: ``compact`` holds what nothing will bring into the weight.
         """
-        if not self.is_on:
+        if not self.is_on or not self._noted:
             return
         self._uses += 1
         if self._moved or self._uses >= self._next or _state_of(layer) != self._noted:
@@ -68,7 +72,9 @@ class Watch:
 
     def compare(self, layer: "CompactWeight") -> None:
         """As :meth:`look`, of the tensors themselves; edits of the weight are taken over."""
-        if not self.is_on or layer.compact.shape != layer.compact_shape or layer.weight.shape != layer.weight_shape:
+        if not self.is_on or not self._noted:
+            return
+        if layer.compact.shape != layer.compact_shape or layer.weight.shape != layer.weight_shape:
             return
         found = _state_of(layer)
         if not layer.agrees():
