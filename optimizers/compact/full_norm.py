@@ -23,8 +23,8 @@ class FullNorm:
     trained whole count with their own gradients, and so do compact embeddings. Where process ranks average gradients
     (DDP), :meth:`norm` averages the sketches over the ranks.
 
-    Gradients may have been scaled since backward, all by one factor, as ``GradScaler.unscale_`` does: the estimate is of
-    what they are when :meth:`norm` is called.
+    Gradients may have been scaled since backward, all by one factor, as ``GradScaler.unscale_`` does: the estimate is
+    of what they are when :meth:`norm` is called.
 
     In plain PyTorch and under DDP only: ZeRO clips inside, by the norm of the compact gradients.
 

@@ -198,8 +198,8 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         if unused:
             warnings.warn(
                 f"{self.type_name}: no forward of these compact layers has run by the end of the first step:"
-                f" {shortened(unused)}. If the model reads their weight without calling them, or replaced their forward,"
-                " they are not trained: leave them out with target_modules",
+                f" {shortened(unused)}. If the model reads their weight without calling them, or replaced their"
+                " forward, they are not trained: leave them out with target_modules",
                 stacklevel=3,
             )
 

@@ -29,8 +29,8 @@ class CompactOptions(AdamOptions):
     min_compact_share: Annotated[
         float,
         number(at_least=0.0, at_most=1.0),
-        "share of the matrices in the blocks below which it is an error that the others are trained whole, as AdamW does;"
-        " only for the default ``target_modules``",
+        "share of the matrices in the blocks below which it is an error that the others are trained whole, as AdamW"
+        " does; only for the default ``target_modules``",
     ] = 0.5
 
     def _conflicts(self) -> Iterator[str]:

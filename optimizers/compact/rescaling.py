@@ -54,7 +54,9 @@ class Rescaling:
         for layer in self._layers:
             gradient, own = layer.module.compact.grad, self._sums.get(layer.name)
             zero = torch.zeros((), dtype=torch.float64, device=layer.module.compact.device)
-            pair = torch.stack([self._sum(gradient) if gradient is not None else zero, own if own is not None else zero])
+            pair = torch.stack(
+                [self._sum(gradient) if gradient is not None else zero, own if own is not None else zero]
+            )
             members.setdefault(backend.communicator(layer.name), []).append(pair)
         if not members:
             return 1.0

@@ -280,7 +280,7 @@ class CompactLinear(CompactWeight, nn.Linear):
 
 
 @cache
-def compact_class(compact: type[CompactWeight], plain: type[nn.Module]) -> type[CompactWeight]:
+def compact_class(compact: type[CompactWeight], plain: type[nn.Module]) -> Any:
     """``compact`` for layers of the type ``plain``, of which they stay instances."""
     if compact.plain is plain:
         return compact

@@ -35,7 +35,8 @@ class Coverage:
 
     def describe(self, what: str = "compact") -> str:
         """``58.0 of 62.0 M matrix parameters in the blocks are compact (94 %); dense: ...``."""
-        told = f"{_millions(self.covered, self.total)} matrix parameters in the blocks are {what} ({_percent(self.covered, self.total)})"
+        percent = _percent(self.covered, self.total)
+        told = f"{_millions(self.covered, self.total)} matrix parameters in the blocks are {what} ({percent})"
         if not self.dense:
             return told
         names = list(self.dense)

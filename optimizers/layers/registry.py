@@ -41,7 +41,8 @@ def register(
     (Those of ``nn.Linear`` that have its ``forward`` count as it.)
 
     Args:
-        selected, projected: as in :class:`CompactTypes`. With both, the layer has ``nn.Linear``'s ``weight`` and ``bias``.
+        selected, projected: as in :class:`CompactTypes`. With both, the layer has ``nn.Linear``'s ``weight`` and
+            ``bias``.
     """
     _types[layer_type] = CompactTypes(selected, projected)
 

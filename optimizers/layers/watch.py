@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-
 if TYPE_CHECKING:
     from .compact import CompactWeight
 

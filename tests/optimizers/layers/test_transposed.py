@@ -158,6 +158,7 @@ def test_gpt2_and_falcon_are_compact_throughout() -> None:
         dense.load_state_dict(model.state_dict())
         optimizer = Grass(model, density=0.25, lr=1e-2, refresh_interval=2)
         assert optimizer.coverage.share == 1.0
-        model.eval(), dense.eval()
+        model.eval()
+        dense.eval()
         tokens = token_batch(0, 2, vocab=64)
         assert torch.equal(model(tokens).logits, dense(tokens).logits)
