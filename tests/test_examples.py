@@ -28,6 +28,7 @@ def figures(pattern: str, printed: str) -> tuple[str, ...]:
     return match.groups()
 
 
+@pytest.mark.alone
 def test_plain_pytorch_resumes_to_the_bit_and_offloads(tmp_path: Path) -> None:
     printed = output_of([sys.executable, str(EXAMPLES / "plain_pytorch.py"), str(tmp_path)], tmp_path)
     first, last, resumed = figures(r"loss (\S+) -> (\S+), resumed (\S+)", printed)

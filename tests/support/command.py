@@ -46,7 +46,7 @@ def run(*words: str, ranks: int = 1, launcher: str = "torchrun", **extra: str) -
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
 
@@ -84,7 +84,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 def wait_for_step(run_dir: Path, step: int, process: "subprocess.Popen[str] | None" = None) -> None:
     """Wait until a run has taken a step; ``process`` must not end before."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 400
     while max(losses(run_dir), default=0) < step:
         assert time.monotonic() < deadline
         assert process is None or process.poll() is None, "it ended too early"

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-_TIMEOUT = 240.0
+_TIMEOUT = 480.0
 
 
 class RankPool:

@@ -97,7 +97,7 @@ class _Clock:
             pytest.skip("left out, the time is up")
 
         before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, min(remaining, _LONGEST))
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, min(remaining, _LONGEST)))
         try:
             return (yield)
         finally:

@@ -40,7 +40,7 @@ def train(config: dict[str, Any], offload: dict[str, Any] | None, steps: int = S
 
 def settled(offload: ActivationOffload) -> OffloadStats:
     """The counts once the lanes have noticed that what they were about to read is needed no more."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while offload.stats().saved and time.monotonic() < deadline:
         time.sleep(0.01)
     return offload.stats()
