@@ -257,7 +257,7 @@ class _Run:
         traffic, self.data_wait = engine.traffic, 0.0
         before = traffic.reduced, traffic.gathered
         started = time.perf_counter()
-        learning_rates = _learning_rates(engine)
+        learning_rates, num_skipped = _learning_rates(engine), engine.counters()["skipped_steps"]
         # The loss, and the number of ranks that were asked to end.
         sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
         self.doing = f"step {step}"
@@ -277,6 +277,9 @@ class _Run:
         if not math.isfinite(mean):
             folder = plan.run_dir / CHECKPOINTS
             raise UserError(f"step {step}: the loss is {mean}; checkpoints of before are in {folder}").shared()
+        is_skipped = engine.counters()["skipped_steps"] > num_skipped
+        if is_skipped and self.is_first_rank:
+            logger.warning(f"step {step}: the gradients are not finite: the step is left out, the weights stay")
         if self.history["loss_first"] is None:
             self.history["loss_first"] = mean
         self.history["loss_last"] = mean
@@ -284,6 +287,7 @@ class _Run:
             "loss": mean,
             **learning_rates,
             "grad_norm": engine.grad_norm(),
+            "skipped": is_skipped,
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / seconds["step"],
             "bytes": {**sent, **moved},

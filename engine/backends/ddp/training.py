@@ -135,8 +135,14 @@ class DdpTraining:
 
     @torch.no_grad()
     def _update(self) -> None:
-        """Clip and step, as DeepSpeed does without ZeRO; a step with gradients that are not finite is left out."""
-        gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        """Clip and step, as DeepSpeed does without ZeRO: a gradient that is missing is zero, and a step with gradients
+        that are not finite is left out.
+        """
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         norm = torch.stack(norms).square().sum().sqrt()
         self._grad_norm = float(norm)

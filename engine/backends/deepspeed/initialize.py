@@ -25,6 +25,7 @@ from ...ranks.agreement import make_process_group
 from ...ranks.environment import ensure_environment, process_rank
 from .engine import Engine
 from .extensions import ensure_extensions
+from .gradients import mend_updates
 from .offload import attach_offload
 from .privates import configure_python_gc
 from .subspace import GatherOnceBackend
@@ -104,17 +105,17 @@ def initialize(
             if checked.unused_params() and process_rank() == 0:
                 warnings.warn(checked.unused_params_note(), stacklevel=2)
             try:
-                return attach(
-                    deepspeed.initialize(
-                        config=checked.engine_settings(),
-                        optimizer=optimizer,
-                        model_parameters=model_parameters,
-                        mpu=mpu,
-                        **arguments,
-                    )
+                made = deepspeed.initialize(
+                    config=checked.engine_settings(),
+                    optimizer=optimizer,
+                    model_parameters=model_parameters,
+                    mpu=mpu,
+                    **arguments,
                 )
             except (AssertionError, TypeError) as error:
                 raise checked.error(f"refused by DeepSpeed: {error}").shared() from error
+            mend_updates(made[0])
+            return attach(made)
     check_supported(checked, model, mpu, client=client)
     if model_parameters is not None:
         raise checked.error("model_parameters: our optimizers take optimizer.params.param_groups instead")
@@ -192,6 +193,7 @@ def _make_engine(
         **arguments,
     )
     configure_python_gc(engine)
+    mend_updates(engine)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

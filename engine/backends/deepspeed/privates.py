@@ -11,6 +11,8 @@ import torch
 from deepspeed import comm
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from narrowgauge.optimizers.layers.shape import add_shape_source
@@ -93,6 +95,35 @@ def gather_again(parameters: Sequence[Tensor]) -> None:
     if live:
         live[0].partition(param_list=live)
         live[0].all_gather(param_list=live)
+
+
+def complete_offloaded_gradients(wrapper: Any) -> None:
+    """With the optimizer on the CPU, the last backward of a step copies gradients there; copy those of parameters that
+    had theirs in an earlier micro-batch only.
+    """
+    if type(wrapper) is DeepSpeedZeroOptimizer_Stage3 and wrapper.offload_optimizer:
+        copied = wrapper.norm_for_param_grads.keys()
+        done = {p.ds_id for group in wrapper.fp16_groups for p in group if wrapper.get_param_id(p) in copied}
+        wrapper._offload_boundary_param_ids -= done
+        wrapper._finalize_offload_gradient_accumulation()
+    elif type(wrapper) is DeepSpeedZeroOptimizer and wrapper.cpu_offload:
+        wrapper._offload_accumulated_param_ids -= wrapper.norm_for_param_grads.keys()
+        wrapper._finalize_cpu_offload_gradient_accumulation()
+
+
+def drop_gradients(wrapper: Any) -> None:
+    """After a step: forget the gradients that ZeRO keeps in buffers of its own."""
+    kept: list[Tensor | None] = []
+    if type(wrapper) is DeepSpeedZeroOptimizer_Stage3:
+        kept.append(wrapper.grad_partitions_flat_buffer)
+        if wrapper.offload_optimizer:
+            kept += [masters.grad for masters in wrapper.fp32_partitioned_groups_flat]
+    elif type(wrapper) is DeepSpeedZeroOptimizer and wrapper.cpu_offload:
+        kept += [masters.grad for masters in wrapper.single_partition_of_fp32_groups]
+        kept += wrapper.accumulated_grads_in_cpu.values()
+    for gradient in kept:
+        if gradient is not None:
+            gradient.zero_()
 
 
 def configure_python_gc(engine: DeepSpeedEngine) -> None:

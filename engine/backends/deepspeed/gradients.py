@@ -1,0 +1,64 @@
+"""What DeepSpeed's update does with gradients that are missing, old or not finite, put right around it."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from .privates import complete_offloaded_gradients, drop_gradients
+
+
+def mend_updates(engine: DeepSpeedEngine) -> None:
+    """Let every update of the engine see the gradients of its own step, and leave out one that is not finite.
+
+    ZeRO keeps a parameter's gradient in a buffer, and a step in which the parameter has none (an idle expert, a layer
+    that LayerDrop leaves out) finds the one of an earlier step there: here it finds zeros, as without ZeRO. And without
+    ZeRO, in fp32, DeepSpeed applies gradients that are not finite; here it skips the step, as under ZeRO.
+    """
+    own: Any = engine
+    update: Callable[[Any], None] = own._take_model_step
+
+    @wraps(update)
+    def mended(lr_kwargs: Any) -> None:
+        optimizer: Any = own.optimizer
+        if isinstance(optimizer, torch.optim.Optimizer):
+            own._global_grad_norm = norm = _norm(own.module)
+            # DeepSpeed asks its own wrappers for this, and counts the step as skipped.
+            optimizer.overflow = _on_any_rank(not math.isfinite(norm), own.device)
+            with _without_step(optimizer) if optimizer.overflow else nullcontext():
+                update(lr_kwargs)
+            return
+        complete_offloaded_gradients(optimizer)
+        update(lr_kwargs)
+        drop_gradients(optimizer)
+
+    vars(engine)["_take_model_step"] = mended
+
+
+def _norm(model: torch.nn.Module) -> float:
+    """Of all gradients of this rank, which are equal on all where no model is cut."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in model.parameters() if p.grad is not None]
+    return float(torch.stack(norms).square().sum().sqrt()) if norms else 0.0
+
+
+def _on_any_rank(found: bool, device: torch.device) -> bool:
+    flag = torch.tensor(float(found), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+@contextmanager
+def _without_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    former = vars(optimizer).get("step")
+    vars(optimizer)["step"] = lambda *_: None
+    try:
+        yield
+    finally:
+        del vars(optimizer)["step"]
+        if former is not None:
+            vars(optimizer)["step"] = former
