@@ -7,19 +7,25 @@ from pathlib import Path
 
 from narrowgauge.engine.errors import UserError
 
-_LINE = re.compile(r"(?P<name>[A-Za-z0-9_.:-]+)(?:\s+slots=(?P<slots>\d+))?")
+_LINE = re.compile(r"(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9_.-]*)@)?(?P<name>[A-Za-z0-9_.:-]+)(?:\s+slots=(?P<slots>\d+))?")
 
 
 @dataclass(frozen=True)
 class Host:
-    """A machine and the process ranks it takes; None where the hostfile does not say."""
+    """A machine, the process ranks it takes and who logs in there; None where the hostfile does not say."""
 
     name: str
     slots: int | None
+    user: str | None = None
+
+    @property
+    def login(self) -> str:
+        """What ssh is told."""
+        return self.name if self.user is None else f"{self.user}@{self.name}"
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Read ``NAME slots=N`` lines, as DeepSpeed's; blank lines and ``#`` comments are skipped.
+    """Read ``NAME slots=N`` and ``USER@NAME slots=N`` lines, as DeepSpeed's; blank lines and ``#`` comments are skipped.
 
     Raises:
         UserError: the file cannot be read, a line is not of this form, a host is given twice, there is none, or the
@@ -36,13 +42,13 @@ def read_hostfile(path: Path) -> list[Host]:
             continue
         match = _LINE.fullmatch(text)
         if match is None:
-            raise UserError(f"{path}, line {number}: expected 'NAME slots=N', got {text!r}")
+            raise UserError(f"{path}, line {number}: expected 'NAME slots=N' or 'USER@NAME slots=N', got {text!r}")
         slots = int(match["slots"]) if match["slots"] is not None else None
         if slots == 0:
             raise UserError(f"{path}, line {number}: {match['name']}: expected at least 1 slot, got 0")
         if any(host.name == match["name"] for host in hosts):
             raise UserError(f"{path}, line {number}: {match['name']} is given twice")
-        hosts.append(Host(match["name"], slots))
+        hosts.append(Host(match["name"], slots, match["user"]))
     if not hosts:
         raise UserError(f"{path}: expected at least one host, got none")
     first = hosts[0]

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import replace_folder, write_json
@@ -19,7 +21,10 @@ from ..protocol import TrainingEngine
 from ..ranks.together import together
 from .files import FORMAT_VERSION, checksum, verify_files
 from .optimizer_state import load_optimizer, load_subspace, optimizer_numbers, write_optimizer, write_subspace
+from .values import decode, encode, read_tensors
 from .weights import WeightFiles, save_weights
+
+_VALUES = "values.safetensors"
 
 
 def save_checkpoint(engine: TrainingEngine, folder: Path, client_state: dict[str, Any]) -> None:
@@ -27,10 +32,11 @@ def save_checkpoint(engine: TrainingEngine, folder: Path, client_state: dict[str
 
     Args:
         folder: the checkpoint's own; replaced if it exists.
-        client_state: JSON values of the caller, returned by :func:`load_checkpoint`.
+        client_state: the caller's values, returned by :func:`load_checkpoint` as they are; of which types, see
+            :func:`.values.encode`.
 
     Raises:
-        CheckpointError: a rank could not write; what was there before is untouched.
+        CheckpointError: a value is of another type, or a rank could not write; what was there before is untouched.
     """
     aside = folder.with_name(folder.name + ".tmp")
     rank = dist.get_rank()
@@ -43,8 +49,8 @@ def save_checkpoint(engine: TrainingEngine, folder: Path, client_state: dict[str
     def write() -> list[str]:
         written = [write_optimizer(engine, aside)]
         if rank == 0:
-            write_json(aside / "state.json", {**_engine_state(engine), "client_state": client_state})
-            written += ["state.json", *write_subspace(engine.own_optimizer, aside)]
+            written += _write_state(engine, aside, client_state)
+            written += write_subspace(engine.own_optimizer, aside)
         return [name for name in written if name is not None]
 
     together("save", prepare)
@@ -88,10 +94,27 @@ def load_checkpoint(
         together("load", lambda: load_optimizer(engine, folder, state))
         engine.masters_to_model()
         engine.restore_counters({**state["counters"], "loss_scaler": state["loss_scaler"]})
+    tensors = read_tensors(folder / _VALUES)
     if scheduler_state and engine.lr_scheduler is not None and state["lr_scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        schedule = decode(state["lr_scheduler"], tensors)
+        engine.lr_scheduler.load_state_dict(schedule)
+        # They are the groups' too, which may not have been read; torch's schedules multiply what they find there.
+        for group, rate in zip(engine.optimizer.param_groups, schedule.get("_last_lr", ()), strict=False):
+            group["lr"] = rate
     engine.after_load()
-    return state["client_state"]
+    return decode(state["client_state"], tensors)
+
+
+def _write_state(engine: TrainingEngine, folder: Path, client_state: dict[str, Any]) -> list[str]:
+    """Write what is not the optimizer's; returns the names of the files."""
+    tensors: dict[str, Tensor] = {}
+    state = _engine_state(engine)
+    state["lr_scheduler"] = encode(state["lr_scheduler"], tensors, "lr_scheduler")
+    write_json(folder / "state.json", {**state, "client_state": encode(client_state, tensors, "client_state")})
+    if not tensors:
+        return ["state.json"]
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / _VALUES)
+    return ["state.json", _VALUES]
 
 
 def _load_weights(engine: TrainingEngine, folder: Path, *, rebuild_compact: bool) -> None:

@@ -3,7 +3,6 @@
 The whole file is checked at once, every key at every depth, before anything is built.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,9 +18,9 @@ from narrowgauge.optimizers.options import Options
 from ..backends import DEFAULT_ENGINE, backend_of
 from ..errors import ConfigError
 from .engine_keys import EngineKeys
-from .json_file import apply_overrides, read_json
+from .json_file import apply_overrides, copied, read_json, without_comments
 from .optimizer_params import our_only, read_options
-from .problems import autos, problems_of, strings_for_other_types, within
+from .problems import autos, not_finite, problems_of, strings_for_other_types, within
 from .run_blocks import OWN_BLOCKS, RunBlocks
 
 
@@ -136,13 +135,13 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
         ConfigError: the file cannot be read, or any key or value in it is wrong; lists everything found.
     """
     source = "config" if isinstance(config, Mapping) else str(config)
-    raw = json.loads(json.dumps(config)) if isinstance(config, Mapping) else read_json(Path(config))
+    raw = without_comments(copied(config) if isinstance(config, Mapping) else read_json(Path(config)))
     apply_overrides(raw, overrides)
     try:
         schema = _schema_of(raw.get("engine", DEFAULT_ENGINE))
     except ValueError as error:
         raise ConfigError(source, [f"engine: {error}"]) from error
-    problems = list(autos(raw))
+    problems = [*autos(raw), *not_finite(raw)]
     parsed = None
     try:
         parsed = schema.model_validate(raw)

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hjson
 
 from ..errors import ConfigError
+
+_TOO_DEEP = "it is nested too deeply"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -25,6 +27,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = hjson.loads(text, object_pairs_hook=_without_duplicates)
     except hjson.HjsonDecodeError as error:
         raise ConfigError(str(path), [f"line {error.lineno}, column {error.colno}: {error.msg}"]) from error
+    except OverflowError as error:
+        raise ConfigError(str(path), ["expected finite numbers, got one that is too large"]) from error
+    except RecursionError as error:
+        raise ConfigError(str(path), [_TOO_DEEP]) from error
     except ValueError as error:
         raise ConfigError(str(path), [str(error)]) from error
     if not isinstance(raw, dict):
@@ -55,6 +61,8 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
+        except RecursionError as error:
+            raise ConfigError("--set", [f"{path}: {_TOO_DEEP}"]) from error
         *parents, last = path.split(".")
         node = raw
         for key in parents:
@@ -62,6 +70,28 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
             if not isinstance(node, dict):
                 raise ConfigError("--set", [f"{path}: {key!r} holds {node!r}, which has no keys"])
         node[last] = value
+
+
+def copied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON would hold it.
+
+    Raises:
+        ConfigError: it holds what JSON does not.
+    """
+    try:
+        return json.loads(json.dumps(config))
+    except RecursionError as error:
+        raise ConfigError("config", [_TOO_DEEP]) from error
+    except TypeError as error:
+        raise ConfigError("config", [f"expected JSON values: {error}"]) from error
+
+
+def without_comments(value: Any) -> Any:
+    """A configuration without keys that begin with ``_comment`` or ``//``, which people write for themselves."""
+    if isinstance(value, dict):
+        kept = {key: child for key, child in value.items() if not str(key).startswith(("_comment", "//"))}
+        return {key: without_comments(child) for key, child in kept.items()}
+    return [without_comments(child) for child in value] if isinstance(value, list) else value
 
 
 def digest(raw: dict[str, Any]) -> str:

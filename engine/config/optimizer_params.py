@@ -10,6 +10,7 @@ from narrowgauge.optimizers import OPTIMIZERS, CompactOptimizer, EngineOptimizer
 from narrowgauge.optimizers.options import OptionError, Options, is_required, options_of
 
 from ..errors import did_you_mean
+from .problems import explained
 
 
 def read_options(name: str, params: Any) -> tuple[Options | None, list[str]]:
@@ -22,7 +23,7 @@ def read_options(name: str, params: Any) -> tuple[Options | None, list[str]]:
     known = {option.name: option for option in options_of(options_type)}
     if not isinstance(params, dict):
         return None, [f"expected an object, got {params!r}"]
-    problems = [f"{key}: unknown key{did_you_mean(key, known)}" for key in params if key not in known]
+    problems = [f"{key}: unknown key{explained(key) or did_you_mean(key, known)}" for key in params if key not in known]
     problems += [
         f"{key}: expected this key, got none" for key in known if key not in params and is_required(known[key])
     ]

@@ -1,6 +1,7 @@
 """What is wrong with a configuration, as sentences."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, get_args
@@ -27,6 +28,19 @@ def autos(value: Any, path: str = "") -> Iterable[str]:
         yield f"{path}: expected a value, got 'auto', which only Hugging Face's Trainer fills in"
 
 
+def not_finite(value: Any, path: str = "") -> Iterable[str]:
+    """Numbers beyond all bounds (``1e400``), NaN; a model's configuration may have them."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            if path or key != "model":
+                yield from not_finite(child, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for number, child in enumerate(value):
+            yield from not_finite(child, f"{path}[{number}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{path}: expected a finite number, got {value}"
+
+
 def strings_for_other_types(raw: Any, parsed: Any, path: str = "") -> Iterable[str]:
     """DeepSpeed's own blocks take "False" for false and "3" for 3, other readers of the same file do not."""
     if isinstance(raw, dict) and isinstance(parsed, BaseModel):
@@ -46,8 +60,34 @@ def within(block: str, problem: str) -> str:
 def unknown_names(block: str, name: str, params: Iterable[str], allowed: Collection[str]) -> list[str]:
     """A problem for each parameter that ``name``, an optimizer or a schedule, does not have."""
     return [
-        f"{block}.{key}: unknown key for {name}{did_you_mean(key, allowed)}" for key in params if key not in allowed
+        f"{block}.{key}: unknown key for {name}{explained(key) or did_you_mean(key, allowed)}"
+        for key in params
+        if key not in allowed
     ]
+
+
+_EXPLAINED = {
+    "max_grad_norm": "gradients are clipped by the top-level key gradient_clipping",
+    **dict.fromkeys(
+        ("max_coeff", "min_coeff"),
+        "it bounds the trust ratio of DeepSpeed's Lamb, another than narrowgauge's, which bounds the weights' norm in it"
+        " by weight_norm_bounds",
+    ),
+    "bias_correction": "it is of DeepSpeed's optimizers; narrowgauge's always correct the bias, as true does",
+    "eps_inside_sqrt": "it is of DeepSpeed's Lamb; narrowgauge's adds eps outside the root, as false does",
+    **dict.fromkeys(
+        ("adam_w_mode", "torch_adam"), "it is of DeepSpeed's Adam; narrowgauge's decay is always decoupled, as AdamW's"
+    ),
+    **dict.fromkeys(
+        ("freeze_step", "cuda_aware", "comm_backend_name", "coeff_beta", "factor_max", "factor_min", "factor_threshold"),
+        "it is of DeepSpeed's 1-bit optimizers",
+    ),
+}
+
+
+def explained(key: str) -> str:
+    """``; what to use instead`` for a key that people know from another optimizer, or nothing."""
+    return f"; {_EXPLAINED[key]}" if key in _EXPLAINED else ""
 
 
 def _describe(item: Any, schema: type[BaseModel]) -> str:

@@ -25,7 +25,7 @@ _FAST_ENOUGH = 1e9
 def check_hosts(hosts: Sequence[Host]) -> list[Finding]:
     """Each host is reached, has the same packages and enough GPUs, knows the time, and is near to the first."""
     try:
-        commands = [ssh_command(host.name, "narrowgauge.launcher.doctor.node") for host in hosts]
+        commands = [ssh_command(host.login, "narrowgauge.launcher.doctor.node") for host in hosts]
     except UserError as error:
         return [Finding("error", "ssh", str(error), install_packages("openssh-client"))]
     peers = [Peer(host.name, words) for host, words in zip(hosts, commands, strict=True)]
@@ -73,12 +73,12 @@ def check_report(host: Host, report: dict[str, Any], first: tuple[str, dict[str,
         if there != expected:
             install = pip("install", f"{name}=={expected}")
             same = f"the same environment on all hosts: Python {expected}"
-            cure = same if name == "Python" else f"ssh {host.name} {shlex.quote(install)}"
+            cure = same if name == "Python" else f"ssh {host.login} {shlex.quote(install)}"
             found.append(Finding("error", f"{host.name}: {name}", f"{there}, {expected} here", cure))
     if not found:
         found.append(Finding("ok", f"{host.name}: versions", "the same as here"))
     if "problem" in report:
-        cure = f"ssh {host.name} {shlex.quote(pip('install', '--force-reinstall', 'torch'))}"
+        cure = f"ssh {host.login} {shlex.quote(pip('install', '--force-reinstall', 'torch'))}"
         return [*found, Finding("error", f"{host.name}: torch", report["problem"], cure)]
     return [*found, _check_gpus(host, report["num_gpus"], first[0], first[1].get("num_gpus"))]
 
@@ -87,10 +87,10 @@ def _check_gpus(host: Host, count: int, first: str, first_count: int | None) -> 
     subject = f"{host.name}: GPUs"
     has_gpus = count > 0 or bool(first_count)
     if has_gpus and host.slots is not None and count < host.slots:
-        cure = f"slots={count} in the hostfile on all lines, or repair the GPUs: ssh {host.name} nvidia-smi"
+        cure = f"slots={count} in the hostfile on all lines, or repair the GPUs: ssh {host.login} nvidia-smi"
         return Finding("error", subject, f"{count}, {host.slots} slots in the hostfile", cure)
     if first_count is not None and count != first_count:
-        cure = f"ssh {host.name} nvidia-smi; all hosts run the same number of ranks"
+        cure = f"ssh {host.login} nvidia-smi; all hosts run the same number of ranks"
         # Slots say how many are used; without them it is the number of GPUs.
         return Finding(
             "error" if host.slots is None else "warning", subject, f"{count}, {first} has {first_count}", cure

@@ -73,7 +73,7 @@ def run_over_ssh(
     try:
         for number, (host, command) in enumerate(zip(hosts, commands, strict=True)):
             listen = block.port if number == 0 else None
-            peer = Peer(host.name, ssh_command(host.name, "narrowgauge.launcher.launch.supervisor"), copies=True)
+            peer = Peer(host.name, ssh_command(host.login, "narrowgauge.launcher.launch.supervisor"), copies=True)
             peers.append(peer)
             peer.order(**order, command=command, listen=listen)
         asked = time.monotonic()

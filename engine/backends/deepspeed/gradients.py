@@ -11,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from .privates import complete_offloaded_gradients, drop_gradients
+from .schedules import check_metrics
 
 
 def mend_updates(engine: DeepSpeedEngine) -> None:
@@ -25,6 +26,7 @@ def mend_updates(engine: DeepSpeedEngine) -> None:
 
     @wraps(update)
     def mended(lr_kwargs: Any) -> None:
+        check_metrics(own.lr_scheduler, lr_kwargs)
         optimizer: Any = own.optimizer
         if isinstance(optimizer, torch.optim.Optimizer):
             own._global_grad_norm = norm = _norm(own.module)

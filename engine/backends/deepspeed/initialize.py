@@ -28,22 +28,12 @@ from .extensions import ensure_extensions
 from .gradients import mend_updates
 from .offload import attach_offload
 from .privates import configure_python_gc
+from .schedules import per_group_rates, take_torch_schedule
 from .subspace import GatherOnceBackend
-from .supported import check_offload_supported, check_supported
+from .supported import check_installed, check_offload_supported, check_supported
 
 # Engine, optimizer, data loader and schedule, as DeepSpeed returns them.
 _Made = tuple[Any, Any, Any, Any]
-
-# DeepSpeed's schedules that set learning rates outright; the others scale the rates they find.
-_ABSOLUTE_RATES = {
-    "lr_range_test_min_lr",
-    "cycle_min_lr",
-    "cycle_max_lr",
-    "warmup_min_lr",
-    "warmup_max_lr",
-    "max_lr",
-    "base_lr",
-}
 
 
 def initialize(
@@ -84,6 +74,7 @@ def initialize(
         ValueError: the optimizer's options do not fit the model.
     """
     checked = config if isinstance(config, Config) else load_config(config)
+    check_installed(checked)
     ensure_environment()
     client = optimizer if isinstance(optimizer, EngineOptimizer) else None
     ours = client is not None or checked.optimizer_options is not None
@@ -104,9 +95,12 @@ def initialize(
         with _offload_for(checked, model) as attach:
             if checked.unused_params() and process_rank() == 0:
                 warnings.warn(checked.unused_params_note(), stacklevel=2)
+            settings = checked.engine_settings()
+            make_schedule = take_torch_schedule(checked, settings)
+            arguments["lr_scheduler"] = lr_scheduler or make_schedule
             try:
                 made = deepspeed.initialize(
-                    config=checked.engine_settings(),
+                    config=settings,
                     optimizer=optimizer,
                     model_parameters=model_parameters,
                     mpu=mpu,
@@ -181,8 +175,10 @@ def _make_engine(
     settings = {key: value for key, value in config.engine_settings().items() if key != "optimizer"}
     # What DeepSpeed asks of an optimizer it does not know.
     settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    if "scheduler" in settings:
-        settings["scheduler"] = _per_group_rates(config, settings["scheduler"], optimizer)
+    if settings.get("scheduler"):
+        settings["scheduler"] = per_group_rates(config, settings["scheduler"], optimizer)
+    make_schedule = take_torch_schedule(config, settings)
+    arguments["lr_scheduler"] = arguments["lr_scheduler"] or make_schedule
     init_distributed(dist_init_required)
     engine = Engine(
         args=None,
@@ -195,20 +191,3 @@ def _make_engine(
     configure_python_gc(engine)
     mend_updates(engine)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
-
-
-def _per_group_rates(config: Config, scheduler: dict[str, Any], optimizer: EngineOptimizer) -> dict[str, Any]:
-    """Give a schedule that sets one rate for all groups a rate for each, so that the groups keep their proportions."""
-    base = optimizer.defaults["lr"]
-    if base == 0.0:
-        raise config.error(
-            "optimizer.params.lr: expected more than 0 with a scheduler, which keeps the groups' rates relative to it"
-        )
-    proportions = [group["lr"] / base for group in optimizer.param_groups]
-    params = dict(scheduler.get("params", {}))
-    if scheduler.get("type") == "LRRangeTest":
-        params.setdefault("lr_range_test_min_lr", 1e-3)
-    for key in _ABSOLUTE_RATES & params.keys():
-        if isinstance(params[key], int | float):
-            params[key] = [params[key] * proportion for proportion in proportions]
-    return {**scheduler, "params": params}

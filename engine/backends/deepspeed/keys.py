@@ -17,12 +17,13 @@ from deepspeed.compile.config import CompileConfig
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.runtime import lr_schedules
-from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, HybridEngineConfig
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DtypeEnum, HybridEngineConfig
 from deepspeed.runtime.data_pipeline import constants as data_pipeline_constants
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+from deepspeed.utils.logging import log_levels
 from pydantic import AfterValidator
 
 from narrowgauge.optimizers import OPTIMIZERS
@@ -33,6 +34,22 @@ from ...config.engine_keys import EngineKeys
 from ...config.optimizer_params import our_only
 from ...config.problems import unknown_names
 from ...errors import did_you_mean
+from .schedules import schedule_problems
+
+
+def _one_of(*words: str, any_case: bool = False) -> AfterValidator:
+    """For a word that DeepSpeed looks up only when it builds its engine."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and (value.lower() if any_case else value) not in words:
+            raise ValueError(f"expected one of {', '.join(words)}, got {value!r}{did_you_mean(value, words)}")
+        return value
+
+    return AfterValidator(check)
+
+
+_Precision = Annotated[str | None, _one_of(*(name for kind in DtypeEnum for name in kind._all_values[1:]))]
+_Reduced = Annotated[str | None, _one_of("fp32", "fp16", "bf16", any_case=True)]
 
 
 class SchedulerBlock(Block):
@@ -83,7 +100,7 @@ class CheckpointWriter(Block):
 
 
 class Checkpoint(Block):
-    tag_validation: str = "Warn"
+    tag_validation: Annotated[str, _one_of("ignore", "warn", "fail", any_case=True)] = "Warn"
     load_universal: Flag = False
     use_node_local_storage: Flag = False
     checkpoint_serialization: Flag | None = None
@@ -92,15 +109,15 @@ class Checkpoint(Block):
 
 
 class DataTypes(Block):
-    grad_accum_dtype: str | None = None
-    param_dtype: str | None = None
-    buffer_dtype: str | None = None
+    grad_accum_dtype: _Precision = None
+    param_dtype: _Precision = None
+    buffer_dtype: _Precision = None
     keep_in_fp32_modules: str | list[str] | None = None
 
 
 class TorchAutocast(Block):
     enabled: Flag = False
-    dtype: str = "bfloat16"
+    dtype: _Precision = "bfloat16"
     lower_precision_safe_modules: list[str] | None = None
 
 
@@ -152,13 +169,13 @@ class DeepSpeedKeys(EngineKeys):
     bfloat16: DeepSpeedBF16Config | None = None
     torch_autocast: TorchAutocast | None = None
     data_types: DataTypes | None = None
-    communication_data_type: str | None = None
-    seq_parallel_communication_data_type: str | None = None
+    communication_data_type: _Reduced = None
+    seq_parallel_communication_data_type: _Reduced = None
     sequence_parallel_size: Count | None = None
     data_parallel_size: Count | None = None
     prescale_gradients: Flag = False
     gradient_predivide_factor: Number = 1.0
-    gradient_allreduce_op: str = "mean"
+    gradient_allreduce_op: Annotated[str, _one_of("mean", "sum", any_case=True)] = "mean"
     steps_per_print: int | float | None = None
     wall_clock_breakdown: Flag = False
     memory_breakdown: Flag = False
@@ -168,7 +185,7 @@ class DeepSpeedKeys(EngineKeys):
     dataloader_drop_last: Flag = False
     vocabulary_size: Count | None = None
     use_data_before_expert_parallelism: Flag = False
-    log_level: str | None = None
+    log_level: Annotated[str | None, _one_of(*log_levels, any_case=True)] = None
     activation_checkpointing: ActivationCheckpointing | None = None
     flops_profiler: FlopsProfiler | None = None
     comms_logger: CommsLoggerConfig | None = None
@@ -208,6 +225,7 @@ class DeepSpeedKeys(EngineKeys):
                 scheduler_parameters,
                 scheduler_requirements,
             )
+        problems += schedule_problems(raw)
         training = raw.get("training")
         if isinstance(training, dict) and training.get("lr_schedule") and scheduler:
             problems.append("training.lr_schedule and scheduler are two learning-rate schedules; one is allowed")

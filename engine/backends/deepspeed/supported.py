@@ -1,5 +1,6 @@
 """Which DeepSpeed settings our optimizers work under; the others are refused before anything starts."""
 
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -16,12 +17,30 @@ def check_training(config: Config) -> None:
     Raises:
         ConfigError: naming each setting, why it does not work, and what to use instead.
     """
+    check_installed(config)
     check_offload_supported(config)
     problems = [f"{key}: {reason}" for key, reason in _unsupported_by_checkpoints(config)]
     if not deepspeed_keys(config).managed_gradient_accumulation:
         problems.append("managed_gradient_accumulation: expected true, got false: a step takes its micro-batches")
     if config.optimizer_options is not None:
         check_supported(config)
+    if problems:
+        raise config.error(*problems)
+
+
+def check_installed(config: Config) -> None:
+    """Refuse monitors whose packages DeepSpeed would miss while it makes its engine.
+
+    Raises:
+        ConfigError: naming the package.
+    """
+    packages = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
+    blocks = {key: getattr(config.parsed, key) for key in packages}
+    problems = [
+        f"{key}.enabled: expected the package {packages[key]}, got none: pip install {packages[key]}, or set it to false"
+        for key, block in blocks.items()
+        if block is not None and block.enabled and find_spec(packages[key]) is None
+    ]
     if problems:
         raise config.error(*problems)
 
@@ -80,6 +99,9 @@ def _unsupported(config: Config) -> list[tuple[str, str]]:
     found += _unsupported_by_checkpoints(config)
     if parsed.torch_autocast is not None and parsed.torch_autocast.enabled:
         found.append(("torch_autocast.enabled", "use bf16"))
+    if parsed.data_types is not None and isinstance(parsed.data_types.keep_in_fp32_modules, list):
+        if parsed.data_types.keep_in_fp32_modules:
+            found.append(("data_types.keep_in_fp32_modules", "all modules have one precision; leave it out"))
     bf16: Any = parsed.bf16 or parsed.bfloat16
     if bf16 is not None and (bf16.bf16_master_weights_and_grads or bf16.bf16_optimizer_states):
         found.append(("bf16", "masters and moments are kept in fp32"))

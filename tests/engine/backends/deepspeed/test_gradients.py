@@ -79,15 +79,14 @@ def losses_of(optimizer: str, zero: dict[str, Any], accumulation: int = 1) -> li
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_parameter_without_a_gradient_has_a_gradient_of_zero_at_every_stage(
-    two_ranks: RankPool, optimizer: str
+    one_rank: RankPool, optimizer: str
 ) -> None:
     """ZeRO-3, and every stage with the optimizer on the CPU, stepped with the parameter's gradient of an earlier step:
     with AdamW the seventh loss was 2.71 instead of 2.76.
     """
-    for rank, expected in enumerate(two_ranks.run(losses_of, optimizer, {"stage": 0})):
-        assert expected[-1] < expected[0] - 0.005
-        for zero in STAGES[1:]:
-            assert two_ranks.run(losses_of, optimizer, zero)[rank] == pytest.approx(expected, abs=1e-5), zero
+    (expected,) = one_rank.run(losses_of, optimizer, {"stage": 0})
+    for zero in STAGES[1:]:
+        assert one_rank.run(losses_of, optimizer, zero)[0] == pytest.approx(expected, abs=1e-5), zero
 
 
 @pytest.mark.parametrize("optimizer", ["Grass", "AdamW"])

@@ -1,0 +1,93 @@
+"""Values of the caller's and of schedules as JSON, and back as they were; nothing is pickled."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+_TAG = "__type__"
+_PLAIN = (str, int, bool, type(None))
+
+
+def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """What a value becomes in ``state.json``: itself, or an object that says what it was.
+
+    Tuples, sets, mappings whose keys are not strings, numbers that are not finite and NumPy's keep their type; tensors
+    and arrays are added to ``tensors`` under the name of their place.
+
+    Raises:
+        ValueError: ``path: expected ..., got ...`` for anything else.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}
+    if isinstance(value, Tensor | np.ndarray):
+        return _encode_array(value, tensors, path)
+    if isinstance(value, np.generic):
+        return {_TAG: "numpy", "dtype": value.dtype.str, "value": encode(value.item(), tensors, path)}
+    if type(value) is list:
+        return [encode(child, tensors, f"{path}[{i}]") for i, child in enumerate(value)]
+    if type(value) in (tuple, set, frozenset):
+        return {_TAG: type(value).__name__, "value": [encode(v, tensors, f"{path}[{i}]") for i, v in enumerate(value)]}
+    if isinstance(value, Mapping):
+        return _encode_mapping(value, tensors, path)
+    raise ValueError(
+        f"{path}: expected numbers, text, None, tensors, arrays, or lists, tuples, sets and mappings of them, got"
+        f" {type(value).__module__}.{type(value).__qualname__}"
+    )
+
+
+def _encode_array(value: Tensor | np.ndarray, tensors: dict[str, Tensor], path: str) -> dict[str, Any]:
+    is_tensor = isinstance(value, Tensor)
+    if not is_tensor and value.dtype.kind not in "biuf":
+        raise ValueError(f"{path}: expected an array of numbers, got one of {value.dtype}")
+    tensor = value.detach() if is_tensor else torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape)
+    tensors[path] = tensor.to("cpu", copy=True).contiguous()
+    return {_TAG: "tensor" if is_tensor else "array", "value": path}
+
+
+def _encode_mapping(value: Mapping[Any, Any], tensors: dict[str, Tensor], path: str) -> dict[str, Any]:
+    if all(type(key) is str for key in value) and _TAG not in value:
+        return {key: encode(child, tensors, f"{path}.{key}") for key, child in value.items()}
+    pairs = [
+        [encode(key, tensors, f"{path}, the key {key!r}"), encode(child, tensors, f"{path}.{key}")]
+        for key, child in value.items()
+    ]
+    return {_TAG: "Counter" if isinstance(value, Counter) else "dict", "value": pairs}
+
+
+def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What :func:`encode` was given, tensors on the CPU."""
+    if isinstance(value, list):
+        return [decode(child, tensors) for child in value]
+    if not isinstance(value, dict):
+        return value
+    if _TAG not in value:
+        return {key: decode(child, tensors) for key, child in value.items()}
+    kind, held = value[_TAG], value["value"]
+    if kind == "tensor":
+        return tensors[held]
+    if kind == "array":
+        return tensors[held].numpy()
+    if kind == "numpy":
+        return np.dtype(value["dtype"]).type(decode(held, tensors))
+    if kind in ("dict", "Counter"):
+        pairs = {decode(key, tensors): decode(child, tensors) for key, child in held}
+        return pairs if kind == "dict" else Counter(pairs)
+    makers = {"float": float, "tuple": tuple, "set": set, "frozenset": frozenset}
+    return makers[kind](decode(held, tensors))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Those of a file; none where there is no file."""
+    if not path.exists():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

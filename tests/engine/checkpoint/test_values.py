@@ -1,0 +1,58 @@
+"""Values of the caller's in a checkpoint come back as they were."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from narrowgauge.engine.checkpoint.values import decode, encode, read_tensors
+
+
+def there_and_back(value: Any, folder: Path) -> Any:
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(encode(value, tensors, "client_state"), allow_nan=False)
+    save_file(tensors, folder / "values.safetensors")
+    return decode(json.loads(text), read_tensors(folder / "values.safetensors"))
+
+
+def test_types_are_kept(tmp_path: Path) -> None:
+    """Integer keys became strings (a schedule's milestones were never met again), tuples lists, and tensors and NumPy's
+    numbers a TypeError.
+    """
+    value = {
+        "plain": {"a": [1, 2.5, "x", None, True]},
+        "pairs": {3: (1, (2, 3)), "3": {1, 2}},
+        "milestones": Counter({2: 1, 5: 2}),
+        "numpy": [np.float32(0.1), np.int64(7), np.bool_(True), np.float64("inf")],
+        "__type__": "a word of our own",
+        "": 0,
+    }
+    found = there_and_back(value, tmp_path)
+    assert found == value
+    assert list(map(type, found["numpy"])) == [np.float32, np.int64, np.bool_, np.float64]
+    assert type(found["milestones"]) is Counter
+    found = there_and_back({"x": [-math.inf, math.nan]}, tmp_path)["x"]
+    assert found[0] == -math.inf
+    assert math.isnan(found[1])
+
+
+def test_tensors_and_arrays_are_kept(tmp_path: Path) -> None:
+    tensor = torch.randn(3, 4, dtype=torch.bfloat16).t()
+    found = there_and_back({"t": tensor, "a": [np.arange(6.0).reshape(2, 3), np.array(2)], 7: tensor[0]}, tmp_path)
+    assert found["t"].dtype is torch.bfloat16
+    assert torch.equal(found["t"], tensor)
+    assert torch.equal(found[7], tensor[0])
+    assert np.array_equal(found["a"][0], np.arange(6.0).reshape(2, 3))
+    assert found["a"][1].shape == ()
+
+
+def test_others_are_refused_by_their_place() -> None:
+    with pytest.raises(ValueError, match=r"client_state.a\[1\]: expected numbers, .* got pathlib.*PosixPath"):
+        encode({"a": [1, Path("x")]}, {}, "client_state")
