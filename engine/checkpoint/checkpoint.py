@@ -7,7 +7,9 @@ size and checksum (safetensors does not notice a flipped byte). Nothing is pickl
 renamed once all ranks have succeeded.
 """
 
+import logging
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from .files import FORMAT_VERSION, checksum, verify_files
 from .optimizer_state import load_optimizer, load_subspace, optimizer_numbers, write_optimizer, write_subspace
 from .values import decode, encode, read_tensors
 from .weights import WeightFiles, save_weights
+
+logger = logging.getLogger(__name__)
 
 _VALUES = "values.safetensors"
 
@@ -91,6 +95,7 @@ def load_checkpoint(
         together("load", lambda: load_subspace(engine.own_optimizer, folder, state))
     together("load", lambda: _load_weights(engine, folder, rebuild_compact=not optimizer_states))
     if optimizer_states:
+        _say_other_rates(engine, folder, state["groups"])
         together("load", lambda: load_optimizer(engine, folder, state))
         engine.masters_to_model()
         engine.restore_counters({**state["counters"], "loss_scaler": state["loss_scaler"]})
@@ -115,6 +120,15 @@ def _write_state(engine: TrainingEngine, folder: Path, client_state: dict[str, A
         return ["state.json"]
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / _VALUES)
     return ["state.json", _VALUES]
+
+
+def _say_other_rates(engine: TrainingEngine, folder: Path, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Say so where the optimizer was made with other learning rates than the checkpoint's, which are taken."""
+    made, held = (
+        [group.get("initial_lr", group["lr"]) for group in groups] for groups in (engine.optimizer.param_groups, saved)
+    )
+    if made != held and dist.get_rank() == 0:
+        logger.warning(f"{folder}: training goes on with its learning rates, {held}, not with those given, {made}")
 
 
 def _load_weights(engine: TrainingEngine, folder: Path, *, rebuild_compact: bool) -> None:

@@ -112,7 +112,7 @@ class DataTypes(Block):
     grad_accum_dtype: _Precision = None
     param_dtype: _Precision = None
     buffer_dtype: _Precision = None
-    keep_in_fp32_modules: str | list[str] | None = None
+    keep_in_fp32_modules: str | list[str] | None = "auto"
 
 
 class TorchAutocast(Block):

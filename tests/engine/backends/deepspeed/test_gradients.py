@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from narrowgauge.engine import initialize
+from tests.support.cases import cases
 from tests.support.models import token_batch
 from tests.support.ranks import RankPool
 from tests.support.zero import finish, full_weights
@@ -77,7 +78,9 @@ def losses_of(optimizer: str, zero: dict[str, Any], accumulation: int = 1) -> li
     return losses
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer",), cases({name: (name,) for name in OPTIMIZERS}, slow={"Frugal", "Apollo", "Lars"})
+)
 def test_a_parameter_without_a_gradient_has_a_gradient_of_zero_at_every_stage(
     one_rank: RankPool, optimizer: str
 ) -> None:
@@ -122,6 +125,7 @@ def skip_one(optimizer: str, zero: dict[str, Any], poisoned_step: int) -> dict[s
     return found
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("zero", STAGES, ids=lambda zero: f"zero{zero['stage']}")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_step_whose_gradients_are_not_finite_on_one_rank_is_left_out_on_all(
@@ -134,4 +138,4 @@ def test_a_step_whose_gradients_are_not_finite_on_one_rank_is_left_out_on_all(
     for own in found:
         assert own["changed"] == []
         assert (own["skipped"], own["applied"]) == (1, False)
-        assert all(3.0 < loss < 5.0 for loss in own["losses"])
+        assert all(0.5 < loss < 5.0 for loss in own["losses"])
