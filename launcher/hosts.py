@@ -25,7 +25,7 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Read ``NAME slots=N`` and ``USER@NAME slots=N`` lines, as DeepSpeed's; blank lines and ``#`` comments are skipped.
+    """Read ``NAME slots=N`` and ``USER@NAME slots=N`` lines, as DeepSpeed's, without blank lines and comments (``#``).
 
     Raises:
         UserError: the file cannot be read, a line is not of this form, a host is given twice, there is none, or the

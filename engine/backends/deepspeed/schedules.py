@@ -41,7 +41,9 @@ def schedule_problems(raw: Mapping[str, Any]) -> list[str]:
             f" lr_scheduler=lambda optimizer: {name}(optimizer, ...) to initialize"
         )
     if name == "ReduceLROnPlateau" and raw.get("training"):
-        problems.append("scheduler.type: ReduceLROnPlateau follows a measured loss, which narrowgauge train gives to none")
+        problems.append(
+            "scheduler.type: ReduceLROnPlateau follows a measured loss, which narrowgauge train gives to none"
+        )
     given = optimizer.get("params", {}) if isinstance(optimizer, dict) else {}
     return problems + _momentum_problems(name, params, given if isinstance(given, dict) else {})
 

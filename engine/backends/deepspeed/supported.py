@@ -37,7 +37,7 @@ def check_installed(config: Config) -> None:
     packages = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
     blocks = {key: getattr(config.parsed, key) for key in packages}
     problems = [
-        f"{key}.enabled: expected the package {packages[key]}, got none: pip install {packages[key]}, or set it to false"
+        f"{key}.enabled: expected the package {packages[key]}, got none: pip install {packages[key]}"
         for key, block in blocks.items()
         if block is not None and block.enabled and find_spec(packages[key]) is None
     ]
@@ -99,9 +99,9 @@ def _unsupported(config: Config) -> list[tuple[str, str]]:
     found += _unsupported_by_checkpoints(config)
     if parsed.torch_autocast is not None and parsed.torch_autocast.enabled:
         found.append(("torch_autocast.enabled", "use bf16"))
-    if parsed.data_types is not None and isinstance(parsed.data_types.keep_in_fp32_modules, list):
-        if parsed.data_types.keep_in_fp32_modules:
-            found.append(("data_types.keep_in_fp32_modules", "all modules have one precision; leave it out"))
+    kept = parsed.data_types.keep_in_fp32_modules if parsed.data_types is not None else None
+    if kept and isinstance(kept, list):
+        found.append(("data_types.keep_in_fp32_modules", "all modules have one precision; leave it out"))
     bf16: Any = parsed.bf16 or parsed.bfloat16
     if bf16 is not None and (bf16.bf16_master_weights_and_grads or bf16.bf16_optimizer_states):
         found.append(("bf16", "masters and moments are kept in fp32"))

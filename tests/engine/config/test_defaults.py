@@ -14,7 +14,7 @@ def settings_of(block: Any) -> dict[str, Any]:
 
 
 def test_defaults_are_deepspeeds() -> None:
-    """``gradient_clipping`` was recorded as 0 where DeepSpeed clips at 1, and ``keep_in_fp32_modules`` as null, not auto."""
+    """``gradient_clipping`` was recorded as 0 where DeepSpeed clips at 1, ``keep_in_fp32_modules`` as null."""
     theirs: Any = DeepSpeedConfig({"train_batch_size": 1})
     ours: Any = DeepSpeedKeys.model_validate({block: {} for block in BLOCKS})
     assert vars(ours.activation_checkpointing) == settings_of(theirs.activation_checkpointing_config)

@@ -64,7 +64,7 @@ def test_parameters_of_deepspeeds_lamb_are_explained() -> None:
 
 def test_what_is_not_honoured_is_refused() -> None:
     config = load_config({**BASE, "data_types": {"keep_in_fp32_modules": ["norm"]}})
-    with pytest.raises(ConfigError, match="data_types.keep_in_fp32_modules: does not work with Grass"):
+    with pytest.raises(ConfigError, match=r"data_types.keep_in_fp32_modules: does not work with Grass"):
         check_supported(config)
 
 

@@ -78,9 +78,7 @@ def losses_of(optimizer: str, zero: dict[str, Any], accumulation: int = 1) -> li
     return losses
 
 
-@pytest.mark.parametrize(
-    ("optimizer",), cases({name: (name,) for name in OPTIMIZERS}, slow={"Frugal", "Apollo", "Lars"})
-)
+@pytest.mark.parametrize("optimizer", cases({name: (name,) for name in OPTIMIZERS}, slow={"Frugal", "Apollo", "Lars"}))
 def test_a_parameter_without_a_gradient_has_a_gradient_of_zero_at_every_stage(
     one_rank: RankPool, optimizer: str
 ) -> None:

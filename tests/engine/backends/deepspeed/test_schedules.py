@@ -92,7 +92,7 @@ def save_and_resume(name: str, stage: int, folder: str) -> list[list[list[float]
 
 @pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
-    ("name",), cases({n: (n,) for n in [*FROM_FILE, *FROM_CALLER]}, slow={*FROM_FILE, *FROM_CALLER} - QUICK)
+    "name", cases({n: (n,) for n in [*FROM_FILE, *FROM_CALLER]}, slow={*FROM_FILE, *FROM_CALLER} - QUICK)
 )
 def test_a_schedule_goes_on_where_it_was(one_rank: RankPool, name: str, stage: int, tmp_path: Path) -> None:
     """``MultiStepLR``'s milestones came back as text, so that after a resume none was met; torch's schedules in the
