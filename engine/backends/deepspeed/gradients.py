@@ -31,8 +31,8 @@ def mend_updates(engine: DeepSpeedEngine) -> None:
         if isinstance(optimizer, torch.optim.Optimizer):
             own._global_grad_norm = norm = _norm(own.module)
             # DeepSpeed asks its own wrappers for this, and counts the step as skipped.
-            optimizer.overflow = _on_any_rank(not math.isfinite(norm), own.device)
-            with _without_step(optimizer) if optimizer.overflow else nullcontext():
+            is_skipped = vars(optimizer)["overflow"] = _on_any_rank(not math.isfinite(norm), own.device)
+            with _without_step(optimizer) if is_skipped else nullcontext():
                 update(lr_kwargs)
             return
         complete_offloaded_gradients(optimizer)

@@ -48,7 +48,8 @@ def _one_of(*words: str, any_case: bool = False) -> AfterValidator:
     return AfterValidator(check)
 
 
-_Precision = Annotated[str | None, _one_of(*(name for kind in DtypeEnum for name in kind._all_values[1:]))]
+_PRECISIONS = tuple(name for name in DtypeEnum._value2member_map_ if isinstance(name, str))
+_Precision = Annotated[str | None, _one_of(*_PRECISIONS)]
 _Reduced = Annotated[str | None, _one_of("fp32", "fp16", "bf16", any_case=True)]
 
 
