@@ -74,14 +74,20 @@ def save_checkpoint(engine: TrainingEngine, folder: Path, client_state: dict[str
 
 
 def load_checkpoint(
-    engine: TrainingEngine, folder: Path, *, optimizer_states: bool = True, scheduler_state: bool = True
+    engine: TrainingEngine,
+    folder: Path,
+    *,
+    optimizer_states: bool = True,
+    scheduler_state: bool = True,
+    counters: bool = True,
 ) -> dict[str, Any]:
     """Restore an engine from a checkpoint written by any number of ranks in any engine. Collective.
 
     Args:
-        optimizer_states: also moments, step counts, subspace and counters; without them the masters are taken from
-            the weights.
+        optimizer_states: also moments, their step counts and subspace; without them the masters are taken from the
+            weights.
         scheduler_state: also the learning-rate schedule's.
+        counters: also how many steps and samples there were, and the place in the data.
 
     Returns:
         The ``client_state`` it was saved with.
@@ -98,8 +104,9 @@ def load_checkpoint(
         _say_other_rates(engine, folder, state["groups"])
         together("load", lambda: load_optimizer(engine, folder, state))
         engine.masters_to_model()
-        engine.restore_counters({**state["counters"], "loss_scaler": state["loss_scaler"]})
     tensors = read_tensors(folder / _VALUES)
+    if counters:
+        engine.restore_counters({**decode(state["counters"], tensors), "loss_scaler": state["loss_scaler"]})
     if scheduler_state and engine.lr_scheduler is not None and state["lr_scheduler"] is not None:
         schedule = decode(state["lr_scheduler"], tensors)
         engine.lr_scheduler.load_state_dict(schedule)
@@ -114,7 +121,8 @@ def _write_state(engine: TrainingEngine, folder: Path, client_state: dict[str, A
     """Write what is not the optimizer's; returns the names of the files."""
     tensors: dict[str, Tensor] = {}
     state = _engine_state(engine)
-    state["lr_scheduler"] = encode(state["lr_scheduler"], tensors, "lr_scheduler")
+    for key in ("lr_scheduler", "counters"):
+        state[key] = encode(state[key], tensors, key)
     write_json(folder / "state.json", {**state, "client_state": encode(client_state, tensors, "client_state")})
     if not tensors:
         return ["state.json"]

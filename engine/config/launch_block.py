@@ -40,4 +40,10 @@ class LaunchBlock(StrictBlock):
                 raise ValueError(f"expected an option of sbatch without its dashes, got {key!r}")
             if text is not None and not re.fullmatch(r"[^\s#'\"`$\\]+", str(text)):
                 raise ValueError(f"{key}: expected a word without spaces and quotes, got {text!r}")
+        asked = value.get("signal")
+        if asked is not None and not re.fullmatch(r"(?i)B:((SIG)?USR1|10)(@\d{1,5})?", str(asked)):
+            raise ValueError(
+                f"signal: expected B:USR1@SECONDS, got {asked!r}: the batch script (B:) hears USR1, lets the ranks save"
+                " and goes back into the queue; other signals end it, and without B: it hears none"
+            )
         return value

@@ -77,11 +77,12 @@ def test_a_job_of_two_nodes_trains_and_shows_its_progress(slurm: Slurm, corpus: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["scancel --signal", "time limit"])
+@pytest.mark.parametrize("how", ["scancel --signal", "B:USR1@40", "B:10@40", "b:sigusr1@40"])
 def test_asked_to_end_a_job_requeues_itself_and_resumes_bit_equal(
     slurm: Slurm, corpus: Path, tmp_path: Path, whole: Path, how: str
 ) -> None:
-    limit = {"time": 1, "signal": "B:USR1@40"} if how == "time limit" else {}
+    """Of ``launch.slurm.signal`` every form that is accepted; others ended the job, or did not requeue it."""
+    limit = {"time": 1, "signal": how} if "@" in how else {}
     config = config_of(corpus, tmp_path, slurm=limit)
     number = submit(config, tmp_path, *LONG)
     run_dir = tmp_path / "run"

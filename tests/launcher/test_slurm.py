@@ -23,6 +23,16 @@ def test_a_script_holds_the_configurations_options(call: Call, corpus: Path, tmp
     assert [line for line in lines if line.startswith("#SBATCH --signal")] == ["#SBATCH --signal=B:USR1@300"]
 
 
+@pytest.mark.parametrize("value", ["USR1@300", "B:USR2@300", "B:TERM@60", "R:USR1@300", "B:USR1@", "B:12", "300"])
+def test_a_signal_that_the_script_does_not_hear_is_refused(
+    call: Call, corpus: Path, tmp_path: Path, value: str
+) -> None:
+    """Without ``B:`` the job saved and did not come back; ``B:USR2`` killed the shell."""
+    done = call("slurm", "render", config_of(corpus, tmp_path, signal=value))
+    assert done.returncode == 2
+    assert f"launch.slurm: signal: expected B:USR1@SECONDS, got '{value}'" in done.stderr
+
+
 @pytest.mark.parametrize("value", ['"a b"', '"x;$(id)"', '"`id`"'])
 def test_an_option_that_is_no_word_is_refused(call: Call, corpus: Path, tmp_path: Path, value: str) -> None:
     done = call("slurm", "render", config_of(corpus, tmp_path), "--set", f"launch.slurm.comment={value}")

@@ -1,5 +1,6 @@
 """DeepSpeed's engine with one of our optimizers: what it does once per step, and its checkpoints."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,19 @@ from .privates import ConsolidationHook
 from .shards import EngineShards
 from .subspace import PartitionedStateBackend, PartitionedWeightBackend
 from .training import DeepSpeedTraining
+
+
+class _Weights:
+    """A ``state_dict`` as a :class:`~narrowgauge.engine.protocol.WeightSource`."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._state = state
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return tuple(self._state[name].shape) if name in self._state else None
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._state[name].detach()
 
 
 class Engine(ConsolidationHook):
@@ -121,8 +135,28 @@ class Engine(ConsolidationHook):
             folder,
             optimizer_states=load_optimizer_states and not load_module_only,
             scheduler_state=load_lr_scheduler_states and not load_module_only,
+            counters=not load_module_only,
         )
         return str(folder), client_state
+
+    def load_module_state_dict(
+        self, checkpoint: Mapping[str, Any], strict: bool = True, custom_load_fn: None = None, **_: Any
+    ) -> None:
+        """Take the weights ``checkpoint["module"]``, whole on every rank; compact values and masters follow, and
+        moments stay. Called like DeepSpeed's, at every stage.
+
+        Raises:
+            ValueError: a weight is missing, has another shape or belongs to no parameter; nothing has changed then.
+        """
+        if not strict or custom_load_fn is not None:
+            raise ValueError("strict=False and custom_load_fn are not supported with our optimizers")
+        state: Mapping[str, torch.Tensor] = checkpoint["module"]
+        unknown = sorted(state.keys() - self.module.state_dict(keep_vars=True).keys())
+        if unknown:
+            raise ValueError(f"{unknown[0]}: expected a weight of the model ({len(unknown)} are none)")
+        training = DeepSpeedTraining(self)
+        training.load_weights(_Weights(state), rebuild_compact=True)
+        training.after_load()
 
     def before_consolidation(self) -> None:
         self.write_back()

@@ -149,12 +149,23 @@ class DeepSpeedTraining:
         if self._deepspeed.fp16_enabled():
             scaler = vars(self._deepspeed.optimizer.loss_scaler)
             counters["loss_scaler"] = {k: v for k, v in scaler.items() if isinstance(v, int | float)}
-        return counters
+        return counters | {name: places.state_dict() for name, places in self._places_in_data()}
+
+    def _places_in_data(self) -> Iterator[tuple[str, Any]]:
+        """What of DeepSpeed's ``data_efficiency`` goes on from step to step."""
+        engine = self._deepspeed
+        if engine.training_dataloader is not None and engine.curriculum_learning_enabled():
+            yield "data_sampler", engine.training_dataloader.data_sampler
+        if engine.random_ltd_enabled() and engine.random_ltd_scheduler is not None:
+            yield "random_ltd", engine.random_ltd_scheduler
 
     def restore_counters(self, values: Mapping[str, Any]) -> None:
         engine = self._deepspeed
         for key in _COUNTERS:
             setattr(engine, key, values[key])
+        for name, places in self._places_in_data():
+            if name in values:
+                places.load_state_dict(values[name])
         # Where the next step ends is counted from here, and the number of micro-batches in a step may have changed.
         engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
         if engine.fp16_enabled():
