@@ -140,7 +140,13 @@ class Engine(ConsolidationHook):
         return str(folder), client_state
 
     def load_module_state_dict(
-        self, checkpoint: Mapping[str, Any], strict: bool = True, custom_load_fn: None = None, **_: Any
+        self,
+        checkpoint: Mapping[str, Any],
+        strict: bool = True,
+        custom_load_fn: Any = None,
+        fetch_z3_params: bool = False,
+        z3_params_to_fetch: Any = None,
+        allowed_missing_keys: Any = None,
     ) -> None:
         """Take the weights ``checkpoint["module"]``, whole on every rank; compact values and masters follow, and
         moments stay. Called like DeepSpeed's, at every stage.

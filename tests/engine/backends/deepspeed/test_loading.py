@@ -12,7 +12,7 @@ from tests.support.zero import ds_config, finish, full_weights, make_engine, tra
 
 
 def load_weights_in_mid_run(stage: int, dtype: str) -> tuple[float, float, float]:
-    engine = make_engine(ds_config(stage, **({"bf16": {"enabled": True}} if dtype == "bf16" else {})))
+    engine = make_engine({**ds_config(stage), "bf16": {"enabled": dtype == "bf16"}})
     for step in range(3):
         train_step(engine, step)
     before = full_weights(engine)
