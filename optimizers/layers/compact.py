@@ -75,11 +75,6 @@ class CompactWeight(nn.Module):
         m, n = whole_shape(self.weight)
         return m, n
 
-    @property
-    def compact_shape(self) -> tuple[int, ...]:
-        """That of ``compact``, also where an engine keeps only a part of it here."""
-        return whole_shape(self.compact)
-
     def agrees(self) -> bool:
         """Whether ``compact`` holds what stands for ``weight``, so that there is nothing to fold."""
         compact, expected = self.compact.detach(), self.compact_of(self.weight)

@@ -61,6 +61,7 @@ def coverage_of(model: nn.Module, covered: Collection[str], reasons: Mapping[str
     blocks, seen = block_prefixes(model), set[int]()
     total = own = 0
     dense: dict[str, int] = {}
+    stacked: dict[str, str] = {}
     for module_name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue
@@ -79,8 +80,10 @@ def coverage_of(model: nn.Module, covered: Collection[str], reasons: Mapping[str
                 own += size
             else:
                 dense[_pattern(name)] = dense.get(_pattern(name), 0) + size
+                if len(whole_shape(parameter)) > 2 and not isinstance(module, nn.modules.conv._ConvNd):
+                    stacked[_pattern(name)] = "matrices stacked in one parameter, as experts are"
     largest = dict(sorted(dense.items(), key=lambda item: -item[1]))
-    return Coverage(total, own, largest, {_pattern(f"{name}.weight"): why for name, why in reasons.items()})
+    return Coverage(total, own, largest, stacked | {_pattern(f"{name}.weight"): why for name, why in reasons.items()})
 
 
 def _pattern(name: str) -> str:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .shape import whole_shape
+
 if TYPE_CHECKING:
     from .compact import CompactWeight
 
@@ -73,7 +75,8 @@ class Watch:
         """As :meth:`look`, of the tensors themselves; edits of the weight are taken over."""
         if not self.is_on or not self._noted:
             return
-        if layer.compact.shape != layer.compact_shape or layer.weight.shape != layer.weight_shape:
+        if any(p.dim() != 2 or p.shape != whole_shape(p) for p in (layer.compact, layer.weight)):
+            # Cut in pieces: by our engine, or by one that the optimizer's step refuses.
             return
         found = _state_of(layer)
         if not layer.agrees():

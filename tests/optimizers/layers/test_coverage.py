@@ -36,7 +36,7 @@ def test_mostly_dense_is_an_error_that_names_the_dense_layers(make: Any) -> None
     told = str(caught.value)
     assert "min_compact_share: expected at least 0.5, got 0.20" in told
     assert "200 of 1,000 matrix parameters in the blocks are compact (20 %)" in told
-    assert "dense: blocks.*.unknown (80 %)" in told
+    assert "dense: blocks.*.unknown (80 %; matrices stacked in one parameter, as experts are)" in told
     assert all(type(module) is not make and not hasattr(module, "compact") for module in model.modules())
     with pytest.warns(UserWarning, match="20 %"):
         assert make(model, density=0.5, min_compact_share=0.2).coverage.share == 0.2
