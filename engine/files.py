@@ -3,8 +3,11 @@ cut. Light to import.
 """
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,56 @@ def local_path(text: str, key: str) -> Path:
         raise UserError(f"{key}: expected a path, got {text!r}: there is no such user, or no home folder") from error
 
 
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, or nested so deeply that nobody can have meant it.
+    """
+    return parse_json(path.read_text())
+
+
+def parse_json(text: str) -> Any:
+    """As ``json.loads``, whose error at deep nesting is no ``ValueError``."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with null in the place of NaN and infinities, for which JSON has no words."""
+    if isinstance(value, dict):
+        return {key: finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one go."""
+    """Replace a file in one go.
+
+    Raises:
+        OSError: naming the file, which is as it was.
+    """
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    _sync(aside)
-    aside.replace(path)
-    _sync(path.parent)
+    with naming(path):
+        aside.write_text(text)
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of writing to a file name it: Python's do not where the file is already open (full disk, file limit)."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -43,19 +89,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace_folder(aside: Path, folder: Path) -> None:
-    """Give a folder, whose files lie directly in it, the name of another, which is deleted."""
+    """Give a folder, whose files lie directly in it, the name of another, which is deleted.
+
+    Between the two renames there is only ``NAME.old``, as the other was.
+    """
     for path in aside.iterdir():
         _sync(path)
     _sync(aside)
+    old = folder.with_name(folder.name + ".old")
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        aside.rename(folder)
-        shutil.rmtree(old)
-    else:
-        aside.rename(folder)
+    aside.rename(folder)
     _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

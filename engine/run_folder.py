@@ -1,7 +1,6 @@
 """The folder of a run: what is in it, whether the run can go on, and where its traces are written. Light to import."""
 
 import fcntl
-import json
 import os
 import re
 import socket
@@ -12,6 +11,7 @@ from typing import Any
 from .config.json_file import digest, flatten
 from .config.redaction import redact
 from .errors import UserError
+from .files import read_json
 
 CONFIG, METRICS, SUMMARY, STARTS = "config.json", "metrics.jsonl", "summary.json", "starts.jsonl"
 CHECKPOINTS, TOKENIZER, TENSORBOARD = "checkpoints", "tokenizer", "tensorboard"
@@ -35,7 +35,7 @@ _MAY_CHANGE = re.compile(
 def finished_summary(run_dir: Path, raw: dict[str, Any]) -> dict[str, Any] | None:
     """The summary of a run that has been trained to the end with just this configuration, or None."""
     try:
-        summary = json.loads((run_dir / SUMMARY).read_text())
+        summary = read_json(run_dir / SUMMARY)
     except (OSError, ValueError):
         return None
     return summary if isinstance(summary, dict) and summary.get("config_sha256") == digest(raw) else None
@@ -66,6 +66,7 @@ class RunLock:
         Raises:
             UserError: another run holds it.
         """
+        self._run_dir = run_dir
         self._file = (run_dir / _LOCK).open("a+")
         deadline = time.monotonic() + _LOCK_PATIENCE
         while True:
@@ -81,6 +82,14 @@ class RunLock:
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
+
+    def is_there(self) -> bool:
+        """Whether the folder is still the one that was locked: nothing tells a process that writes to a deleted one."""
+        try:
+            found = os.stat(self._run_dir / _LOCK)
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(self._file.fileno()))
 
     def release(self) -> None:
         self._file.close()
@@ -123,11 +132,16 @@ def check_same_run(run_dir: Path, raw: dict[str, Any], train_batch_size: int) ->
     """
     path = run_dir / CONFIG
     if not path.is_file():
+        if traces := [name for name in (METRICS, CHECKPOINTS) if (run_dir / name).exists()]:
+            raise UserError(
+                f"{path}: expected the configuration of the run whose {' and '.join(traces)} are there, got none;"
+                " restore it, or use --fresh or another logging.run_dir"
+            )
         return
     try:
-        resolved = json.loads(path.read_text())
-        saved, saved_batch_size = flatten(resolved["config"]), resolved["train_batch_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        resolved = read_json(path)
+        saved, saved_batch_size = flatten(redact(resolved["config"])), resolved["train_batch_size"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}; use --fresh or another logging.run_dir") from error
     now = flatten(redact(raw))
     changed = [

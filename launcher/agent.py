@@ -11,6 +11,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser
 from torch.distributed.run import main as torchrun
 
 from narrowgauge.engine.ranks.exit_codes import EXIT_BAD_INPUT, EXIT_HUNG, EXIT_PREEMPTED
@@ -24,13 +25,20 @@ def main() -> int:
     # torchrun stops waiting for ranks that save when it is asked again, as schedulers do: they signal all processes.
     api._terminate_process_handler = _Once(api._terminate_process_handler)
     try:
-        torchrun(sys.argv[1:])
+        torchrun([*_without_hangup(), *sys.argv[1:]])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode in _TELLING else 1
     except SignalException as asked:
         return EXIT_PREEMPTED if asked.sigval != signal.SIGINT else 128 + signal.SIGINT
     return 0
+
+
+def _without_hangup() -> list[str]:
+    """Under ``nohup`` a closed terminal is not for this process; torchrun ends for it all the same."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    known = "--signals-to-handle" in get_args_parser().format_help()
+    return ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"] if ignored and known else []
 
 
 class _Once:

@@ -1,7 +1,11 @@
 """The ``narrowgauge`` command. Imports of torch and DeepSpeed wait until a command needs them."""
 
 import os
+import socket
 import sys
+import threading
+import traceback
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -9,11 +13,13 @@ import typer
 import narrowgauge
 from narrowgauge.engine.config.redaction import redact_text
 from narrowgauge.engine.errors import UserError
-from narrowgauge.engine.ranks.environment import process_rank
+from narrowgauge.engine.ranks.environment import process_rank, world_size
 from narrowgauge.engine.ranks.exit_codes import EXIT_BAD_INPUT, EXIT_PREEMPTED
 from narrowgauge.engine.ranks.preemption import Preempted
 
 from .commands import machine, runs, slurm
+
+_SECONDS_TO_END = 4.0
 
 app = typer.Typer(
     add_completion=False,
@@ -45,14 +51,48 @@ def _global_options(
 
 
 def main() -> None:
-    """Run the command; bad input ends with its message on stderr and exit code 2, a preempted run with 75."""
+    """Run the command. What ends it is one line on stderr: bad input with exit code 2, a preempted run with 75, all
+    else with 1, and after a traceback where it is not the machine's fault either.
+    """
     try:
         app()
     except UserError as error:
         if not error.on_all_ranks or process_rank() == 0:
-            print(f"error: {redact_text(str(error))}", file=sys.stderr)  # noqa: T201
-        sys.exit(EXIT_BAD_INPUT)
+            _say(f"error: {redact_text(str(error))}")
+        code = EXIT_BAD_INPUT
     except Preempted as reason:
         if process_rank() == 0:
-            print(reason, file=sys.stderr)  # noqa: T201
-        sys.exit(EXIT_PREEMPTED)
+            _say(str(reason))
+        code = EXIT_PREEMPTED
+    except OSError as error:
+        _say_failure(error, with_traceback=error.filename is None)
+        code = 1
+    except Exception as error:
+        _say_failure(error, with_traceback=type(error).__name__ != "RankFailed")
+        code = 1
+    else:
+        return
+    _end_soon(code)
+    sys.exit(code)
+
+
+def _say_failure(error: Exception, *, with_traceback: bool) -> None:
+    if with_traceback:
+        traceback.print_exc()
+    where = f"process rank {process_rank()} on {socket.gethostname()}: " if world_size() > 1 else ""
+    kind = "" if isinstance(error, OSError) or not with_traceback else f"{type(error).__name__}: "
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    _say(f"error: {where}{kind}{redact_text(lines[0])}")
+
+
+def _say(text: str) -> None:
+    # Whoever read it may be gone.
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _end_soon(code: int) -> None:
+    """A rank that has failed must not stay because something of it does not end: the others wait for it."""
+    end = threading.Timer(_SECONDS_TO_END, os._exit, (code,))
+    end.daemon = True
+    end.start()

@@ -3,8 +3,9 @@
 ``model*.safetensors`` hold the plain weights under the model's own names, as Hugging Face writes them.
 ``optimizer-R-of-N.safetensors`` hold rank R's masters and moments, cut by parameter and not by rank, so any number of
 ranks, in any engine and at any ZeRO stage, reads them. ``state.json`` holds the rest, ``manifest.json`` every file's
-size and checksum (safetensors does not notice a flipped byte). Nothing is pickled. Everything is written aside and
-renamed once all ranks have succeeded.
+size and checksum (safetensors does not notice a flipped byte) and a digest of itself; what it does not list is not
+read. Nothing is pickled, and nothing saved that is not finite. Everything is written aside and renamed once all ranks
+have succeeded.
 """
 
 import logging
@@ -14,21 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import replace_folder, write_json
 from ..protocol import TrainingEngine
 from ..ranks.together import together
-from .files import FORMAT_VERSION, checksum, verify_files
+from .contents import VALUES, write_tensors
+from .files import Checkpoint, checksum, verify_files, whole_folder, write_manifest
 from .optimizer_state import load_optimizer, load_subspace, optimizer_numbers, write_optimizer, write_subspace
 from .values import decode, encode, read_tensors
 from .weights import WeightFiles, save_weights
 
 logger = logging.getLogger(__name__)
-
-_VALUES = "values.safetensors"
 
 
 def save_checkpoint(engine: TrainingEngine, folder: Path, client_state: dict[str, Any]) -> None:
@@ -40,9 +39,20 @@ def save_checkpoint(engine: TrainingEngine, folder: Path, client_state: dict[str
             :func:`.values.encode`.
 
     Raises:
-        CheckpointError: a value is of another type, or a rank could not write; what was there before is untouched.
+        CheckpointError: a value is of another type, a rank could not write, or its parameters or moments are not
+            finite; what was there before is untouched.
     """
     aside = folder.with_name(folder.name + ".tmp")
+    try:
+        _write_aside(engine, aside, client_state)
+        together("save", lambda: replace_folder(aside, folder) if dist.get_rank() == 0 else None)
+    except CheckpointError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _write_aside(engine: TrainingEngine, aside: Path, client_state: dict[str, Any]) -> None:
     rank = dist.get_rank()
 
     def prepare() -> None:
@@ -65,12 +75,7 @@ def save_checkpoint(engine: TrainingEngine, folder: Path, client_state: dict[str
     own = weight_files + together("save", write, failure)
     entries = _gather_manifest(together("save", lambda: {name: checksum(aside / name) for name in own}))
 
-    def finish() -> None:
-        if rank == 0:
-            write_json(aside / "manifest.json", {"format": FORMAT_VERSION, "files": entries})
-            replace_folder(aside, folder)
-
-    together("save", finish)
+    together("save", lambda: write_manifest(aside, entries) if rank == 0 else None)
 
 
 def load_checkpoint(
@@ -96,15 +101,16 @@ def load_checkpoint(
         CheckpointError: it is damaged or belongs to another model; the engine is as it was unless the message says
             otherwise.
     """
-    state = together("load", lambda: _verify(folder, engine))
+    checkpoint = together("load", lambda: _verify(whole_folder(folder), engine))
+    state = checkpoint.state
     if optimizer_states:
-        together("load", lambda: load_subspace(engine.own_optimizer, folder, state))
-    together("load", lambda: _load_weights(engine, folder, rebuild_compact=not optimizer_states))
+        together("load", lambda: load_subspace(engine.own_optimizer, checkpoint))
+    together("load", lambda: _load_weights(engine, checkpoint, rebuild_compact=not optimizer_states))
     if optimizer_states:
-        _say_other_rates(engine, folder, state["groups"])
-        together("load", lambda: load_optimizer(engine, folder, state))
+        _say_other_rates(engine, checkpoint.folder, state["groups"])
+        together("load", lambda: load_optimizer(engine, checkpoint))
         engine.masters_to_model()
-    tensors = read_tensors(folder / _VALUES)
+    tensors = read_tensors(checkpoint.tensors(VALUES))
     if counters:
         engine.restore_counters({**decode(state["counters"], tensors), "loss_scaler": state["loss_scaler"]})
     if scheduler_state and engine.lr_scheduler is not None and state["lr_scheduler"] is not None:
@@ -126,8 +132,8 @@ def _write_state(engine: TrainingEngine, folder: Path, client_state: dict[str, A
     write_json(folder / "state.json", {**state, "client_state": encode(client_state, tensors, "client_state")})
     if not tensors:
         return ["state.json"]
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / _VALUES)
-    return ["state.json", _VALUES]
+    write_tensors({name: tensor.clone() for name, tensor in tensors.items()}, folder / VALUES)
+    return ["state.json", VALUES]
 
 
 def _say_other_rates(engine: TrainingEngine, folder: Path, saved: Sequence[Mapping[str, Any]]) -> None:
@@ -139,15 +145,16 @@ def _say_other_rates(engine: TrainingEngine, folder: Path, saved: Sequence[Mappi
         logger.warning(f"{folder}: training goes on with its learning rates, {held}, not with those given, {made}")
 
 
-def _load_weights(engine: TrainingEngine, folder: Path, *, rebuild_compact: bool) -> None:
+def _load_weights(engine: TrainingEngine, checkpoint: Checkpoint, *, rebuild_compact: bool) -> None:
     try:
-        engine.load_weights(WeightFiles(folder), rebuild_compact=rebuild_compact)
+        engine.load_weights(WeightFiles(checkpoint), rebuild_compact=rebuild_compact)
     except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+        raise CheckpointError(f"{checkpoint.folder}: {error}") from error
 
 
-def _verify(folder: Path, engine: TrainingEngine) -> dict[str, Any]:
-    state = verify_files(folder, part=dist.get_rank(), parts=dist.get_world_size())
+def _verify(folder: Path, engine: TrainingEngine) -> Checkpoint:
+    checkpoint = verify_files(folder, part=dist.get_rank(), parts=dist.get_world_size())
+    state = checkpoint.state
     saved, own = state["trainable"], _trainable_shapes(engine)
     if odd := sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)):
         name = odd[0]
@@ -158,7 +165,7 @@ def _verify(folder: Path, engine: TrainingEngine) -> dict[str, Any]:
     num_groups = len(engine.optimizer.param_groups)
     if len(state["groups"]) != num_groups:
         raise CheckpointError(f"{folder}: expected {num_groups} parameter groups, got {len(state['groups'])}")
-    return state
+    return checkpoint
 
 
 def _trainable_shapes(engine: TrainingEngine) -> dict[str, list[int]]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from narrowgauge.optimizers import EngineOptimizer, ShardedOptimizer
@@ -16,6 +15,8 @@ from narrowgauge.optimizers.sharding.shards import Shard, StatePiece
 
 from ..errors import CheckpointError
 from ..protocol import TrainingEngine
+from .contents import check_finite, write_tensors
+from .files import Checkpoint
 
 _MASTER = "master"
 
@@ -49,8 +50,11 @@ def write_optimizer(engine: TrainingEngine, folder: Path) -> str | None:
             if not torch.is_tensor(value) or value.shape != shard.flat.shape:
                 raise CheckpointError(f"optimizer state {key!r} is neither shaped like its parameter nor a number")
             tensors[prefix + key] = shard.of(value).cpu().clone()
+    for key, tensor in tensors.items():
+        name, _, what = key.split("|")
+        check_finite(f"{name} ({what})", tensor)
     name = f"optimizer-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
-    save_file(tensors, folder / name)
+    write_tensors(tensors, folder / name)
     return name
 
 
@@ -75,7 +79,7 @@ def write_subspace(own: EngineOptimizer | None, folder: Path) -> list[str]:
     tensors = own.subspace_state().get("tensors") if own is not None else None
     if not tensors:
         return []
-    save_file(tensors, folder / "subspace.safetensors")
+    write_tensors(tensors, folder / "subspace.safetensors")
     return ["subspace.safetensors"]
 
 
@@ -109,19 +113,20 @@ def _scalars(engine: TrainingEngine) -> dict[str, dict[str, Any]]:
     return {name: found.get(name, by_group.get(group, {})) for name, group in groups.items()}
 
 
-def load_subspace(own: EngineOptimizer | None, folder: Path, state: Mapping[str, Any]) -> None:
+def load_subspace(own: EngineOptimizer | None, checkpoint: Checkpoint) -> None:
     """Restore what :func:`write_subspace` wrote.
 
     Raises:
         CheckpointError: it is another optimizer's; nothing has changed then.
     """
+    state, folder = checkpoint.state, checkpoint.folder
     if (state["subspace"] is None) != (own is None):
         kind = "an optimizer that is not narrowgauge's" if own is not None else "one of narrowgauge's optimizers"
         raise CheckpointError(f"{folder}: saved with {kind}")
     if own is None:
         return
-    tensors, path = {}, folder / "subspace.safetensors"
-    if path.exists():
+    tensors = {}
+    for path in checkpoint.tensors("subspace"):
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     try:
@@ -131,13 +136,13 @@ def load_subspace(own: EngineOptimizer | None, folder: Path, state: Mapping[str,
 
 
 @torch.no_grad()
-def load_optimizer(engine: TrainingEngine, folder: Path, state: Mapping[str, Any]) -> None:
+def load_optimizer(engine: TrainingEngine, checkpoint: Checkpoint) -> None:
     """Read this rank's pieces of masters and moments from whatever pieces were saved.
 
     Raises:
         CheckpointError: a part is missing; the engine is partly restored then.
     """
-    saved = _index_pieces(folder)
+    saved, state, folder = _index_pieces(checkpoint), checkpoint.state, checkpoint.folder
     for group, values in zip(engine.optimizer.param_groups, state["groups"], strict=True):
         group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in values.items()})
     own_pieces, own, flats = _own_pieces(engine), engine.own_optimizer, _flats(engine)
@@ -161,9 +166,9 @@ def load_optimizer(engine: TrainingEngine, folder: Path, state: Mapping[str, Any
             own.accept_dense_state(flat)
 
 
-def _index_pieces(folder: Path) -> dict[str, dict[str, list[_SavedPiece]]]:
+def _index_pieces(checkpoint: Checkpoint) -> dict[str, dict[str, list[_SavedPiece]]]:
     pieces: dict[str, dict[str, list[_SavedPiece]]] = {}
-    for path in sorted(folder.glob("optimizer-*.safetensors")):
+    for path in checkpoint.tensors("optimizer-"):
         with safe_open(path, framework="pt") as file:
             for full_key in file.keys():  # noqa: SIM118 (not a dict)
                 name, start, key = full_key.rsplit("|", 2)

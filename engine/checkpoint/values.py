@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,10 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return makers[kind](decode(held, tensors))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Those of a file; none where there is no file."""
-    if not path.exists():
-        return {}
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+def read_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Those of all files."""
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return found

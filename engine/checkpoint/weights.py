@@ -1,18 +1,20 @@
 """The plain weights as Hugging Face safetensors, written and read in any engine, one parameter at a time."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from narrowgauge.optimizers.layers.compact import CompactWeight
 from narrowgauge.optimizers.layers.plain import plain_parameters
 
+from ..files import naming
 from ..protocol import TrainingEngine, WeightSource
+from .contents import check_finite, write_tensors
+from .files import Checkpoint
 
 _SHARD_BYTES = 4 << 30
 INDEX_NAME = "model.safetensors.index.json"
@@ -42,7 +44,7 @@ def save_weights(engine: TrainingEngine, folder: Path | None) -> tuple[list[str]
         The names of the files written, and what went wrong if anything did: the gathering goes on to the end on all
             ranks.
     """
-    writer = _ShardWriter(folder) if folder is not None else None
+    writer = _ShardWriter(folder, {name for name, _ in _buffers(engine.module)}) if folder is not None else None
     failure = None
     for name, tensor in engine.whole_weights():
         failure = failure or _attempt(writer, name, tensor)
@@ -67,20 +69,26 @@ def _attempt(writer: "_ShardWriter | None", name: str, tensor: Tensor) -> str | 
 class _ShardWriter:
     """Collects tensors and writes a file whenever enough have come together."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, buffers: Collection[str]) -> None:
+        """
+        Args:
+            buffers: names of tensors that may hold infinities, as masks do.
+        """
+        self._folder, self._buffers = folder, buffers
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = self._total_bytes = 0
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
+        if name not in self._buffers:
+            check_finite(name, tensor.detach())
         self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
         self._pending_bytes += tensor.numel() * tensor.element_size()
         if self._pending_bytes >= _SHARD_BYTES:
             self._flush()
 
     def _flush(self) -> None:
-        save_file(self._pending, self._folder / f"part-{len(self._shards)}", metadata={"format": "pt"})
+        write_tensors(self._pending, self._folder / f"part-{len(self._shards)}", metadata={"format": "pt"})
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
@@ -97,16 +105,17 @@ class _ShardWriter:
             (self._folder / f"part-{number}").rename(self._folder / name)
         weight_map = {key: name for name, keys in zip(names, self._shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=1))
+        with naming(self._folder / INDEX_NAME):
+            (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=1))
         return [*names, INDEX_NAME]
 
 
 class WeightFiles:
-    """The weights in a folder written by :func:`save_weights`, as a :class:`WeightSource`."""
+    """The weights written by :func:`save_weights`, as a :class:`WeightSource`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self._path_of: dict[str, Path] = {}
-        for path in sorted(folder.glob("model*.safetensors")):
+        for path in checkpoint.tensors("model"):
             with safe_open(path, framework="pt") as file:
                 self._path_of.update(dict.fromkeys(file.keys(), path))
 

@@ -11,13 +11,19 @@ _SECRET_KEY = re.compile(
 )
 # To the last @ before the path: a password may hold one.
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s\"']+@")
+# A secret among the parameters after a URL's ``?`` (or ``#``): ``?token=...``, ``&X-Amz-Signature=...``.
+_URL_PARAMETER = re.compile(
+    r"([?&;#](?:[\w.-]*[_-])?(?:api[_-]?keys?|access[_-]?keys?|private[_-]?keys?|key|auth|authorization|token|secrets?"
+    r"|passwords?|passwd|pwd|credentials?|sig|signature|AccessKeyId|AWSAccessKeyId)=)[^&;#\s\"']+",
+    re.IGNORECASE,
+)
 # Its values are environment variables, of which nobody knows what they hold.
 _ENVIRONMENT = ("launch", "environment")
 
 
 def redact(value: Any, path: tuple[str, ...] = ()) -> Any:
     """A copy of a configuration with ``***`` for all environment variables, for the values of keys that are named as
-    secrets are (``api_key``, ``hf_token``, ``password``, ...), and for user and password in URLs.
+    secrets are (``api_key``, ``hf_token``, ``password``, ...), and for user, password and secret parameters in URLs.
     """
     if isinstance(value, dict):
         return {key: redact(child, (*path, str(key))) for key, child in value.items()}
@@ -29,5 +35,5 @@ def redact(value: Any, path: tuple[str, ...] = ()) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """The text with ``***`` for user and password in URLs."""
-    return _URL_CREDENTIALS.sub(f"{HIDDEN}@", text)
+    """The text with ``***`` for user and password in URLs, and for the secrets among their parameters."""
+    return _URL_PARAMETER.sub(rf"\1{HIDDEN}", _URL_CREDENTIALS.sub(f"{HIDDEN}@", text))

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..errors import DataError
 from ..ranks.preemption import ignore_stop_signals
 from .order import sample_order
+from .workers import WorkerContext
 
 
 class PackedTokens(Dataset[torch.Tensor]):
@@ -91,8 +92,7 @@ def training_loader(dataset: PackedTokens, sampler: RankSampler, num_workers: in
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
-        # Forked workers share the mapped files; others would be sent their contents.
-        multiprocessing_context="fork" if num_workers else None,
+        multiprocessing_context=WorkerContext() if num_workers else None,
         prefetch_factor=8 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_stop_signals,

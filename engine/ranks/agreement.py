@@ -35,6 +35,11 @@ def make_process_group(backend: str, timeout: timedelta) -> None:
         )
 
 
+def agreed_store() -> Any:
+    """The store that the ranks have met on; None where they have not."""
+    return _store
+
+
 def agree(settings: dict[str, Any], *, error: str | None = None, choice: str | None = None) -> str | None:
     """Meet all ranks and compare what they are about to do.
 

@@ -1,11 +1,15 @@
 """What a run writes while it goes: ``metrics.jsonl`` and TensorBoard, on process rank 0."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..errors import UserError
+from ..files import finite, naming, parse_json, write_text
 from ..run_folder import METRICS, TENSORBOARD
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -13,43 +17,78 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool) -> None:
         """Open the files; what a run that was cut short wrote beyond ``first_step`` is taken out."""
-        path = run_dir / METRICS
-        kept = [line for line in _lines(path) if first_step and _step_of(line) <= first_step]
-        write_text(path, "".join(kept))
-        self._file = path.open("a", buffering=1)
+        self._path, self._scalars = run_dir / METRICS, run_dir / TENSORBOARD
+        kept = [_line(record) for record in _records(self._path) if first_step >= record["step"]]
+        write_text(self._path, "".join(kept) if first_step else "")
+        self._file = self._path.open("a", buffering=1)
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first_step + 1)
+            self._writer = SummaryWriter(str(self._scalars), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Add a record; null stands for what is not finite.
+
+        Raises:
+            OSError, UserError: naming what cannot be written.
+        """
+        with naming(self._path):
+            self._file.write(_line({"step": step, **values}))
         if self._writer is not None:
-            for name, value in _flat(values):
-                self._writer.add_scalar(name, value, step)
+            try:
+                for name, value in _flat(values):
+                    self._writer.add_scalar(name, value, step)
+            except OSError as error:
+                raise UserError(f"{self._scalars}: cannot be written: {error}") from error
 
     def close(self) -> None:
-        self._file.close()
+        """Close the files.
+
+        Raises:
+            OSError, UserError: naming what could not be written to its end.
+        """
+        with naming(self._path):
+            self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except OSError as error:
+                raise UserError(f"{self._scalars}: cannot be written: {error}") from error
 
 
 def step_records(run_dir: Path) -> list[dict[str, Any]]:
     """The records of training steps that a run has written so far, in order."""
-    records = (json.loads(line) for line in _lines(run_dir / METRICS))
-    return [record for record in records if record.keys() >= {"loss", "bytes", "seconds"}]
+    return [record for record in _records(run_dir / METRICS) if record.keys() >= {"loss", "bytes", "seconds"}]
 
 
-def _lines(path: Path) -> list[str]:
-    return [line + "\n" for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(finite(record), allow_nan=False) + "\n"
 
 
-def _step_of(line: str) -> float:
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The records of all steps; of lines that are none, as one that was cut short by a power cut, one warning."""
+    found, odd = [], []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.is_file() else (), 1):
+        record = _as_record(line)
+        if record is None:
+            odd.append(str(number))
+        else:
+            found.append(record)
+    if odd:
+        logger.warning(f"{path}: no record of a step in line {', '.join(odd[:5])}{' ...' if odd[5:] else ''}; dropped")
+    return found
+
+
+def _as_record(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        record = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    blocks = (record.get(key, {}) for key in ("bytes", "seconds"))
+    return record if all(isinstance(block, dict) for block in blocks) else None
 
 
 def _flat(values: dict[str, Any], path: str = "") -> list[tuple[str, float]]:

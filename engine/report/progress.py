@@ -1,6 +1,7 @@
 """The live view of a run on process rank 0: a bar on a terminal, plain lines elsewhere."""
 
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -52,8 +53,11 @@ class ProgressView:
             self._last_line = now
             timed = step - self._first_step - 1
             left = f"  {(now - self._started) / timed * (self._num_steps - step):,.0f} s left" if timed else ""
-            self._console.print(f"step {step}/{self._num_steps}  {text}{left}", highlight=False)
+            with suppress(OSError):
+                # Whoever read it may be gone, and the run goes on to save.
+                self._console.print(f"step {step}/{self._num_steps}  {text}{left}", highlight=False)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        (self._bar.console if self._bar is not None else self._console).print(text, highlight=False)
+        with suppress(OSError):
+            (self._bar.console if self._bar is not None else self._console).print(text, highlight=False)

@@ -9,7 +9,7 @@ from rich.table import Table
 def print_summary(summary: dict[str, Any], run_dir: str, console: Console) -> None:
     """The table at the end of a run."""
     sizes, seconds = summary["bytes"], summary["seconds"]
-    losses = f"{summary['loss_first']:.3f} -> {summary['loss_last']:.3f}"
+    losses = f"{_loss(summary['loss_first'])} -> {_loss(summary['loss_last'])}"
     table = Table(title=f"{summary['steps']} steps, {summary['tokens']:,} tokens", title_justify="left")
     for heading in (
         "",
@@ -19,7 +19,7 @@ def print_summary(summary: dict[str, Any], run_dir: str, console: Console) -> No
     ):
         table.add_column(heading, justify="left" if not heading else "right")
     table.add_row("training loss", losses)
-    table.add_row("validation loss", f"{summary['eval_loss_first']:.3f} -> {summary['eval_loss']:.3f}")
+    table.add_row("validation loss", f"{_loss(summary['eval_loss_first'])} -> {_loss(summary['eval_loss'])}")
     table.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
     for name, key in (
         ("reduced per step", "reduced_per_step"),
@@ -48,3 +48,7 @@ def print_summary(summary: dict[str, Any], run_dir: str, console: Console) -> No
 
 def _mib(count: float) -> str:
     return f"{count / 2**20:,.2f} MiB"
+
+
+def _loss(value: float | None) -> str:
+    return f"{value:.3f}" if value is not None else "not finite"

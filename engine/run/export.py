@@ -1,14 +1,19 @@
 """A finished or running run's checkpoint as a Hugging Face folder."""
 
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from ..checkpoint.files import find_checkpoints, verify_files
+from ..checkpoint.files import Checkpoint, find_checkpoints, verify_files
 from ..checkpoint.weights import INDEX_NAME
-from ..errors import UserError
+from ..errors import CheckpointError, UserError
+from ..files import read_json
 from ..run_folder import CHECKPOINTS, CONFIG, TOKENIZER
+
+logger = logging.getLogger(__name__)
 
 
 def export_run(run_dir: Path, folder: Path, *, step: int | None = None) -> Path:
@@ -30,7 +35,8 @@ def export_run(run_dir: Path, folder: Path, *, step: int | None = None) -> Path:
     if step is not None and step not in checkpoints:
         raise UserError(f"{run_dir}: no checkpoint of step {step}; there are {sorted(checkpoints)}")
     source = checkpoints[step if step is not None else max(checkpoints)]
-    verify_files(source)
+    checkpoint = verify_files(source)
+    model = _model_block(checkpoint, run_dir / CONFIG)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already exists and is not an empty folder")
     folder = folder.resolve()
@@ -43,14 +49,43 @@ def export_run(run_dir: Path, folder: Path, *, step: int | None = None) -> Path:
         aside.chmod(0o755)
         if (run_dir / TOKENIZER).is_dir():
             shutil.copytree(run_dir / TOKENIZER, aside, dirs_exist_ok=True)
-        for path in [*source.glob("model*.safetensors"), *source.glob(INDEX_NAME)]:
+        index = [source / INDEX_NAME] if INDEX_NAME in checkpoint.names else []
+        for path in [*checkpoint.tensors("model"), *index]:
             shutil.copyfile(path, aside / path.name)
-        model = json.loads((run_dir / CONFIG).read_text())["model"]
         (aside / "config.json").write_text(json.dumps(model, indent=2) + "\n")
         if folder.exists():
             folder.rmdir()
         aside.rename(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{folder}: cannot be written: {error}") from error
     return source
+
+
+def _model_block(checkpoint: Checkpoint, config: Path) -> dict[str, Any]:
+    """The model's configuration: the checkpoint's own, whose checksum holds; a changed one would give other logits.
+
+    Raises:
+        UserError: neither the checkpoint nor the run folder has one.
+    """
+    recorded = checkpoint.state["client_state"].get("model")
+    try:
+        beside = read_json(config)["model"]
+        if not isinstance(beside, dict):
+            raise TypeError(f"expected an object as model, got {type(beside).__name__}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if recorded is None:
+            raise CheckpointError(f"{config}: cannot be read: {error}") from error
+        logger.warning(f"{config}: cannot be read: {error}; the model is the checkpoint's")
+        return recorded
+    if recorded is None:
+        logger.warning(f"{checkpoint.folder}: it does not record its model; taken, unchecked, from {config}")
+        return beside
+    changed = sorted(
+        key
+        for key in recorded.keys() | beside.keys()
+        if recorded.get(key) != beside.get(key) and key != "transformers_version"
+    )
+    if changed:
+        logger.warning(f"{config}: not the model that was trained ({', '.join(changed)}); the checkpoint's is exported")
+    return recorded

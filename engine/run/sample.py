@@ -1,5 +1,6 @@
 """A continuation of a prompt by the trained model."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch.distributed as dist
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..protocol import TrainingEngine
+
+logger = logging.getLogger(__name__)
 
 
 def check_prompt(prompt: str, tokenizer_folder: Path | None) -> None:
@@ -21,6 +24,22 @@ def check_prompt(prompt: str, tokenizer_folder: Path | None) -> None:
         raise UserError("training.sample_prompt: token files carry no tokenizer; name one as data.tokenizer")
     if not load_tokenizer(tokenizer_folder)(prompt, add_special_tokens=False)["input_ids"]:
         raise UserError(f"training.sample_prompt: expected at least one token, got {prompt!r}")
+
+
+def try_sample(
+    engine: TrainingEngine, tokenizer_folder: Path | None, prompt: str, num_tokens: int, seed: int
+) -> str | None:
+    """:func:`sample_text`, or a warning and None: the run is trained and saved, and a model that cannot generate with
+    this version of transformers still has its summary. Collective.
+    """
+    try:
+        return sample_text(engine, tokenizer_folder, prompt, num_tokens, seed)
+    except Exception as error:
+        # Every rank generates the same, so that all fail alike.
+        if dist.get_rank() == 0:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning(f"training.sample_prompt: no sample: {type(error).__name__}: {reason}")
+        return None
 
 
 @torch.no_grad()
@@ -43,15 +62,17 @@ def sample_text(
     num_tokens = min(num_tokens, context - tokens.shape[1])
     torch.manual_seed(seed)
     model.eval()
-    generated = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=num_tokens,
-        do_sample=True,
-        temperature=0.8,
-        use_cache=True,
-        synced_gpus=together,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    model.train()
+    try:
+        generated = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=num_tokens,
+            do_sample=True,
+            temperature=0.8,
+            use_cache=True,
+            synced_gpus=together,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    finally:
+        model.train()
     return tokenizer.decode(generated[0], skip_special_tokens=True) if dist.get_rank() == 0 else None

@@ -4,35 +4,34 @@ import json
 import logging
 import math
 import os
-import shutil
 import socket
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch.optim.lr_scheduler import LambdaLR
 
 from narrowgauge.optimizers.numerics.seeds import derive_seed
 
 from ..backends import backend_of
-from ..checkpoint.checkpoint import load_checkpoint, save_checkpoint
-from ..checkpoint.files import find_checkpoints
+from ..checkpoint.checkpoint import save_checkpoint
+from ..checkpoint.retention import Retention
 from ..config.json_file import digest
 from ..config.redaction import redact
 from ..data.packed import RankSampler, training_loader
 from ..data.tokenizer import load_tokenizer
-from ..errors import CheckpointError, UserError
-from ..files import write_json
+from ..errors import DataError, UserError
+from ..files import finite, naming, write_json
 from ..offload.meter import OffloadMeter, summarize_offload
 from ..protocol import TrainingEngine
 from ..ranks.agreement import agree
 from ..ranks.environment import ensure_environment, process_rank, world_size
+from ..ranks.failure import FailureWatch
 from ..ranks.preemption import Preempted, StopRequest
 from ..ranks.watchdog import Watchdog
 from ..report.metrics import MetricsLog, step_records
@@ -47,10 +46,11 @@ from ..report.summary import (
 )
 from ..report.summary_table import print_summary
 from ..report.timing import PhaseTimer
-from ..run_folder import CHECKPOINTS, CONFIG, METRICS, STARTS, SUMMARY, TOKENIZER
+from ..run_folder import CHECKPOINTS, CONFIG, METRICS, STARTS, SUMMARY, TOKENIZER, RunLock
 from .evaluate import evaluate
 from .plan import Plan, plan_together
-from .sample import sample_text
+from .resume import resume
+from .sample import try_sample
 from .schedule import make_schedule
 
 logger = logging.getLogger(__name__)
@@ -76,31 +76,45 @@ def train(
 
     Raises:
         UserError: the configuration, data, run folder or a checkpoint does not hold; the same on every process rank.
-        Preempted: SIGTERM or SIGUSR1 came; a checkpoint has been saved. The same on every process rank.
+        Preempted: SIGTERM, SIGUSR1 or SIGHUP came; a checkpoint has been saved. The same on every process rank.
+        RankFailed: another process rank raised something else.
     """
     ensure_environment()
     console = console or Console()
     with StopRequest() as stop:
         plan, lock = plan_together(config, overrides, fresh)
-        backend = backend_of(plan.config.parsed.engine)
-        backend.prepare(plan.config, console)
-        backend.init_distributed()
-        run = _Run(plan, console, stop)
-        try:
-            with Watchdog(plan.training.hang_timeout, plan.run_dir) as run.watchdog:
-                run.execute()
-        finally:
-            dist.destroy_process_group()
-            if lock is not None:
-                lock.release()
+        with FailureWatch() as failures:
+            run = _Run(plan, console, stop, lock)
+            try:
+                backend = backend_of(plan.config.parsed.engine)
+                backend.prepare(plan.config, console)
+                backend.init_distributed()
+                with Watchdog(plan.training.hang_timeout, plan.run_dir) as run.watchdog:
+                    run.execute()
+            except BaseException as error:
+                try:
+                    failures.tell(error)
+                finally:
+                    # The reason is known; what follows from it only hides it.
+                    with suppress(Exception):
+                        run.close()
+                raise
+            run.close()
     return plan.run_dir
 
 
 class _Run:
     """One process rank's side of a run."""
 
-    def __init__(self, plan: Plan, console: Console, stop: StopRequest) -> None:
+    def __init__(self, plan: Plan, console: Console, stop: StopRequest, lock: RunLock | None) -> None:
         self.plan, self.console = plan, console
+        # On process rank 0.
+        self.lock = lock
+        # Of what is open, until a failure has been told: closing it may take for ever then.
+        self.closing = ExitStack()
+        if lock is not None:
+            self.closing.callback(lock.release)
+        self.closing.callback(_leave_group)
         # What this rank was asked, and whether any rank was by the end of the last step.
         self.stop, self.must_stop = stop, False
         self.doing = "the start"
@@ -110,36 +124,34 @@ class _Run:
         self.watchdog: Watchdog
         self.engine: TrainingEngine
         self.offload_meter = OffloadMeter(None)
+        self.retention = Retention(plan.run_dir / CHECKPOINTS, plan.training.keep_checkpoints)
         self.history: dict[str, Any] = {"loss_first": None, "loss_last": None, "eval_loss_first": None}
 
     def execute(self) -> None:
-        self.engine = self._make_engine()
-        try:
-            self._train()
-        finally:
-            self.engine.close()
-
-    def _train(self) -> None:
         plan = self.plan
+        self.engine = self._make_engine()
+        self.closing.callback(self.engine.close)
         self.offload_meter = OffloadMeter(self.engine.activation_offload)
         self.watchdog.beat("loading the checkpoint")
-        first_step = self._resume()
+        first_step, history = resume(self.engine, plan)
+        self.history.update(history)
         if self.is_first_rank:
             self._write_head(first_step)
+        while_it_trains = self.closing.enter_context(ExitStack())
         self.engine.traffic.attach()
-        metrics = (
-            MetricsLog(plan.run_dir, first_step=first_step, tensorboard=plan.logging.tensorboard)
-            if self.is_first_rank
-            else None
-        )
-        try:
-            with ProgressView(self.console, first_step=first_step, num_steps=plan.training.steps) as view:
-                self._loop(first_step, view if self.is_first_rank else None, metrics)
-        finally:
-            self.engine.traffic.detach()
-            if metrics is not None:
-                metrics.close()
+        while_it_trains.callback(self.engine.traffic.detach)
+        metrics = None
+        if self.is_first_rank:
+            metrics = MetricsLog(plan.run_dir, first_step=first_step, tensorboard=plan.logging.tensorboard)
+            while_it_trains.callback(metrics.close)
+        with ProgressView(self.console, first_step=first_step, num_steps=plan.training.steps) as view:
+            self._loop(first_step, view if self.is_first_rank else None, metrics)
+        while_it_trains.close()
         self._finish()
+
+    def close(self) -> None:
+        """Give back everything, the process group and the run folder too."""
+        self.closing.close()
 
     def _write_head(self, first_step: int) -> None:
         plan = self.plan
@@ -150,9 +162,9 @@ class _Run:
             "after_step": first_step,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
-        with (plan.run_dir / STARTS).open("a") as file:
+        path = plan.run_dir / STARTS
+        with naming(path), path.open("a") as file:
             file.write(json.dumps(start) + "\n")
-        model: Any = self.engine.module
         resolved = {
             "config": redact(plan.config.raw),
             "world_size": world_size(),
@@ -160,7 +172,7 @@ class _Run:
             "train_micro_batch_size_per_gpu": plan.batches.micro,
             "gradient_accumulation_steps": plan.batches.accumulation_steps,
             "resolved": redact(plan.config.parsed.model_dump(mode="json", exclude_unset=False, exclude_none=True)),
-            "model": {**model.config.to_dict(), "use_cache": True},
+            "model": self._model_block(),
             "data_fingerprint": plan.prepared.fingerprint,
         }
         write_json(plan.run_dir / CONFIG, resolved)
@@ -171,7 +183,16 @@ class _Run:
         )
         if plan.prepared.tokenizer is not None:
             # Not a copy of the folder: the user's may be a whole model.
-            load_tokenizer(plan.prepared.tokenizer).save_pretrained(str(plan.run_dir / TOKENIZER))
+            folder = plan.run_dir / TOKENIZER
+            try:
+                load_tokenizer(plan.prepared.tokenizer).save_pretrained(str(folder))
+            except Exception as error:
+                # tokenizers raises a plain Exception.
+                raise UserError(f"{folder}: cannot be written: {error}") from error
+
+    def _model_block(self) -> dict[str, Any]:
+        model: Any = self.engine.module
+        return {**model.config.to_dict(), "use_cache": True}
 
     def _make_engine(self) -> TrainingEngine:
         plan = self.plan
@@ -191,32 +212,6 @@ class _Run:
             schedule=make_schedule(schedule, plan.training.steps) if schedule is not None else None,
         )
 
-    def _resume(self) -> int:
-        """Continue from the newest checkpoint that is whole; returns the step it was written after."""
-        checkpoints = find_checkpoints(self.plan.run_dir / CHECKPOINTS)
-        for number, (step, folder) in enumerate(reversed(checkpoints)):
-            try:
-                state = load_checkpoint(self.engine, folder)
-            except CheckpointError as error:
-                if number == len(checkpoints) - 1:
-                    raise
-                if self.is_first_rank:
-                    logger.warning(f"{error}; trying the checkpoint before it")
-                continue
-            if state["data_fingerprint"] != self.plan.prepared.fingerprint:
-                raise UserError(f"{folder}: the run was trained on other data than data.train names now").shared()
-            if step > self.plan.training.steps:
-                raise UserError(
-                    f"training.steps: expected at least the {step} steps that {self.plan.run_dir} has been trained for,"
-                    f" got {self.plan.training.steps}; use --fresh or another logging.run_dir"
-                ).shared()
-            self.history.update(state["history"])
-            _follow_schedule(self.engine.lr_scheduler)
-            if self.is_first_rank:
-                logger.info(f"resumed after step {step} from {folder}")
-            return step
-        return 0
-
     def _loop(self, first_step: int, view: ProgressView | None, metrics: MetricsLog | None) -> None:
         plan, training = self.plan, self.plan.training
         sampler = RankSampler(
@@ -231,6 +226,7 @@ class _Run:
         )
         batches = training_loader(plan.train_data, sampler, plan.data.num_workers)
         waited_for = self._watch(batches)
+        self.stop.begin()
         if first_step == 0:
             self.history["eval_loss_first"] = self._evaluate(0, view, metrics)
         for step in range(first_step + 1, training.steps + 1):
@@ -258,8 +254,8 @@ class _Run:
         before = traffic.reduced, traffic.gathered
         started = time.perf_counter()
         learning_rates, num_skipped = _learning_rates(engine), engine.counters()["skipped_steps"]
-        # The loss, and the number of ranks that were asked to end.
-        sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+        # The loss, the number of ranks that were asked to end, and of those that miss the run folder.
+        sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
         self.doing = f"step {step}"
         sums[0] = engine.train_step(batches, self._phase)
         sent = {
@@ -267,8 +263,13 @@ class _Run:
             "gathered": round(traffic.gathered - before[1]),
         }
         sums[1] = self.stop.received is not None
+        sums[2] = self.lock is not None and not self.lock.is_there()
         dist.all_reduce(sums)
-        loss_sum, num_asked = sums.tolist()
+        loss_sum, num_asked, num_missing = sums.tolist()
+        if num_missing:
+            raise UserError(
+                f"step {step}: logging.run_dir: {plan.run_dir} was deleted or replaced while the run was going on"
+            ).shared()
         self.must_stop = num_asked > 0
         mean = loss_sum / (plan.batches.accumulation_steps * world_size())
         moved, stalled = self.offload_meter.step()
@@ -304,6 +305,9 @@ class _Run:
                 batch = next(batches)
             except StopIteration:
                 return
+            except DataError as error:
+                # Of a worker process: the loader puts its whole traceback before it.
+                raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
             self.data_wait += time.perf_counter() - asked
             yield batch
 
@@ -323,6 +327,8 @@ class _Run:
         )
         if metrics is not None:
             metrics.write(step, {"eval_loss": loss})
+        if not math.isfinite(loss) and self.is_first_rank:
+            logger.warning(f"step {step}: the validation loss is {loss}; metrics and summary have null")
         if view is not None:
             view.say(f"step {step}: validation loss {loss:.4f}")
         return loss
@@ -330,11 +336,15 @@ class _Run:
     def _save(self, step: int) -> None:
         folder = self.plan.run_dir / CHECKPOINTS
         self.watchdog.beat(f"saving after step {step}")
-        state = {"step": step, "data_fingerprint": self.plan.prepared.fingerprint, "history": self.history}
+        state = {
+            "step": step,
+            "data_fingerprint": self.plan.prepared.fingerprint,
+            "history": self.history,
+            "model": self._model_block(),
+        }
         save_checkpoint(self.engine, folder / f"step-{step}", state)
         if self.is_first_rank:
-            for _, old in find_checkpoints(folder)[: -self.plan.training.keep_checkpoints]:
-                shutil.rmtree(old, ignore_errors=True)
+            self.retention.saved(step)
 
     def _finish(self) -> None:
         plan, engine = self.plan, self.engine
@@ -342,12 +352,12 @@ class _Run:
         self.watchdog.beat("the end of the run")
         sample = None
         if training.sample_prompt is not None:
-            sample = sample_text(
+            sample = try_sample(
                 engine, plan.prepared.tokenizer, training.sample_prompt, training.sample_tokens, training.seed
             )
         memory = max_over_ranks(peak_memory(), engine.device)
         if self.is_first_rank:
-            summary = self._summarize(int(memory), sample)
+            summary = finite(self._summarize(int(memory), sample))
             write_json(plan.run_dir / SUMMARY, summary)
             print_summary(summary, str(plan.run_dir), self.console)
         dist.barrier()
@@ -360,13 +370,16 @@ class _Run:
         if not records:
             raise UserError(f"{plan.run_dir}/{METRICS}: expected a training step to make a summary of, got none")
         measured = records[2:] or records
-        median = {
-            phase: statistics.median(record["seconds"][phase] for record in measured)
-            for phase in ("step", "forward", "backward", "optimizer", "data_wait")
-        }
-        reduced, gathered = (
-            statistics.fmean(record["bytes"][kind] for record in records) for kind in ("reduced", "gathered")
-        )
+        try:
+            median = {
+                phase: statistics.median(record["seconds"][phase] for record in measured)
+                for phase in ("step", "forward", "backward", "optimizer", "data_wait")
+            }
+            reduced, gathered = (
+                statistics.fmean(record["bytes"][kind] for record in records) for kind in ("reduced", "gathered")
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{plan.run_dir}/{METRICS}: a step's record is damaged: {error!r}") from error
         state, state_dense = optimizer_state_bytes(engine)
         offloaded = summarize_offload(records, engine.activation_offload)
         return {
@@ -393,13 +406,9 @@ class _Run:
         }
 
 
-def _follow_schedule(scheduler: Any) -> None:
-    """Set the rates of the step the schedule is at: the run may have been given another length since."""
-    if isinstance(scheduler, LambdaLR):
-        for group, base, factor in zip(
-            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * factor(scheduler.last_epoch)
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _learning_rates(engine: TrainingEngine) -> dict[str, float]:

@@ -9,9 +9,9 @@ from narrowgauge.engine.ranks.exit_codes import EXIT_BAD_INPUT, EXIT_PREEMPTED
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGUSR1 and SIGINT while it is entered.
+    """Notes SIGTERM, SIGUSR1, SIGHUP (unless it is ignored, as under ``nohup``) and SIGINT while it is entered.
 
-    The first SIGTERM or SIGUSR1 is passed on and no other: asking ranks that save again does no good. SIGINT, which a
+    The first of them is passed on and no other: asking ranks that save again does no good. SIGINT, which a
     user types until something happens, is passed on every time.
 
     Attributes:
@@ -26,8 +26,9 @@ class StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+            if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *details: Any) -> None:

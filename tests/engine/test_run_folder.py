@@ -1,6 +1,9 @@
 """What a run folder may be continued with, and what is taken out of it."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +47,13 @@ def test_trying_a_folder_leaves_nothing(tmp_path: Path) -> None:
         run_folder.check_writable(tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("content", ["[]", "3", "{}", "x"])
+@pytest.mark.parametrize("content", ["[]", "3", "{}", "x", "[" * 100_000])
 def test_a_damaged_summary_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "summary.json").write_text(content)
     assert run_folder.finished_summary(tmp_path, RAW) is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"config": {}}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"config": {}}', "[" * 100_000, '{"config":' + '{"a":' * 700])
 def test_a_damaged_config_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json: cannot be read"):
@@ -78,3 +81,75 @@ def test_records_beyond_the_checkpoint_are_taken_out(tmp_path: Path) -> None:
     # Without a checkpoint the run starts again, evaluation before the first step included.
     MetricsLog(tmp_path, first_step=0, tensorboard=False).close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoints"])
+def test_a_run_without_its_configuration_is_not_gone_on_with(tmp_path: Path, trace: str) -> None:
+    """Whatever options came next were taken for the run's own."""
+    run_folder.check_same_run(tmp_path, RAW, 8)
+    (tmp_path / trace).mkdir()
+    with pytest.raises(UserError, match=rf"config\.json: expected the configuration of the run whose {trace}"):
+        run_folder.check_same_run(tmp_path, RAW, 8)
+
+
+def test_secrets_that_an_older_version_saved_are_no_difference(tmp_path: Path) -> None:
+    raw = {**RAW, "data": {"train": ["https://host/x?token=k1"]}}
+    (tmp_path / "config.json").write_text(json.dumps({"config": raw, "train_batch_size": 8}))
+    run_folder.check_same_run(tmp_path, raw, 8)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": null}', "[]", "3", '{"loss": 1.0}', '{"step": 2, "seconds": 3}', "[" * 100_000, "x"]
+)
+def test_odd_records_are_dropped_with_a_warning(tmp_path: Path, line: str, caplog: pytest.LogCaptureFixture) -> None:
+    """They ended a run that was started again with a traceback; deep nesting is no error of the JSON module's."""
+    good = '{"step": 1, "loss": 0.5, "bytes": {}, "seconds": {}}'
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{good}\n{line}\n")
+    with caplog.at_level("WARNING", logger="narrowgauge"):
+        assert [record["step"] for record in step_records(tmp_path)] == [1]
+        MetricsLog(tmp_path, first_step=5, tensorboard=False).close()
+    assert path.read_text() == good + "\n"
+    assert f"{path}: no record of a step in line 2; dropped" in caplog.text
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    """``NaN`` and ``Infinity`` are no JSON: jq and most languages' parsers refuse the whole file."""
+    log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
+    log.write(1, {"eval_loss": float("nan"), "seconds": {"step": float("inf")}, "many": [float("-inf"), 1.5]})
+    log.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "eval_loss": null, "seconds": {"step": null}, "many": [null, 1.5]}\n'
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    """The error was ``[Errno 27] File too large``, without a name; TensorBoard writes from a thread of its own."""
+    script = f"""
+import resource, signal
+from pathlib import Path
+from narrowgauge.engine.report.metrics import MetricsLog
+log = MetricsLog(Path({str(tmp_path)!r}), first_step=0, tensorboard=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+for attempt in (lambda: [log.write(step, {{"loss": 1.0}}) for step in range(100)], log.close):
+    try:
+        attempt()
+    except (OSError, ValueError) as error:
+        print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)  # noqa: S603
+    first = found.stdout.splitlines()[0]
+    assert first == f"[Errno 27] File too large: '{tmp_path / 'metrics.jsonl'}'"
+    assert f"{tmp_path / 'tensorboard'}: cannot be written: " in found.stdout
+
+
+def test_a_lock_knows_that_its_folder_is_gone(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    lock = run_folder.RunLock(run_dir)
+    assert lock.is_there()
+    shutil.rmtree(run_dir)
+    assert not lock.is_there()
+    run_dir.mkdir()
+    run_folder.RunLock(run_dir).release()
+    assert not lock.is_there()
+    lock.release()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
-import narrowgauge.engine.checkpoint.optimizer_state as optimizer_state_module
+import narrowgauge.engine.checkpoint.contents as contents
 from narrowgauge.engine.backends.deepspeed.training import DeepSpeedTraining
 from narrowgauge.engine.checkpoint.checkpoint import load_checkpoint, save_checkpoint
-from narrowgauge.engine.checkpoint.files import find_checkpoints, verify_files
+from narrowgauge.engine.checkpoint.files import checksum, find_checkpoints, verify_files
 from narrowgauge.engine.checkpoint.weights import WeightFiles
 from narrowgauge.engine.errors import CheckpointError
 from tests.support.ranks import RankPool
@@ -121,12 +123,12 @@ def load_weights_only(stage: int, folder: str) -> tuple[bool, bool, int]:
     train_step(engine, 0)
     moved = full_weights(engine)
     saved = verify_files(Path(folder) / "tag")
-    source = WeightFiles(Path(folder) / "tag")
+    source = WeightFiles(saved)
     same = all(torch.equal(source.read(name), value) for name, value in loaded.items())
     # Moments start again and the compact masters were taken from the weights: a step moves on from there.
     close = all(float((moved[n] - loaded[n]).abs().max()) < 0.05 for n in loaded)
     steps = engine.own_optimizer.num_steps
-    assert saved["counters"]["global_steps"] == SAVED_AFTER
+    assert saved.state["counters"]["global_steps"] == SAVED_AFTER
     finish(engine)
     return same, close, steps
 
@@ -235,22 +237,23 @@ def save_on_a_full_disk(folder: str, full_on: int) -> tuple[str, list[str], list
     engine = make_engine(config_of(1, "fp32"))
     train_step(engine, 0)
     engine.save_checkpoint(folder, tag="first")
-    original = optimizer_state_module.save_file
+    original = contents.save_file
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    # The weights are written first, by rank 0.
     if dist.get_rank() == full_on:
-        optimizer_state_module.save_file = full
+        contents.save_file = full
     try:
         engine.save_checkpoint(folder, tag="second")
         message = "saved"
     except CheckpointError as error:
         message = str(error)
     finally:
-        optimizer_state_module.save_file = original
+        contents.save_file = original
     dist.barrier()
-    names = sorted(path.name for path in Path(folder).iterdir() if not path.name.endswith(".tmp"))
+    names = sorted(path.name for path in Path(folder).iterdir())
     losses = [train_step(engine, step) for step in range(1, 3)]
     engine.save_checkpoint(folder, tag="third")
     finish(engine)
@@ -262,17 +265,134 @@ def test_a_rank_that_cannot_write_fails_all_and_leaves_no_checkpoint(
     two_ranks: RankPool, tmp_path: Path, rank: int
 ) -> None:
     for message, names, _ in two_ranks.run(save_on_a_full_disk, str(tmp_path), rank):
-        assert f"process rank {rank}: [Errno 28] No space left on device" in message
+        name = "part-0" if rank == 0 else "optimizer-00001-of-00002.safetensors"
+        path = tmp_path / "second.tmp" / name
+        assert f"process rank {rank}: {path}: cannot be written: [Errno 28] No space left on device" in message
         assert names == ["first", "latest"]
     assert (tmp_path / "latest").read_text() == "third"
     verify_files(tmp_path / "first")
     verify_files(tmp_path / "third")
 
 
-def test_only_finished_step_folders_are_found(tmp_path: Path) -> None:
-    for name in ("step-3", "step-20", "step-7.tmp", "step-9", "xstep-4", "step-5x"):
+def test_damaged_checkpoints_are_found_too(tmp_path: Path) -> None:
+    """A run none of whose checkpoints had a manifest any more once started over without a word. ``.old`` counts where a
+    machine stopped between the two renames of a checkpoint that was replaced.
+    """
+    for name in ("step-3", "step-20", "step-7.tmp", "step-9", "xstep-4", "step-5x", "step-9.old", "step-8.old"):
         (tmp_path / name).mkdir()
-        if name != "step-9":
-            (tmp_path / name / "manifest.json").write_text(json.dumps({}))
-    assert [step for step, _ in find_checkpoints(tmp_path)] == [3, 20]
+    found = [(step, path.name) for step, path in find_checkpoints(tmp_path)]
+    assert found == [(3, "step-3"), (8, "step-8.old"), (9, "step-9"), (20, "step-20")]
     assert find_checkpoints(tmp_path / "missing") == []
+
+
+def as_before_digests(folder: Path) -> dict[str, Any]:
+    """Turn a checkpoint into one of format 1, as they were written first; returns its manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    older = {"format": 1, "files": manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps(older))
+    return older
+
+
+def test_a_checkpoint_of_the_first_format_still_loads(two_ranks: RankPool, tmp_path: Path) -> None:
+    expected = two_ranks.run(save_and_go_on, 1, "fp32", "columns", str(tmp_path))[0]
+    as_before_digests(tmp_path / "tag")
+    assert two_ranks.run(load_and_go_on, 1, "fp32", "columns", str(tmp_path))[0] == expected
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    "name", ["optimizer-00001-of-00002.safetensors", "model.safetensors", "subspace.safetensors", "state.json"]
+)
+def test_a_manifest_that_lacks_a_file_is_damaged(saved: Path, tmp_path: Path, version: int, name: str) -> None:
+    """Without its entry, a file's flipped byte was loaded: what the manifest did not list was read unchecked."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "tag"
+    manifest = as_before_digests(folder) if version == 1 else json.loads((folder / "manifest.json").read_text())
+    verify_files(folder)
+    del manifest["files"][name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=rf"damaged: it lacks {name}" if version == 1 else "its digest is not"):
+        verify_files(folder)
+
+
+def test_files_that_the_manifest_does_not_list_are_not_read(two_ranks: RankPool, tmp_path: Path) -> None:
+    """All ``optimizer-*`` and ``model*`` in the folder were: another run's masters took the place of its own."""
+    expected = two_ranks.run(save_and_go_on, 1, "fp32", "columns", str(tmp_path))[0]
+    for name in ("optimizer-00007-of-00008.safetensors", "model-00001-of-00002.safetensors"):
+        (tmp_path / "tag" / name).write_bytes(b"not safetensors")
+    assert two_ranks.run(load_and_go_on, 1, "fp32", "columns", str(tmp_path))[0] == expected
+
+
+def test_a_checkpoint_that_was_being_replaced_is_loaded(two_ranks: RankPool, tmp_path: Path) -> None:
+    """The machine stopped between the renames: only ``tag.old`` was left of the tag that ``latest`` names."""
+    expected = two_ranks.run(save_and_go_on, 1, "fp32", "columns", str(tmp_path))[0]
+    (tmp_path / "tag").rename(tmp_path / "tag.old")
+    found = two_ranks.run(load_and_go_on, 1, "fp32", "columns", str(tmp_path))[0]
+    assert found == expected
+
+
+def save_what_is_not_finite(folder: str, where: str) -> str:
+    """A master, a moment or a frozen weight of rank 1's share becomes NaN or infinite before the second save."""
+    engine = make_engine(config_of(1, "fp32"))
+    train_step(engine, 0)
+    engine.save_checkpoint(folder, tag="first")
+    shard = DeepSpeedTraining(engine).shards()[0]
+    if where == "master" and dist.get_rank() == 1:
+        shard.flat.data[-1] = float("nan")
+    elif where == "moment" and dist.get_rank() == 1:
+        engine.own_optimizer.dense_state(shard.flat)["exp_avg"][-1] = float("inf")
+    elif where == "weight":
+        engine.module.blocks[0].q.weight.data[0, 0] = float("nan")
+    try:
+        engine.save_checkpoint(folder, tag="second")
+        message = "saved"
+    except CheckpointError as error:
+        message = str(error)
+    finish(engine)
+    return message
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("master", r"process rank 1: \S+ \(master\): expected finite numbers, got 1 of"),
+        ("moment", r"process rank 1: \S+ \(exp_avg\): expected finite numbers, got 1 of"),
+        ("weight", r"process rank 0: blocks\.0\.q\.weight: expected finite numbers, got 1 of"),
+    ],
+)
+def test_what_is_not_finite_is_not_saved(two_ranks: RankPool, tmp_path: Path, where: str, message: str) -> None:
+    """A step whose loss was finite and whose update was not was saved, and took the place of the last good one."""
+    for found in two_ranks.run(save_what_is_not_finite, str(tmp_path), where):
+        assert re.search(message, found), found
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "latest"]
+
+
+def test_what_was_saved_not_finite_is_not_loaded(saved: Path, tmp_path: Path) -> None:
+    """Checkpoints of the first format may hold NaN; the run would go on from them into NaN."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    folder, name = tmp_path / "tag", "optimizer-00001-of-00002.safetensors"
+    tensors = load_file(folder / name)
+    key = next(key for key in tensors if key.endswith("|master"))
+    tensors[key][0] = float("nan")
+    save_file(tensors, folder / name)
+    manifest = as_before_digests(folder)
+    manifest["files"][name] = checksum(folder / name)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="expected finite numbers, got 1 of"):
+        verify_files(folder)
+
+
+def test_all_files_of_a_checkpoint_have_the_mode_of_new_files(saved: Path) -> None:
+    """safetensors made its files readable to their owner only, JSON beside them was readable to the group."""
+    modes = {path.name: oct(path.stat().st_mode) for path in (saved / "tag").iterdir()}
+    assert len(modes) == 6
+    assert set(modes.values()) == {oct((saved / "latest").stat().st_mode)}
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "3", "{}", '{"format": 2, "files": 3}', '{"format": 1, "files": []}'])
+def test_an_odd_manifest_is_damaged(tmp_path: Path, content: str) -> None:
+    """Deep nesting ended with a traceback."""
+    (tmp_path / "manifest.json").write_text(content)
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"damaged|not a whole checkpoint|expected format"):
+        verify_files(tmp_path)

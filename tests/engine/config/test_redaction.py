@@ -32,6 +32,11 @@ def test_configurations(value: Any, expected: Any) -> None:
         ("https://token@host", "https://***@host"),
         ("https://host/a@b and c@d", "https://host/a@b and c@d"),
         ("no URL: a@b", "no URL: a@b"),
+        ("https://host/x?token=k1&part=2", "https://host/x?token=***&part=2"),
+        ("https://h/x?part=2&access_token=k1: gone", "https://h/x?part=2&access_token=*** gone"),
+        ("s3://b/x?X-Amz-Signature=ab12&X-Amz-Date=1", "s3://b/x?X-Amz-Signature=***&X-Amz-Date=1"),
+        ("https://h/x?sig=a%2Fb#key=c", "https://h/x?sig=***#key=***"),
+        ("https://h/x?tokenizer=a&keys_of=b", "https://h/x?tokenizer=a&keys_of=b"),
     ],
 )
 def test_texts(text: str, expected: str) -> None:

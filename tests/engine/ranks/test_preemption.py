@@ -1,5 +1,6 @@
 """SIGTERM and SIGUSR1 in the middle of a run: saved at the step all ranks agree on, exit code 75, resumed bit-equal."""
 
+import fcntl
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from narrowgauge.engine.ranks.exit_codes import EXIT_PREEMPTED
-from tests.support.command import losses, records, run, start, tiny_config
+from tests.support.command import ROOT, arguments, environment, losses, records, run, start, tiny_config
 
 MORE = ["--set", "training.steps=120", "--set", "training.eval_interval=30", "--set", "training.checkpoint_interval=25"]
 
@@ -124,3 +125,23 @@ def test_asked_again_and_again_at_random_moments(corpus: Path, tmp_path: Path, w
         assert run("train", config, *MORE, ranks=2).returncode == 0
     assert interruptions >= 3
     assert_same(run_dir, whole)
+
+
+def test_before_the_first_step_a_signal_ends_at_once(corpus: Path, tmp_path: Path) -> None:
+    """While it waited for another process that compiles, SIGTERM was noted and nothing looked at the note."""
+    with (tmp_path / "narrowgauge.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(  # noqa: S603
+            arguments("train", str(tiny_config(corpus, tmp_path))),
+            env=environment(TORCH_EXTENSIONS_DIR=str(tmp_path)),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert any("waiting for another process" in line for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == EXIT_PREEMPTED
+        assert "asked to end (SIGTERM) before the first step: nothing to save" in process.stderr.read()

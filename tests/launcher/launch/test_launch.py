@@ -32,6 +32,18 @@ def test_signals_of_all_kinds_save_once_and_leave_nothing(corpus: Path, tmp_path
     assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
+def test_a_closed_terminal_saves_and_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+    """SIGHUP ended ``launch`` alone: torchrun and its ranks went on."""
+    config, run_dir = str(tiny_config(corpus, tmp_path)), tmp_path / "run"
+    process = start("launch", config, *HERE, *LONG)
+    wait_for_step(run_dir, 3, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 75
+    assert not [member for member in family if member.is_running()]
+    assert (run_dir / "checkpoints" / f"step-{max(losses(run_dir))}").is_dir()
+
+
 def test_ranks_do_not_outlive_a_killed_agent(corpus: Path, tmp_path: Path) -> None:
     process = start("launch", str(tiny_config(corpus, tmp_path)), *HERE, *LONG)
     wait_for_step(tmp_path / "run", 6, process)

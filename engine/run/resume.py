@@ -1,0 +1,76 @@
+"""Where a run goes on: its newest checkpoint that holds, and what says that one is missing."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..checkpoint.checkpoint import load_checkpoint
+from ..checkpoint.files import find_checkpoints
+from ..errors import CheckpointError, UserError
+from ..protocol import TrainingEngine
+from ..ranks.environment import process_rank
+from ..report.metrics import step_records
+from ..run_folder import CHECKPOINTS, METRICS
+from .plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def resume(engine: TrainingEngine, plan: Plan) -> tuple[int, dict[str, Any]]:
+    """Continue from the newest checkpoint that holds. Collective.
+
+    Returns:
+        The step it was written after, and the history it was saved with; 0 and nothing where there is none.
+
+    Raises:
+        UserError: none of the checkpoints holds, or the run cannot go on from it; the same on every rank.
+    """
+    checkpoints = find_checkpoints(plan.run_dir / CHECKPOINTS)
+    if not checkpoints:
+        _say_what_is_lost(plan.run_dir)
+        return 0, {}
+    for step, folder in reversed(checkpoints):
+        try:
+            state = load_checkpoint(engine, folder)
+        except CheckpointError as error:
+            if step == checkpoints[0][0]:
+                raise
+            if process_rank() == 0:
+                logger.warning(f"{error}; trying the checkpoint before it")
+            continue
+        _check_state(state, step, folder, plan)
+        _follow_schedule(engine.lr_scheduler)
+        if process_rank() == 0:
+            logger.info(f"resumed after step {step} from {folder}")
+        return step, state["history"]
+    raise AssertionError("the oldest checkpoint's error was raised")
+
+
+def _check_state(state: dict[str, Any], step: int, folder: Path, plan: Plan) -> None:
+    if state["data_fingerprint"] != plan.prepared.fingerprint:
+        raise UserError(f"{folder}: the run was trained on other data than data.train names now").shared()
+    if step > plan.training.steps:
+        raise UserError(
+            f"training.steps: expected at least the {step} steps that {plan.run_dir} has been trained for,"
+            f" got {plan.training.steps}; use --fresh or another logging.run_dir"
+        ).shared()
+
+
+def _say_what_is_lost(run_dir: Path) -> None:
+    """A run that ended before its first checkpoint starts over; so would one whose checkpoints were moved away."""
+    if process_rank() == 0 and (lost := len(step_records(run_dir))):
+        logger.warning(
+            f"{run_dir / CHECKPOINTS}: no checkpoint; the run starts over, and the records of {lost} steps in"
+            f" {METRICS} are dropped"
+        )
+
+
+def _follow_schedule(scheduler: Any) -> None:
+    """Set the rates of the step the schedule is at: the run may have been given another length since."""
+    if isinstance(scheduler, LambdaLR):
+        for group, base, factor in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(scheduler.last_epoch)

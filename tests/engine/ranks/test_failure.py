@@ -1,0 +1,109 @@
+"""A rank that raises: all ranks of a real torchrun end, soon and with a reason each, whatever they wait for."""
+
+import json
+import random
+import resource
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+from narrowgauge.engine.data.tokens import write_tokens
+from tests.support.command import ROOT, arguments, environment, records, start, tiny_config, wait_for_step
+
+SECONDS = 15
+
+
+def start_ranks(*words: str) -> "subprocess.Popen[str]":
+    """On two ranks of torchrun; what they say on stderr comes through a pipe, which no limit of files concerns."""
+    return subprocess.Popen(  # noqa: S603
+        arguments(*words, ranks=2),
+        env=environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="600"),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end_of(process: "subprocess.Popen[str]") -> tuple[float, list[str]]:
+    """Seconds from the first error to the end of all processes, and the errors that the ranks said."""
+    assert process.stderr is not None
+    family = psutil.Process(process.pid).children(recursive=True)
+    said, first = [], None
+    for line in process.stderr:
+        if line.startswith("error: "):
+            first = first or time.monotonic()
+            said.append(line.rstrip())
+    assert process.wait(60) != 0
+    _, alive = psutil.wait_procs(family, timeout=SECONDS)
+    assert not alive
+    assert first is not None
+    return time.monotonic() - first, said
+
+
+def tokens(path: Path, count: int, *, bad: int | None = None) -> None:
+    dice = random.Random(0)
+    documents = [[dice.randrange(500) for _ in range(32)] for _ in range(count)]
+    if bad is not None:
+        documents[bad][3] = 501
+    write_tokens(path, documents, vocab_size=600)
+
+
+def test_a_bad_token_in_one_ranks_share_ends_all(corpus: Path, tmp_path: Path) -> None:
+    """The rank that met it waited at its exit for a worker of its loader, which ignores SIGTERM: torchrun never noticed,
+    and the other rank sat in its collective until the watchdog came.
+    """
+    tokens(tmp_path / "train", 200, bad=100)
+    tokens(tmp_path / "held", 8)
+    config = json.loads(tiny_config(corpus, tmp_path).read_text())
+    config["data"] = {
+        "train": [str(tmp_path / "train")],
+        "validation": [str(tmp_path / "held")],
+        "sequence_length": 32,
+        "cache_dir": str(tmp_path / "cache"),
+        "num_workers": 2,
+    }
+    config["model"]["config"]["vocab_size"] = 500
+    config["training"] |= {"steps": 25}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    seconds, said = end_of(start_ranks("train", str(tmp_path / "config.json")))
+    assert seconds < SECONDS
+    reason = f"{tmp_path / 'train.bin'}: expected tokens below the model's vocab_size, 500, got 501"
+    assert f"error: {reason}" in said
+    others = [line for line in said if line != f"error: {reason}"]
+    assert len(others) <= 1
+    assert all(line.startswith("error: process rank ") and reason in line for line in others)
+
+
+def test_a_file_limit_on_one_rank_ends_all_and_names_the_file(corpus: Path, tmp_path: Path) -> None:
+    """As a full disk. The message named no file, and the other rank stayed."""
+    config, run_dir = str(tiny_config(corpus, tmp_path)), tmp_path / "run"
+    process = start_ranks("train", config, "--set", "training.steps=100000")
+    wait_for_step(run_dir, 3, process)
+    ranks = [p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "0"]
+    resource.prlimit(ranks[0].pid, resource.RLIMIT_FSIZE, (1, 1))
+    seconds, said = end_of(process)
+    assert seconds < SECONDS
+    reason = f"[Errno 27] File too large: '{run_dir / 'metrics.jsonl'}'"
+    assert any(line.startswith("error: process rank 0 on ") and line.endswith(reason) for line in said)
+    assert len(said) <= 2
+    assert all(reason in line for line in said)
+
+
+def test_a_run_folder_that_is_deleted_is_noticed(corpus: Path, tmp_path: Path) -> None:
+    """The run went on, into files without a name, and its next checkpoint made the folder again, without the rest."""
+    config, run_dir = str(tiny_config(corpus, tmp_path)), tmp_path / "run"
+    more = ["--set", "training.steps=100000", "--set", "training.checkpoint_interval=50000"]
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = start("train", config, *more, stderr=stderr)
+        wait_for_step(run_dir, 3, process)
+        reached = len(records(run_dir))
+        shutil.rmtree(run_dir)
+        assert process.wait(60) == 2
+    assert reached
+    assert not run_dir.exists()
+    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    assert line.endswith(f"logging.run_dir: {run_dir} was deleted or replaced while the run was going on")
