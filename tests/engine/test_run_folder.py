@@ -125,21 +125,28 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     """The error was ``[Errno 27] File too large``, without a name; TensorBoard writes from a thread of its own."""
     script = f"""
-import resource, signal
+import resource
 from pathlib import Path
 from narrowgauge.engine.report.metrics import MetricsLog
-log = MetricsLog(Path({str(tmp_path)!r}), first_step=0, tensorboard=True)
-resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
-for attempt in (lambda: [log.write(step, {{"loss": 1.0}}) for step in range(100)], log.close):
+folder = Path({str(tmp_path)!r})
+plain = MetricsLog(folder, first_step=0, tensorboard=False)
+(folder / "more").mkdir()
+log = MetricsLog(folder / "more", first_step=0, tensorboard=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+values = {{f"name-{{number}}": 1.0 for number in range(100)}}
+for attempt in (
+    lambda: [plain.write(step, {{"loss": 1.0}}) for step in range(500)],
+    lambda: (log.write(1, values), log.write(2, values), log.close()),
+):
     try:
         attempt()
     except (OSError, ValueError) as error:
         print(error)
 """
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)  # noqa: S603
-    first = found.stdout.splitlines()[0]
-    assert first == f"[Errno 27] File too large: '{tmp_path / 'metrics.jsonl'}'"
-    assert f"{tmp_path / 'tensorboard'}: cannot be written: " in found.stdout
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)  # noqa: S603
+    metrics, scalars = found.stdout.splitlines()
+    assert metrics == f"[Errno 27] File too large: '{tmp_path / 'metrics.jsonl'}'"
+    assert scalars == f"{tmp_path / 'more' / 'tensorboard'}: cannot be written: [Errno 27] File too large"
 
 
 def test_a_lock_knows_that_its_folder_is_gone(tmp_path: Path) -> None:
