@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 import warnings
 
 from rich.console import Console
@@ -44,3 +45,10 @@ def show_libraries_less() -> None:
     # torch announces renamed collectives at every call of DeepSpeed's.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").addFilter(lambda record: not record.getMessage().startswith(_KNOWN))
+    threading.excepthook = _say_of_thread
+
+
+def _say_of_thread(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread raises what whoever writes to it next gets, too."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)

@@ -13,7 +13,7 @@ class _Popen(popen_fork.Popen):
 
 class _Process(ForkProcess):
     @staticmethod
-    def _Popen(process_obj: Any) -> _Popen:  # noqa: N802 (multiprocessing's name)
+    def _Popen(process_obj: Any) -> _Popen:
         return _Popen(process_obj)
 
 

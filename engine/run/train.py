@@ -1,10 +1,7 @@
 """``narrowgauge train``: one run from a configuration to a summary."""
 
-import json
 import logging
 import math
-import os
-import socket
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,11 +19,9 @@ from ..backends import backend_of
 from ..checkpoint.checkpoint import save_checkpoint
 from ..checkpoint.retention import Retention
 from ..config.json_file import digest
-from ..config.redaction import redact
 from ..data.packed import RankSampler, training_loader
-from ..data.tokenizer import load_tokenizer
 from ..errors import DataError, UserError
-from ..files import finite, naming, write_json
+from ..files import finite, write_json
 from ..offload.meter import OffloadMeter, summarize_offload
 from ..protocol import TrainingEngine
 from ..ranks.agreement import agree
@@ -46,8 +41,9 @@ from ..report.summary import (
 )
 from ..report.summary_table import print_summary
 from ..report.timing import PhaseTimer
-from ..run_folder import CHECKPOINTS, CONFIG, METRICS, STARTS, SUMMARY, TOKENIZER, RunLock
+from ..run_folder import CHECKPOINTS, METRICS, SUMMARY, RunLock
 from .evaluate import evaluate
+from .head import model_block, write_head
 from .plan import Plan, plan_together
 from .resume import resume
 from .sample import try_sample
@@ -136,7 +132,7 @@ class _Run:
         first_step, history = resume(self.engine, plan)
         self.history.update(history)
         if self.is_first_rank:
-            self._write_head(first_step)
+            write_head(self.engine, plan, first_step, self.tokens_per_step)
         while_it_trains = self.closing.enter_context(ExitStack())
         self.engine.traffic.attach()
         while_it_trains.callback(self.engine.traffic.detach)
@@ -152,47 +148,6 @@ class _Run:
     def close(self) -> None:
         """Give back everything, the process group and the run folder too."""
         self.closing.close()
-
-    def _write_head(self, first_step: int) -> None:
-        plan = self.plan
-        start = {
-            "time": time.time(),
-            "host": socket.gethostname(),
-            "world_size": world_size(),
-            "after_step": first_step,
-            "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        }
-        path = plan.run_dir / STARTS
-        with naming(path), path.open("a") as file:
-            file.write(json.dumps(start) + "\n")
-        resolved = {
-            "config": redact(plan.config.raw),
-            "world_size": world_size(),
-            "train_batch_size": plan.batches.total,
-            "train_micro_batch_size_per_gpu": plan.batches.micro,
-            "gradient_accumulation_steps": plan.batches.accumulation_steps,
-            "resolved": redact(plan.config.parsed.model_dump(mode="json", exclude_unset=False, exclude_none=True)),
-            "model": self._model_block(),
-            "data_fingerprint": plan.prepared.fingerprint,
-        }
-        write_json(plan.run_dir / CONFIG, resolved)
-        parameters, ranks = count_parameters(self.engine.module, self.engine.shape_of)["total"], world_size()
-        logger.info(
-            f"{parameters:,} parameters, {plan.config.raw['optimizer']['type']} at {self.engine.description} on"
-            f" {ranks} rank{'s' if ranks > 1 else ''}, {self.tokens_per_step:,} tokens per step; {plan.run_dir}"
-        )
-        if plan.prepared.tokenizer is not None:
-            # Not a copy of the folder: the user's may be a whole model.
-            folder = plan.run_dir / TOKENIZER
-            try:
-                load_tokenizer(plan.prepared.tokenizer).save_pretrained(str(folder))
-            except Exception as error:
-                # tokenizers raises a plain Exception.
-                raise UserError(f"{folder}: cannot be written: {error}") from error
-
-    def _model_block(self) -> dict[str, Any]:
-        model: Any = self.engine.module
-        return {**model.config.to_dict(), "use_cache": True}
 
     def _make_engine(self) -> TrainingEngine:
         plan = self.plan
@@ -232,7 +187,7 @@ class _Run:
         for step in range(first_step + 1, training.steps + 1):
             record = self._step(step, waited_for)
             if metrics is not None and (step % plan.logging.interval == 0 or step == training.steps):
-                metrics.write(step, record)
+                self._record(metrics, step, record)
             if view is not None:
                 view.update(step, loss=record["loss"], lr=record["lr"], tokens_per_second=record["tokens_per_second"])
             last = step == training.steps
@@ -267,9 +222,7 @@ class _Run:
         dist.all_reduce(sums)
         loss_sum, num_asked, num_missing = sums.tolist()
         if num_missing:
-            raise UserError(
-                f"step {step}: logging.run_dir: {plan.run_dir} was deleted or replaced while the run was going on"
-            ).shared()
+            raise self._folder_is_gone().shared()
         self.must_stop = num_asked > 0
         mean = loss_sum / (plan.batches.accumulation_steps * world_size())
         moved, stalled = self.offload_meter.step()
@@ -294,6 +247,17 @@ class _Run:
             "bytes": {**sent, **moved},
             "seconds": seconds,
         }
+
+    def _record(self, metrics: MetricsLog, step: int, values: dict[str, Any]) -> None:
+        try:
+            metrics.write(step, values)
+        except (OSError, UserError):
+            if self.lock is not None and not self.lock.is_there():
+                raise self._folder_is_gone() from None
+            raise
+
+    def _folder_is_gone(self) -> UserError:
+        return UserError(f"logging.run_dir: {self.plan.run_dir} was deleted or replaced while the run was going on")
 
     def _watch(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The batches, with the time that the step waits for them."""
@@ -326,7 +290,7 @@ class _Run:
             beat=lambda: self.watchdog.beat(f"evaluation after step {step}"),
         )
         if metrics is not None:
-            metrics.write(step, {"eval_loss": loss})
+            self._record(metrics, step, {"eval_loss": loss})
         if not math.isfinite(loss) and self.is_first_rank:
             logger.warning(f"step {step}: the validation loss is {loss}; metrics and summary have null")
         if view is not None:
@@ -340,7 +304,7 @@ class _Run:
             "step": step,
             "data_fingerprint": self.plan.prepared.fingerprint,
             "history": self.history,
-            "model": self._model_block(),
+            "model": model_block(self.engine),
         }
         save_checkpoint(self.engine, folder / f"step-{step}", state)
         if self.is_first_rank:

@@ -389,7 +389,9 @@ def test_all_files_of_a_checkpoint_have_the_mode_of_new_files(saved: Path) -> No
     assert set(modes.values()) == {oct((saved / "latest").stat().st_mode)}
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, "3", "{}", '{"format": 2, "files": 3}', '{"format": 1, "files": []}'])
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "3", "{}", '{"format": 2, "files": 3}', '{"format": 1, "files": []}']
+)
 def test_an_odd_manifest_is_damaged(tmp_path: Path, content: str) -> None:
     """Deep nesting ended with a traceback."""
     (tmp_path / "manifest.json").write_text(content)

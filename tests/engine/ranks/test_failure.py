@@ -53,8 +53,8 @@ def tokens(path: Path, count: int, *, bad: int | None = None) -> None:
 
 
 def test_a_bad_token_in_one_ranks_share_ends_all(corpus: Path, tmp_path: Path) -> None:
-    """The rank that met it waited at its exit for a worker of its loader, which ignores SIGTERM: torchrun never noticed,
-    and the other rank sat in its collective until the watchdog came.
+    """The rank that met it waited at its exit for a worker of its loader, which ignores SIGTERM: torchrun never
+    noticed, and the other rank sat in its collective until the watchdog came.
     """
     tokens(tmp_path / "train", 200, bad=100)
     tokens(tmp_path / "held", 8)
@@ -106,4 +106,4 @@ def test_a_run_folder_that_is_deleted_is_noticed(corpus: Path, tmp_path: Path) -
     assert reached
     assert not run_dir.exists()
     (line,) = (tmp_path / "stderr").read_text().splitlines()
-    assert line.endswith(f"logging.run_dir: {run_dir} was deleted or replaced while the run was going on")
+    assert line == (f"error: logging.run_dir: {run_dir} was deleted or replaced while the run was going on")

@@ -1,0 +1,73 @@
+"""What the first process rank writes before a run's first step: how it was started, and with what."""
+
+import json
+import logging
+import os
+import socket
+import time
+from typing import Any
+
+from ..config.redaction import redact
+from ..data.tokenizer import load_tokenizer
+from ..errors import UserError
+from ..files import naming, write_json
+from ..protocol import TrainingEngine
+from ..ranks.environment import world_size
+from ..report.summary import count_parameters
+from ..run_folder import CONFIG, STARTS, TOKENIZER
+from .plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def model_block(engine: TrainingEngine) -> dict[str, Any]:
+    """The model's Hugging Face configuration, as an export needs it."""
+    model: Any = engine.module
+    return {**model.config.to_dict(), "use_cache": True}
+
+
+def write_head(engine: TrainingEngine, plan: Plan, first_step: int, tokens_per_step: int) -> None:
+    """Write a line of ``starts.jsonl``, ``config.json`` and the tokenizer, and say what is trained.
+
+    Raises:
+        OSError, UserError: naming what cannot be written.
+    """
+    start = {
+        "time": time.time(),
+        "host": socket.gethostname(),
+        "world_size": world_size(),
+        "after_step": first_step,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+    path = plan.run_dir / STARTS
+    with naming(path), path.open("a") as file:
+        file.write(json.dumps(start) + "\n")
+    resolved = {
+        "config": redact(plan.config.raw),
+        "world_size": world_size(),
+        "train_batch_size": plan.batches.total,
+        "train_micro_batch_size_per_gpu": plan.batches.micro,
+        "gradient_accumulation_steps": plan.batches.accumulation_steps,
+        "resolved": redact(plan.config.parsed.model_dump(mode="json", exclude_unset=False, exclude_none=True)),
+        "model": model_block(engine),
+        "data_fingerprint": plan.prepared.fingerprint,
+    }
+    write_json(plan.run_dir / CONFIG, resolved)
+    parameters, ranks = count_parameters(engine.module, engine.shape_of)["total"], world_size()
+    logger.info(
+        f"{parameters:,} parameters, {plan.config.raw['optimizer']['type']} at {engine.description} on"
+        f" {ranks} rank{'s' if ranks > 1 else ''}, {tokens_per_step:,} tokens per step; {plan.run_dir}"
+    )
+    if plan.prepared.tokenizer is not None:
+        _write_tokenizer(plan)
+
+
+def _write_tokenizer(plan: Plan) -> None:
+    folder = plan.run_dir / TOKENIZER
+    assert plan.prepared.tokenizer is not None
+    try:
+        # Not a copy of the folder: the user's may be a whole model.
+        load_tokenizer(plan.prepared.tokenizer).save_pretrained(str(folder))
+    except Exception as error:
+        # tokenizers raises a plain Exception.
+        raise UserError(f"{folder}: cannot be written: {error}") from error
