@@ -1,6 +1,5 @@
 """``narrowgauge slurm``: batch scripts filled in from a configuration, their submission, and a run's progress."""
 
-import json
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -14,8 +13,8 @@ from narrowgauge.engine.config.config import Config, load_config
 from narrowgauge.engine.config.launch_block import LaunchBlock
 from narrowgauge.engine.errors import UserError
 from narrowgauge.engine.files import local_path
-from narrowgauge.engine.report.metrics import step_records
-from narrowgauge.engine.run_folder import METRICS, STARTS, SUMMARY
+from narrowgauge.engine.report.metrics import start_records, step_records
+from narrowgauge.engine.run_folder import SUMMARY
 
 SCRIPTS = ("pretrain", "finetune_1node", "sweep")
 
@@ -69,10 +68,10 @@ def show_status(config: Path, overrides: Sequence[str], console: Console) -> Non
     """
     checked = load_config(config, overrides)
     run_dir = _run_dir(checked)
-    starts = [json.loads(line) for line in _lines(run_dir / STARTS)]
+    starts = start_records(run_dir)
     if not starts:
         raise UserError(f"{run_dir}: no run has begun there")
-    records = step_records(run_dir) if (run_dir / METRICS).is_file() else []
+    records = step_records(run_dir)
     assert checked.parsed.training is not None
     table = Table(show_header=False)
     last = records[-1] if records else None
@@ -80,9 +79,9 @@ def show_status(config: Path, overrides: Sequence[str], console: Console) -> Non
     table.add_row("step", f"{step} of {checked.parsed.training.steps}")
     if last is not None:
         table.add_row("loss", f"{last['loss']:.4f}")
-        table.add_row("tokens/s", f"{last['tokens_per_second']:,.0f}")
+        table.add_row("tokens/s", f"{last.get('tokens_per_second', 0):,.0f}")
     table.add_row("restarts", str(len(starts) - 1))
-    job = starts[-1]["slurm_job"]
+    job = starts[-1].get("slurm_job")
     state = "finished" if (run_dir / SUMMARY).is_file() else _job_state(job) if job else "not known: not a SLURM job"
     table.add_row("state", f"{state} (job {job})" if job else state)
     console.print(table)
@@ -92,10 +91,6 @@ def _run_dir(config: Config) -> Path:
     if config.parsed.logging is None or config.parsed.training is None:
         raise config.error("logging and training: expected these blocks, got none")
     return local_path(config.parsed.logging.run_dir, "logging.run_dir")
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
 
 
 def _job_state(job: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore
 
+from ..config.redaction import redact_text
 from .agreement import agreed_store
 from .environment import process_rank, world_size
 from .preemption import Preempted
@@ -103,7 +104,7 @@ def say_where() -> str:
 
 def say_what(error: BaseException) -> str:
     """An error in one line; of what is no user's error, also its kind."""
-    text = " ".join((str(error).strip() or type(error).__name__).split("\n")[:1])
+    text = redact_text((str(error).strip() or type(error).__name__).splitlines()[0])
     return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
 
 

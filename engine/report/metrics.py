@@ -2,12 +2,13 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files import finite, naming, parse_json, write_text
-from ..run_folder import METRICS, TENSORBOARD
+from ..run_folder import METRICS, STARTS, TENSORBOARD
 
 logger = logging.getLogger(__name__)
 
@@ -62,33 +63,44 @@ def step_records(run_dir: Path) -> list[dict[str, Any]]:
     return [record for record in _records(run_dir / METRICS) if record.keys() >= {"loss", "bytes", "seconds"}]
 
 
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(finite(record), allow_nan=False) + "\n"
+def start_records(run_dir: Path) -> list[dict[str, Any]]:
+    """What is recorded of each time that the run was started or went on."""
+    return _objects(run_dir / STARTS, lambda found: True)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The records of all steps; of lines that are none, as one that was cut short by a power cut, one warning."""
+    return _objects(path, _is_record)
+
+
+def _is_record(found: dict[str, Any]) -> bool:
+    numbers = (found.get(key, 0.0) for key in ("loss", "tokens_per_second"))
+    blocks = (found.get(key, {}) for key in ("bytes", "seconds"))
+    return (
+        isinstance(found.get("step"), int)
+        and all(isinstance(number, int | float) for number in numbers)
+        and all(isinstance(block, dict) for block in blocks)
+    )
+
+
+def _objects(path: Path, holds: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The JSON objects in a file, one a line; of lines that are none, as one cut short by a power cut, one warning."""
     found, odd = [], []
     for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.is_file() else (), 1):
-        record = _as_record(line)
-        if record is None:
-            odd.append(str(number))
+        try:
+            value = parse_json(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict) and holds(value):
+            found.append(value)
         else:
-            found.append(record)
+            odd.append(str(number))
     if odd:
-        logger.warning(f"{path}: no record of a step in line {', '.join(odd[:5])}{' ...' if odd[5:] else ''}; dropped")
+        logger.warning(f"{path}: no record in line {', '.join(odd[:5])}{' ...' if odd[5:] else ''}; dropped")
     return found
 
 
-def _as_record(line: str) -> dict[str, Any] | None:
-    try:
-        record = parse_json(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        return None
-    blocks = (record.get(key, {}) for key in ("bytes", "seconds"))
-    return record if all(isinstance(block, dict) for block in blocks) else None
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(finite(record), allow_nan=False) + "\n"
 
 
 def _flat(values: dict[str, Any], path: str = "") -> list[tuple[str, float]]:

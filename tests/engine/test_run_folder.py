@@ -99,7 +99,17 @@ def test_secrets_that_an_older_version_saved_are_no_difference(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "line", ['{"step": null}', "[]", "3", '{"loss": 1.0}', '{"step": 2, "seconds": 3}', "[" * 100_000, "x"]
+    "line",
+    [
+        '{"step": null}',
+        "[]",
+        "3",
+        '{"loss": 1.0}',
+        '{"step": 2, "seconds": 3}',
+        '{"step": 2, "loss": "low"}',
+        "[" * 100_000,
+        "x",
+    ],
 )
 def test_odd_records_are_dropped_with_a_warning(tmp_path: Path, line: str, caplog: pytest.LogCaptureFixture) -> None:
     """They ended a run that was started again with a traceback; deep nesting is no error of the JSON module's."""
@@ -110,7 +120,7 @@ def test_odd_records_are_dropped_with_a_warning(tmp_path: Path, line: str, caplo
         assert [record["step"] for record in step_records(tmp_path)] == [1]
         MetricsLog(tmp_path, first_step=5, tensorboard=False).close()
     assert path.read_text() == good + "\n"
-    assert f"{path}: no record of a step in line 2; dropped" in caplog.text
+    assert f"{path}: no record in line 2; dropped" in caplog.text
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
