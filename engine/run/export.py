@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import Checkpoint, find_checkpoints, verify_files
+from ..checkpoint.values import decode
 from ..checkpoint.weights import INDEX_NAME
 from ..errors import CheckpointError, UserError
 from ..files import read_json
@@ -68,7 +69,7 @@ def _model_block(checkpoint: Checkpoint, config: Path) -> dict[str, Any]:
     Raises:
         UserError: neither the checkpoint nor the run folder has one.
     """
-    recorded = checkpoint.state["client_state"].get("model")
+    recorded = decode(checkpoint.state["client_state"].get("model"), {})
     try:
         beside = read_json(config)["model"]
         if not isinstance(beside, dict):

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 def model_block(engine: TrainingEngine) -> dict[str, Any]:
     """The model's Hugging Face configuration, as an export needs it."""
     model: Any = engine.module
-    return {**model.config.to_dict(), "use_cache": True}
+    # As it comes back from a file: some keys are numbers.
+    return json.loads(json.dumps({**model.config.to_dict(), "use_cache": True}))
 
 
 def write_head(engine: TrainingEngine, plan: Plan, first_step: int, tokens_per_step: int) -> None:
