@@ -19,7 +19,7 @@ def there_and_back(value: Any, folder: Path) -> Any:
     tensors: dict[str, Tensor] = {}
     text = json.dumps(encode(value, tensors, "client_state"), allow_nan=False)
     save_file(tensors, folder / "values.safetensors")
-    return decode(json.loads(text), read_tensors(folder / "values.safetensors"))
+    return decode(json.loads(text), read_tensors([folder / "values.safetensors"]))
 
 
 def test_types_are_kept(tmp_path: Path) -> None:
