@@ -89,11 +89,14 @@ class EngineOptimizer(torch.optim.Optimizer, ABC, Generic[OptionsT]):
         """
         return []
 
-    def _cover(self, model: nn.Module, covered: Collection[str], what: str) -> None:
-        """Say how much of the model's matrices are among the layers or parameters ``covered``."""
+    def _cover(self, model: nn.Module, covered: Collection[str]) -> None:
+        """Find how much of the model's matrices are among the layers or parameters ``covered``."""
         linears = {name: module for name, module in model.named_modules() if is_target(module)}
         unfit = unfit_layers(model, {name: m for name, m in linears.items() if name not in covered})
         self.coverage = coverage_of(model, covered, unfit)
+
+    def _tell_coverage(self, what: str) -> None:
+        """Say it, on the first process rank."""
         if os.environ.get("RANK", "0") == "0":
             told = f"{self.type_name}: {self.coverage.describe(what)}"
             logger.info(told)

@@ -88,13 +88,14 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         watch_layers(((layer.name, layer.module) for layer in self.layers), self)
 
     def _check_coverage(self, model: nn.Module, options: OptionsT, covered: list[str]) -> None:
-        self._cover(model, covered, "compact")
+        self._cover(model, covered)
         if options.target_modules is None and self.coverage.share < options.min_compact_share:
             raise ValueError(
                 f"min_compact_share: expected at least {options.min_compact_share}, got {self.coverage.share:.2f}:"
                 f" {self.coverage.describe()}. Give a lower share to train these as AdamW does, or name the matrices in"
                 " target_modules"
             )
+        self._tell_coverage("compact")
 
     @abstractmethod
     def _convert(self, model: nn.Module, options: OptionsT) -> Converted:

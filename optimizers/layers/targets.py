@@ -45,7 +45,9 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, 
     """
     linears = {name: module for name, module in model.named_modules() if is_target(module)}
     if any(isinstance(module, CompactWeight) for module in model.modules()):
-        raise ValueError("the model already has compact layers: it belongs to another optimizer of this kind")
+        raise ValueError(
+            "the model already has compact layers: it belongs to another optimizer of this kind: call its revert() first"
+        )
     if patterns is None:
         blocks = block_prefixes(model)
         matched = {name: m for name, m in linears.items() if name.startswith(blocks)}

@@ -77,6 +77,7 @@ def test_a_run_leaves_its_traces(finished: Path) -> None:
     assert parameters["compact"] == matrices // 4
     assert parameters["dense"] == 2 * 600 * 32 + 5 * 32
     assert parameters["total"] == matrices + parameters["dense"]
+    assert summary["matrices"] == {"total": matrices, "compact": matrices, "share": 1.0, "dense": {}}
     trainable = 4 * (parameters["dense"] + parameters["compact"])
     assert summary["bytes"]["reduced_per_step"] == pytest.approx(trainable, rel=0.01)
     assert summary["bytes"]["gathered_per_step"] == pytest.approx(trainable / 2, rel=0.01)
