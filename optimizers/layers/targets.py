@@ -46,7 +46,7 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, 
     linears = {name: module for name, module in model.named_modules() if is_target(module)}
     if any(isinstance(module, CompactWeight) for module in model.modules()):
         raise ValueError(
-            "the model already has compact layers: it belongs to another optimizer of this kind: call its revert() first"
+            "the model already has compact layers: they belong to another optimizer: call its revert() first"
         )
     if patterns is None:
         blocks = block_prefixes(model)
