@@ -33,11 +33,11 @@ class DataBlock(StrictBlock):
     """What it is trained on."""
 
     train: Literal["stdlib"] | list[str] = "stdlib"
-    """``stdlib``: the source files of the running Python's standard library. Otherwise text files, Megatron
+    """``stdlib``: the source files of the running Python's standard library. Otherwise plain text files, Megatron
     ``.bin``/``.idx``
     pairs (named by either or by their common prefix), or globs of them."""
     validation: list[str] | None = None
-    """As ``train``; without it ``validation_fraction`` of the training documents is held out."""
+    """As ``train``; without it ``validation_fraction`` of the training text is held out."""
     validation_fraction: float = Field(0.02, gt=0.0, lt=1.0)
     tokenizer: str | None = None
     """A Hugging Face tokenizer folder or a sentencepiece ``.model``; without it one is trained on the text."""

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..config.run_blocks import ModelBlock
 from ..errors import UserError, did_you_mean, one_line
-from .model_folder import config_of_folder
+from .model_folder import config_of_folder, text_config_of
 from .model_keys import keys_of
 
 
@@ -66,7 +66,7 @@ def _from_scratch(block: ModelBlock, vocab_size: int | None) -> PretrainedConfig
     settings |= copy.deepcopy(block.config)
     model_type = settings.pop("model_type", None)
     known = _known(model_type, "model.config")
-    text = known.get_text_config()
+    text = text_config_of(known, "model.config")
     if text is known:
         return _make(known, settings, vocab_size, "model.config")
     return _text_model(known, text, settings, vocab_size)

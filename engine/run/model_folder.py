@@ -34,16 +34,31 @@ def config_of_folder(path: str) -> PretrainedConfig:
         raise UserError(
             f"model.path: {folder} holds no Hugging Face model that can be used: {one_line(error)}"
         ) from error
-    if config.get_text_config() is not config:
+    text = text_config_of(config, "model.path")
+    if text is not config:
         raise UserError(
             f"model.path: {folder} holds a {config.model_type}, which is made of several models; save its text model"
-            f" ({config.get_text_config().model_type}) in a folder of its own"
+            f" ({text.model_type}) in a folder of its own"
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"model.path: {folder} holds a {config.model_type}, which is no causal language model")
     for file in _weight_files(folder):
         _check_weights(file)
     return config
+
+
+def text_config_of(config: PretrainedConfig, where: str) -> PretrainedConfig:
+    """The configuration of the text model inside a composite; of any other model its own.
+
+    Raises:
+        UserError: there are several text models inside.
+    """
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise UserError(
+            f"{where}: {config.model_type} is made of several models, none of which is a causal language model alone"
+        ) from error
 
 
 def _hint(path: str) -> str:

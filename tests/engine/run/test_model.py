@@ -127,6 +127,7 @@ def test_the_text_model_of_a_composite_is_trained(family: str, expected: str) ->
             r"model\.config\.text_config\.hiden_size: .* mean 'h",
         ),
         ({"model_type": "qwen2_vl", "text_config": {}}, r"'qwen2_vl_text' is not a causal language model"),
+        ({"model_type": "musicgen"}, r"musicgen is made of several models, none of which is a causal"),
         ({"model_type": "t5"}, r"'t5' is not a causal language model"),
         ({"model_type": "lama"}, r"'lama' is not a model type of transformers"),
         ({**SMALL, "model_type": "llama", "num_attention_heads": 5}, r"hidden size .*\(32\).* heads \(5\)|32.*5"),

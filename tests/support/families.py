@@ -1,0 +1,44 @@
+"""Causal language models of transformers at a size that trains in a second."""
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size",), 320),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim", "lru_width"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_inner"), 96),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "feed_forward_size"), 96),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 128),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size",), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "num_key_value_heads", "n_groups", "linear_num_key_heads"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("head_dim", "kv_lora_rank", "q_lora_rank", "mamba_d_head", "sliding_window"), 16),
+    **dict.fromkeys(("attention_window_size",), 16),
+    **dict.fromkeys(("rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "state_size"), 8),
+    **dict.fromkeys(("mamba_d_state", "mamba_n_heads", "linear_key_head_dim", "linear_value_head_dim"), 8),
+    "linear_num_value_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # Dropout is drawn otherwise where ranks share a batch.
+    **dict.fromkeys(("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"), 0.0),
+    **dict.fromkeys(("activation_dropout", "resid_dropout", "embd_dropout", "attn_dropout", "ffn_dropout"), 0.0),
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "layerdrop", "classifier_dropout"), 0.0),
+}
+
+
+def small(family: str) -> PretrainedConfig:
+    """A family's configuration with all its sizes small."""
+    kind = type(AutoConfig.for_model(family))
+    names = {*kind().to_dict(), *kind.attribute_map}
+    # A size that has two names is told under its own.
+    sizes = {key: value for key, value in _SIZES.items() if key in names and key not in kind.attribute_map}
+    if "qk_rope_head_dim" in sizes:
+        del sizes["head_dim"]
+    return AutoConfig.for_model(family, **sizes)
