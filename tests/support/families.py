@@ -39,6 +39,4 @@ def small(family: str) -> PretrainedConfig:
     names = {*kind().to_dict(), *kind.attribute_map}
     # A size that has two names is told under its own.
     sizes = {key: value for key, value in _SIZES.items() if key in names and key not in kind.attribute_map}
-    if "qk_rope_head_dim" in sizes:
-        del sizes["head_dim"]
     return AutoConfig.for_model(family, **sizes)
