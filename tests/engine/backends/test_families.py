@@ -17,11 +17,43 @@ from tests.support.families import small
 from tests.support.ranks import RankPool
 from tests.support.zero import full_weights
 
-FAMILIES = """
-llama gpt2 mamba mixtral opt qwen3 gemma gemma2 gemma3_text mistral qwen2 phi phi3 gpt_neox gptj
-gpt_bigcode bloom falcon olmo2 olmo3 stablelm starcoder2 cohere cohere2 granite nemotron gpt_oss
-olmoe granitemoe glm glm4 glm4_moe smollm3 arcee nanochat
-""".split()
+FAMILIES = [
+    "llama",
+    "gpt2",
+    "mamba",
+    "mixtral",
+    "opt",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "mistral",
+    "qwen2",
+    "phi",
+    "phi3",
+    "gpt_neox",
+    "gptj",
+    "gpt_bigcode",
+    "bloom",
+    "falcon",
+    "olmo2",
+    "olmo3",
+    "stablelm",
+    "starcoder2",
+    "cohere",
+    "cohere2",
+    "granite",
+    "nemotron",
+    "gpt_oss",
+    "olmoe",
+    "granitemoe",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "smollm3",
+    "arcee",
+    "nanochat",
+]
 QUICK = ("llama", "gpt2", "mamba", "mixtral", "opt")
 # With such an eps a step is as long as its gradient, and where that is rounding noise it is short.
 PARAMS: dict[str, Any] = {"lr": 1.0, "eps": 1.0, "density": 0.25, "refresh_interval": 5, "min_compact_share": 0.0}
