@@ -95,12 +95,12 @@ class EngineOptimizer(torch.optim.Optimizer, ABC, Generic[OptionsT]):
         unfit = unfit_layers(model, {name: m for name, m in linears.items() if name not in covered})
         self.coverage = coverage_of(model, covered, unfit)
 
-    def _tell_coverage(self, what: str) -> None:
-        """Say it, on the first process rank."""
+    def _tell_coverage(self, options: Options, what: str) -> None:
+        """Say it, on the first process rank; loudly if it is little and nobody has chosen it."""
         if os.environ.get("RANK", "0") == "0":
             told = f"{self.type_name}: {self.coverage.describe(what)}"
             logger.info(told)
-            if self.coverage.share < _LOUD_BELOW:
+            if self.coverage.share < _LOUD_BELOW and options.target_modules is None:
                 warnings.warn(told, stacklevel=4)
 
     def _leave_to_engine(self) -> None:

@@ -60,7 +60,7 @@ class ShardedOptimizer(EngineOptimizer[OptionsT]):
         groups = build_groups(model, [], matrices, options)
         # Without matrices, all parameters are trained by one rule.
         self._cover(model, matrices or [name for name, _ in model.named_parameters()])
-        self._tell_coverage("matrices to it")
+        self._tell_coverage(options, "matrices to it")
         super().__init__(options, groups, {key: getattr(options, key) for key in self.group_defaults})
         self.shards: ShardMap = LocalShards(model)
         self._warned = False

@@ -95,7 +95,7 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
                 f" {self.coverage.describe()}. Give a lower share to train these as AdamW does, or name the matrices in"
                 " target_modules"
             )
-        self._tell_coverage("compact")
+        self._tell_coverage(options, "compact")
 
     @abstractmethod
     def _convert(self, model: nn.Module, options: OptionsT) -> Converted:

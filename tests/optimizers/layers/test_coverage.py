@@ -1,6 +1,7 @@
 """Which layers stay dense, and that the optimizers say so."""
 
 import logging
+import warnings
 from typing import Any
 
 import pytest
@@ -43,7 +44,8 @@ def test_mostly_dense_is_an_error_that_names_the_dense_layers(make: Any) -> None
 
 
 def test_named_layers_are_the_users_choice() -> None:
-    with pytest.warns(UserWarning, match="20 %"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert Grass(mixture(4), density=0.5, target_modules=["*attention"]).coverage.covered == 200
 
 
