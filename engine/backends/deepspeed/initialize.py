@@ -27,7 +27,7 @@ from .engine import Engine
 from .extensions import ensure_extensions
 from .gradients import mend_updates
 from .offload import attach_offload
-from .privates import configure_python_gc
+from .privates import configure_python_gc, release_destroyed_groups
 from .schedules import per_group_rates, take_torch_schedule
 from .subspace import GatherOnceBackend
 from .supported import check_installed, check_offload_supported, check_supported
@@ -152,6 +152,7 @@ def _offload_for(config: Config, model: nn.Module) -> Iterator[Callable[[_Made],
 
 def init_distributed(dist_init_required: bool | None = None) -> None:
     """Make DeepSpeed's process group, if there is none, without its notice of an extension that was built ahead."""
+    release_destroyed_groups()
     backend = get_accelerator().communication_backend_name()  # pyright: ignore[reportOptionalMemberAccess]
     make_process_group(str(backend), default_pg_timeout)
     with redirect_stdout(StringIO()):

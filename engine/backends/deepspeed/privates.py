@@ -13,6 +13,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups as process_groups
 from torch import Tensor
 
 from narrowgauge.optimizers.layers.shape import add_shape_source
@@ -124,6 +125,13 @@ def drop_gradients(wrapper: Any) -> None:
     for gradient in kept:
         if gradient is not None:
             gradient.zero_()
+
+
+def release_destroyed_groups() -> None:
+    """Where a process group was destroyed by torch's function, as of a run before: DeepSpeed keeps it."""
+    if comm.comm.cdb is not None and not torch.distributed.is_initialized():
+        comm.comm.cdb = None
+        process_groups._release_process_group_references(group=None)
 
 
 def configure_python_gc(engine: DeepSpeedEngine) -> None:
