@@ -72,7 +72,8 @@ def main() -> None:
         code = 1
     else:
         return
-    _end_soon(code)
+    if world_size() > 1:
+        _end_soon(code)
     sys.exit(code)
 
 
