@@ -87,8 +87,11 @@ class RunLock:
         """Whether the folder is still the one that was locked: nothing tells a process that writes to a deleted one."""
         try:
             found = os.stat(self._run_dir / _LOCK)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:
+            # A network's file system that does not answer is no deleted folder; the next write meets what lasts.
+            return True
         return os.path.samestat(found, os.fstat(self._file.fileno()))
 
     def release(self) -> None:

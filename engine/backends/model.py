@@ -67,6 +67,8 @@ def _from_folder(path: str, model_config: PretrainedConfig, dtype: torch.dtype) 
             trust_remote_code=False,
             output_loading_info=True,
         )
+    except (torch.OutOfMemoryError, MemoryError, torch.distributed.DistError):
+        raise
     except Exception as error:
         raise UserError(f"model.path: {folder}: {type(error).__name__}: {one_line(error)}") from error
     model, found = loaded

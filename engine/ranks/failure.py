@@ -16,8 +16,10 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore
 
 from ..config.redaction import redact_text
+from ..errors import UserError
 from .agreement import agreed_store
 from .environment import process_rank, world_size
+from .exit_codes import EXIT_BAD_INPUT, EXIT_PREEMPTED
 from .preemption import Preempted
 
 _KEY = "failed"
@@ -92,7 +94,7 @@ class FailureWatch:
     def _end_later(self, error: BaseException) -> None:
         def end() -> None:
             if not self._ended.wait(_GRACE + 2 * _POLL):
-                _leave(say_what(error))
+                _leave(say_what(error), exit_code_of(error))
 
         threading.Thread(target=end, name="narrowgauge-end", daemon=True).start()
 
@@ -114,6 +116,15 @@ def _own_connection() -> Any:
     return PrefixStore("narrowgauge/failure", store.clone()) if store is not None and world_size() > 1 else None
 
 
-def _leave(text: str) -> None:
-    print(f"error: {say_where()}: {text}", file=sys.stderr, flush=True)  # noqa: T201
-    os._exit(1)
+def exit_code_of(error: BaseException) -> int:
+    """What a process that ends with an error exits with."""
+    if isinstance(error, Preempted):
+        return EXIT_PREEMPTED
+    return EXIT_BAD_INPUT if isinstance(error, UserError) else 1
+
+
+def _leave(text: str, code: int = 1) -> None:
+    if code != EXIT_PREEMPTED:
+        text = f"error: {say_where()}: {text}"
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(code)

@@ -35,6 +35,9 @@ def try_sample(
     try:
         return sample_text(engine, tokenizer_folder, prompt, num_tokens, seed)
     except Exception as error:
+        if engine.forward_is_collective and isinstance(error, torch.OutOfMemoryError | dist.DistError | OSError):
+            # This rank's alone: the others wait for it.
+            raise
         # Every rank generates the same, so that all fail alike.
         if dist.get_rank() == 0:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

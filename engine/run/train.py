@@ -156,6 +156,9 @@ class _Run:
         try:
             model = backend.construct(plan.model, plan.model_config, plan.config)
         except UserError as found:
+            if plan.config.zero_stage == 3:
+                # The others are in collectives of a sharded model, and never come to the question.
+                raise
             error = str(found)
         # A rank that cannot read the weights takes the others with it; they would wait for it.
         agree({}, error=error)
