@@ -19,6 +19,11 @@ class Retention:
         self._folder, self._keep = folder, keep
         self._good: dict[Path, _Fingerprint] = {}
 
+    def vouch(self, step: int) -> None:
+        """The checkpoint of ``step`` has just been read as a whole, by the run that goes on from it."""
+        folder = whole_folder(self._folder / f"step-{step}")
+        self._good[folder] = _fingerprint(folder)
+
     def saved(self, step: int) -> None:
         """Delete what is no longer needed now that the checkpoint of ``step`` is written.
 

@@ -49,8 +49,11 @@ def _encode_array(value: Tensor | np.ndarray, tensors: dict[str, Tensor], path: 
     if not is_tensor and value.dtype.kind not in "biuf":
         raise ValueError(f"{path}: expected an array of numbers, got one of {value.dtype}")
     tensor = value.detach() if is_tensor else torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape)
-    tensors[path] = tensor.to("cpu", copy=True).contiguous()
-    return {_TAG: "tensor" if is_tensor else "array", "value": path}
+    name = path
+    while name in tensors:  # a key with a dot in it, or 1 beside "1"
+        name += "'"
+    tensors[name] = tensor.to("cpu", copy=True).contiguous()
+    return {_TAG: "tensor" if is_tensor else "array", "value": name}
 
 
 def _encode_mapping(value: Mapping[Any, Any], tensors: dict[str, Tensor], path: str) -> dict[str, Any]:

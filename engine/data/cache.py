@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
         if target.exists():
             logger.warning(f"{target}: damaged ({damage}); it is built anew")
             shutil.rmtree(target)
-        aside = Path(f"{target}.tmp-{os.getpid()}")
+        # Containers have the same few process ids; what one left that was ended in the middle is in the way.
+        aside = Path(f"{target}.tmp-{socket.gethostname()}-{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)
         try:
             build(aside)
             _write_digests(aside)

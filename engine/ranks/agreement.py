@@ -35,6 +35,11 @@ def make_process_group(backend: str, timeout: timedelta) -> None:
         )
 
 
+def num_meetings() -> int:
+    """How often the ranks have met; the same on all of them between two meetings."""
+    return _meetings
+
+
 def agreed_store() -> Any:
     """The store that the ranks have met on; None where they have not."""
     return _store

@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from ..config.redaction import redact_text
 from ..errors import UserError
-from .agreement import agreed_store
+from .agreement import agreed_store, num_meetings
 from .environment import process_rank, world_size
 from .exit_codes import EXIT_BAD_INPUT, EXIT_PREEMPTED
 from .preemption import Preempted
@@ -59,8 +59,10 @@ class FailureWatch:
         Raises:
             RankFailed: another failed before, and the error is only what follows from that.
         """
+        if self._store is None:
+            return
         self._end_later(error)
-        if self._store is None or isinstance(error, Preempted) or getattr(error, "on_all_ranks", False):
+        if isinstance(error, Preempted) or getattr(error, "on_all_ranks", False):
             return
         self._told = True
         try:
@@ -113,7 +115,11 @@ def say_what(error: BaseException) -> str:
 def _own_connection() -> Any:
     """The store that the ranks agreed on, over a connection that no waiting call of this process holds."""
     store = agreed_store()
-    return PrefixStore("narrowgauge/failure", store.clone()) if store is not None and world_size() > 1 else None
+    return (
+        PrefixStore(f"narrowgauge/failure/{num_meetings()}", store.clone())
+        if store is not None and world_size() > 1
+        else None
+    )
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -132,6 +132,8 @@ class _Run:
         first_step, history = resume(self.engine, plan)
         self.history.update(history)
         if self.is_first_rank:
+            if first_step:
+                self.retention.vouch(first_step)
             write_head(self.engine, plan, first_step, self.tokens_per_step)
         while_it_trains = self.closing.enter_context(ExitStack())
         self.engine.traffic.attach()

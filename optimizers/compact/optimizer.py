@@ -195,8 +195,13 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
             self._warn_of_unused()
 
     def _warn_of_unused(self) -> None:
-        unused = [layer.name for layer in self.layers if not layer.module.was_called]
-        if unused:
+        # Compiled forwards leave no mark; in plain PyTorch a gradient shows that they ran.
+        unused = [
+            layer.name
+            for layer in self.layers
+            if not layer.module.was_called and (self.in_engine or layer.name in self._idle)
+        ]
+        if unused and not (self.in_engine and len(unused) == len(self.layers)):
             warnings.warn(
                 f"{self.type_name}: no forward of these compact layers has run by the end of the first step:"
                 f" {shortened(unused)}. If the model reads their weight without calling them, or replaced their"

@@ -21,6 +21,9 @@ from .norms import NormStatistics
 from .options import GrassOptions
 from .sharing import find_groups
 
+# Where states that were saved by earlier versions have the decay that waits for the next refresh: in the group.
+_OLD_DECAY = "pending_decay"
+
 
 class Grass(CompactOptimizer[GrassOptions]):
     """AdamW that trains ``rank`` columns or rows of each chosen linear layer at a time.
@@ -139,14 +142,20 @@ class Grass(CompactOptimizer[GrassOptions]):
 
     def _take(self, indices: Sequence[Tensor], norms: dict[str, Tensor]) -> None:
         """Select these columns or rows."""
-        decays = [self._pending_decay.get(layer.name, 1.0) for layer in self.layers]
+        decays = [self._decay_that_waits(layer.name) for layer in self.layers]
         self.backend.change_subspace(self.layers, indices, decays, seed=self.options.seed + self.num_refreshes)
         self._pending_decay = {}
+        for group in self.param_groups:
+            group.pop(_OLD_DECAY, None)
+
+    def _decay_that_waits(self, name: str) -> float:
+        of_group = self.param_groups[self._group_of[name]].get(_OLD_DECAY, 1.0)
+        return self._pending_decay.get(name, 1.0) * of_group
 
     @torch.no_grad()
     def _settle(self) -> None:
         for layer in self.layers:
-            module, decay = layer.module, self._pending_decay.get(layer.name, 1.0)
+            module, decay = layer.module, self._decay_that_waits(layer.name)
             seed = derive_seed(self.options.seed + self.num_refreshes + 1, "decay", layer.name)
             if decay != 1.0:
                 module.apply_(module.weight, module.compact, decay, seed=seed)

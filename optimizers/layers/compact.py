@@ -93,7 +93,7 @@ class CompactWeight(nn.Module):
     def _begin_forward(self) -> None:
         """First of all in ``forward``."""
         if torch.compiler.is_compiling():
-            self.was_called = True
+            # Nothing is written: within a checkpointed part that would break the graph.
             return
         if not self.was_called:
             self.was_called = True

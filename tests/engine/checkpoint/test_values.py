@@ -53,6 +53,16 @@ def test_tensors_and_arrays_are_kept(tmp_path: Path) -> None:
     assert found["a"][1].shape == ()
 
 
+def test_tensors_whose_places_read_alike_are_kept_apart() -> None:
+    """The second took the place of the first in the file."""
+    state = {"a.b": torch.ones(1), "a": {"b": torch.zeros(2)}, 1: torch.full((3,), 3.0), "1": torch.full((4,), 4.0)}
+    tensors: dict[str, torch.Tensor] = {}
+    found = decode(encode(state, tensors, "client_state"), tensors)
+    assert len(tensors) == 4
+    assert [found[key].tolist() for key in ("a.b", 1, "1")] == [state[key].tolist() for key in ("a.b", 1, "1")]
+    assert found["a"]["b"].tolist() == [0.0, 0.0]
+
+
 def test_others_are_refused_by_their_place() -> None:
     with pytest.raises(ValueError, match=r"client_state.a\[1\]: expected numbers, .* got pathlib.*PosixPath"):
         encode({"a": [1, Path("x")]}, {}, "client_state")
