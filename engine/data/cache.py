@@ -23,8 +23,9 @@ _DIGESTS = "digests.json"
 _CHUNK = 4 << 20
 
 
-def cache_key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()[:32]
+def cache_key(*parts: object, version: int = _FORMAT) -> str:
+    """A name for what is made from ``parts`` by the code of that version."""
+    return hashlib.sha256(json.dumps([version, *parts]).encode()).hexdigest()[:32]
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:

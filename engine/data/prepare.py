@@ -87,7 +87,9 @@ def _prepare_tokens(block: DataBlock, cache: Path, files: list[Path], validation
     content = content_hash([Path(f"{p}{end}") for p in prefixes + held_out for end in (".idx", ".bin")], cache)
     tokenizer, _ = _own_tokenizer(block, cache) if block.tokenizer is not None else (None, None)
     vocab_size = len(load_tokenizer(tokenizer)) if tokenizer is not None else None
-    fingerprint = cache_key("token files", content, block.validation_fraction, len(held_out))
+    # Where files are named for validation, nothing is split, and runs of the first version go on.
+    version = {"version": 1} if held_out else {}
+    fingerprint = cache_key("token files", content, block.validation_fraction, len(held_out), **version)
     return PreparedData(train, valid, tokenizer, vocab_size, fingerprint)
 
 

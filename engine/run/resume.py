@@ -50,7 +50,10 @@ def resume(engine: TrainingEngine, plan: Plan) -> tuple[int, dict[str, Any]]:
 
 def _check_state(state: dict[str, Any], step: int, folder: Path, plan: Plan) -> None:
     if state["data_fingerprint"] != plan.prepared.fingerprint:
-        raise UserError(f"{folder}: the run was trained on other data than data.train names now").shared()
+        raise UserError(
+            f"{folder}: the run was trained on other data than data.train names now, or split by another version; use"
+            " --fresh or another logging.run_dir"
+        ).shared()
     if step > plan.training.steps:
         raise UserError(
             f"training.steps: expected at least the {step} steps that {plan.run_dir} has been trained for,"
