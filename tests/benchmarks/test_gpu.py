@@ -40,6 +40,7 @@ def figures_of(names: list[str], folder: Path, absent: tuple[str, ...]) -> list[
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_every_stage_without_deepspeed(tmp_path: Path) -> None:
     found = figures_of([name for name in STAGES if name != "whole_run"], tmp_path, ABSENT)
 

@@ -46,7 +46,7 @@ def test_a_run_none_of_whose_checkpoints_holds_does_not_start_over(finished: Pat
     shutil.rmtree(run_dir / "checkpoints")
     again = run(*words, "--set", "training.steps=2")
     assert again.returncode == 0, again.stderr
-    said = again.stdout.replace("\n", "")
+    said = " ".join(again.stdout.split())
     assert "no checkpoint; the run starts over, and the records of 8 steps in metrics.jsonl are dropped" in said
 
 

@@ -144,7 +144,7 @@ def losses_of(kind: str, base: str, stage: int, **overrides: Any) -> tuple[list[
     return losses, small / max(1, sum(v.numel() for v in moments))
 
 
-@pytest.mark.parametrize("kind", ["Grass", "GaLore"])
+@pytest.mark.parametrize("kind", ["Grass", pytest.param("GaLore", marks=pytest.mark.slow)])
 def test_training_under_zero_follows_adamw_with_fp32_moments(two_ranks: RankPool, kind: str) -> None:
     """Over 24 steps on three repeated batches, through four refreshes: each loss within 0.3 % of AdamW's, which has
     fallen by a third by then.

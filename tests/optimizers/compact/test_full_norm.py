@@ -52,6 +52,7 @@ def test_is_exact_with_as_many_directions_as_columns(make: Any) -> None:
     assert exact >= 4
 
 
+@pytest.mark.slow
 def test_few_directions_are_right_on_average() -> None:
     squares = []
     for seed in range(60):

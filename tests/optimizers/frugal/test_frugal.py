@@ -264,7 +264,7 @@ def test_a_state_of_another_optimizer_is_refused() -> None:
             "expected state_free 'signSGD' and a selection of coordinates, got 'SGD'",
         ),
         ({"reduction": "majority_vote", "selection": "svd"}, "selection of coordinates"),
-        ({"reduction": "majority_vote"}, "needs torch.distributed to be initialised"),
+        ({"reduction": "majority_vote"}, "'majority_vote' expected torch.distributed to be initialised"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

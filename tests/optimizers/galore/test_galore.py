@@ -320,6 +320,7 @@ def test_no_full_weight_gradient_is_ever_formed(side: str) -> None:
     assert len(formed("svd", INTERVAL)) == 3
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_alike_and_later_refreshes_compile_nothing() -> None:
     """Two graphs: with and without an observation."""
     torch._dynamo.reset()

@@ -150,7 +150,7 @@ def trained() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("side", ["columns", pytest.param("rows", marks=pytest.mark.slow)])
 def test_the_sketch_finds_the_largest_norms_of_a_trained_models_gradient(trained: nn.Module, side: str) -> None:
     """Of the top quarter by the exact norms, the share that 32 directions find, and how much of their energy."""
     full = tiny(**SIZES)
