@@ -94,10 +94,12 @@ class EngineOptimizer(torch.optim.Optimizer, ABC, Generic[OptionsT]):
         linears = {name: module for name, module in model.named_modules() if is_target(module)}
         unfit = unfit_layers(model, {name: m for name, m in linears.items() if name not in covered})
         self.coverage = coverage_of(model, covered, unfit)
+        # Made to check options; the optimizer of the model itself tells it.
+        self._is_trial = any(p.is_meta for p in model.parameters())
 
     def _tell_coverage(self, options: Options, what: str) -> None:
         """Say it, on the first process rank; loudly if it is little and nobody has chosen it."""
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" and not self._is_trial:
             told = f"{self.type_name}: {self.coverage.describe(what)}"
             logger.info(told)
             if self.coverage.share < _LOUD_BELOW and options.target_modules is None:
