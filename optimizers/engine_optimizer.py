@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import os
 import warnings
 from abc import ABC
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -10,6 +9,7 @@ from functools import wraps
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .layers.coverage import Coverage, coverage_of
@@ -99,7 +99,7 @@ class EngineOptimizer(torch.optim.Optimizer, ABC, Generic[OptionsT]):
 
     def _tell_coverage(self, options: Options, what: str) -> None:
         """Say it, on the first process rank; loudly if it is little and nobody has chosen it."""
-        if os.environ.get("RANK", "0") == "0" and not self._is_trial:
+        if not self._is_trial and (not dist.is_initialized() or dist.get_rank() == 0):
             told = f"{self.type_name}: {self.coverage.describe(what)}"
             logger.info(told)
             if self.coverage.share < _LOUD_BELOW and options.target_modules is None:
