@@ -196,3 +196,25 @@ def test_decay_of_all_entries_spares_layers_without_a_gradient() -> None:
         optimizer.step()
     changed = [name for name, module in layers.items() if not torch.equal(module.weight, before[name])]
     assert changed == ["blocks.0.q"]
+
+
+def test_averaged_weights_can_be_swapped_in() -> None:
+    """After a refresh the average of ``compact`` is of two subspaces; it was taken for another optimizer's work."""
+    model: TinyTransformer = tiny()
+    optimizer = Grass(model, lr=1e-2, density=0.3, refresh_interval=2)
+    averages = [p.detach().clone() for p in model.parameters()]
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        for average, parameter in zip(averages, model.parameters(), strict=True):
+            average.lerp_(parameter.detach(), 0.5)
+    wanted = {name: average for (name, _), average in zip(model.named_parameters(), averages, strict=True)}
+    with torch.no_grad():
+        for parameter, average in zip(model.parameters(), averages, strict=True):
+            parameter.copy_(average)
+    backward(model, 9)
+    state = model.state_dict()
+    for layer in optimizer.layers:
+        assert torch.equal(state[f"{layer.name}.weight"], wanted[f"{layer.name}.weight"])
+        assert torch.equal(layer.module.compact, layer.module.weight[:, layer.module.selected()])
