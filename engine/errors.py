@@ -16,6 +16,11 @@ def one_line(error: BaseException) -> str:
     return "it needs code of its own, and code in a folder is never run" if "trust_remote_code" in text else text
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class UserError(ValueError):
     """Bad input: the message names the file, key or rank, what was found and what is allowed.
 

@@ -12,7 +12,7 @@ import typer
 
 import narrowgauge
 from narrowgauge.engine.config.redaction import redact_text
-from narrowgauge.engine.errors import UserError
+from narrowgauge.engine.errors import UserError, first_line
 from narrowgauge.engine.ranks.environment import process_rank, world_size
 from narrowgauge.engine.ranks.exit_codes import EXIT_BAD_INPUT, EXIT_PREEMPTED
 from narrowgauge.engine.ranks.preemption import Preempted
@@ -82,8 +82,7 @@ def _say_failure(error: Exception, *, with_traceback: bool) -> None:
         traceback.print_exc()
     where = f"process rank {process_rank()} on {socket.gethostname()}: " if world_size() > 1 else ""
     kind = "" if isinstance(error, OSError) or not with_traceback else f"{type(error).__name__}: "
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    _say(f"error: {where}{kind}{redact_text(lines[0])}")
+    _say(f"error: {where}{kind}{redact_text(first_line(error))}")
 
 
 def _say(text: str) -> None:

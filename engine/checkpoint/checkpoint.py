@@ -132,7 +132,7 @@ def _write_state(engine: TrainingEngine, folder: Path, client_state: dict[str, A
     write_json(folder / "state.json", {**state, "client_state": encode(client_state, tensors, "client_state")})
     if not tensors:
         return ["state.json"]
-    write_tensors({name: tensor.clone() for name, tensor in tensors.items()}, folder / VALUES)
+    write_tensors(tensors, folder / VALUES)
     return ["state.json", VALUES]
 
 

@@ -18,12 +18,12 @@ import xxhash
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2
+FORMAT = 2
 _DIGESTS = "digests.json"
 _CHUNK = 4 << 20
 
 
-def cache_key(*parts: object, version: int = _FORMAT) -> str:
+def cache_key(*parts: object, version: int = FORMAT) -> str:
     """A name for what is made from ``parts`` by the code of that version."""
     return hashlib.sha256(json.dumps([version, *parts]).encode()).hexdigest()[:32]
 

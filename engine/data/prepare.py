@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..config.run_blocks import DataBlock
 from ..errors import DataError
 from ..files import local_path
-from .cache import build_once, cache_key
+from .cache import FORMAT, build_once, cache_key
 from .corpus import content_hash, expand, is_token_prefix, read_pieces, stdlib_files, token_prefix
 from .holdout import Holdout
 from .plain_text import check_plain_text
@@ -88,8 +88,8 @@ def _prepare_tokens(block: DataBlock, cache: Path, files: list[Path], validation
     tokenizer, _ = _own_tokenizer(block, cache) if block.tokenizer is not None else (None, None)
     vocab_size = len(load_tokenizer(tokenizer)) if tokenizer is not None else None
     # Where files are named for validation, nothing is split, and runs of the first version go on.
-    version = {"version": 1} if held_out else {}
-    fingerprint = cache_key("token files", content, block.validation_fraction, len(held_out), **version)
+    version = 1 if held_out else FORMAT
+    fingerprint = cache_key("token files", content, block.validation_fraction, len(held_out), version=version)
     return PreparedData(train, valid, tokenizer, vocab_size, fingerprint)
 
 

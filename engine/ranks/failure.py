@@ -16,7 +16,7 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore
 
 from ..config.redaction import redact_text
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .agreement import agreed_store, num_meetings
 from .environment import process_rank, world_size
 from .exit_codes import EXIT_BAD_INPUT, EXIT_PREEMPTED
@@ -108,7 +108,7 @@ def say_where() -> str:
 
 def say_what(error: BaseException) -> str:
     """An error in one line; of what is no user's error, also its kind."""
-    text = redact_text((str(error).strip() or type(error).__name__).splitlines()[0])
+    text = redact_text(first_line(error))
     return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
 
 

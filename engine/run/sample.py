@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..data.tokenizer import load_tokenizer
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..protocol import TrainingEngine
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,7 @@ def try_sample(
             raise
         # Every rank generates the same, so that all fail alike.
         if dist.get_rank() == 0:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            logger.warning(f"training.sample_prompt: no sample: {type(error).__name__}: {reason}")
+            logger.warning(f"training.sample_prompt: no sample: {type(error).__name__}: {first_line(error)}")
         return None
 
 

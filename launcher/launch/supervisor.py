@@ -68,16 +68,6 @@ def _problem(order: dict[str, Any]) -> str | None:
     return None
 
 
-def _environment() -> dict[str, str]:
-    """This process's environment with its interpreter's programs first on PATH, where ssh does not put them: another
-    version of ninja would compile DeepSpeed's extensions again.
-    """
-    return {
-        **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-    }
-
-
 class _Supervisor:
     """Runs the command of an order.
 
@@ -95,7 +85,7 @@ class _Supervisor:
         process = subprocess.Popen(  # noqa: S603
             self._order["command"],
             cwd=self._order["folder"],
-            env={**_environment(), **self._order["environment"]},
+            env={**os.environ, **self._order["environment"]},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )

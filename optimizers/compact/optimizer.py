@@ -135,10 +135,14 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         if not self.in_engine:
             self.before_step()
         loss = self._inner_step(closure)
-        owned = {id(p) for group in self.param_groups for p in group["params"]}
+        owned = self._owned()
         compact = ((layer.name, layer.module.compact) for layer in self.layers)
         self._idle = {name for name, parameter in compact if parameter.grad is None and id(parameter) in owned}
         return loss
+
+    def _owned(self) -> set[int]:
+        """The parameters in the groups, by ``id``; under ZeRO they are flat partitions."""
+        return {id(p) for group in self.param_groups for p in group["params"]}
 
     def before_step(self) -> None:
         for layer in self.layers:
@@ -175,7 +179,7 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
             hook()
 
     def _after_own_step(self, args: Any, kwargs: Any) -> None:
-        owned = {id(p) for group in self.param_groups for p in group["params"]}
+        owned = self._owned()
         if any(id(m.compact) not in owned or m.compact.dim() != 2 for m in (layer.module for layer in self.layers)):
             raise RuntimeError(
                 f"another library replaced the parameters of {type(self).__name__} (ZeRO and FSDP do): under ZeRO"

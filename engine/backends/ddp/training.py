@@ -18,6 +18,7 @@ from ...checkpoint import weights
 from ...config.config import Batches
 from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
 from ...report.dense_traffic import dense_traffic, trained_when_dense
+from ..gradient_norm import gradient_norm
 from .traffic import DdpTraffic
 
 _CLIPPING_EPSILON = 1e-6
@@ -143,8 +144,7 @@ class DdpTraining:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters]
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-        norm = torch.stack(norms).square().sum().sqrt()
+        norm = gradient_norm(gradients)
         self._grad_norm = float(norm)
         self._counters["global_steps"] += 1
         self._counters["global_samples"] += self._batches.total

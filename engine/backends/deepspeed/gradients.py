@@ -1,7 +1,7 @@
 """What DeepSpeed's update does with gradients that are missing, old or not finite, put right around it."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from .privates import complete_offloaded_gradients, drop_gradients
+from ..gradient_norm import gradient_norm
+from .privates import Update, complete_offloaded_gradients, drop_gradients, set_grad_norm, wrap_update
 from .schedules import check_metrics
 
 
@@ -22,30 +23,28 @@ def mend_updates(engine: DeepSpeedEngine) -> None:
     ZeRO, in fp32, DeepSpeed applies gradients that are not finite; here it skips the step, as under ZeRO.
     """
     own: Any = engine
-    update: Callable[[Any], None] = own._take_model_step
 
-    @wraps(update)
-    def mended(lr_kwargs: Any) -> None:
-        check_metrics(own.lr_scheduler, lr_kwargs)
-        optimizer: Any = own.optimizer
-        if isinstance(optimizer, torch.optim.Optimizer):
-            own._global_grad_norm = norm = _norm(own.module)
+    def wrap(update: Update) -> Update:
+        @wraps(update)
+        def mended(lr_kwargs: Any) -> None:
+            check_metrics(own.lr_scheduler, lr_kwargs)
+            optimizer: Any = own.optimizer
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                complete_offloaded_gradients(optimizer)
+                update(lr_kwargs)
+                drop_gradients(optimizer)
+                return
+            # Of this rank's gradients, which are equal on all where no model is cut.
+            norm = float(gradient_norm([p.grad for p in own.module.parameters() if p.grad is not None]))
+            set_grad_norm(engine, norm)
             # DeepSpeed asks its own wrappers for this, and counts the step as skipped.
             is_skipped = vars(optimizer)["overflow"] = _on_any_rank(not math.isfinite(norm), own.device)
             with _without_step(optimizer) if is_skipped else nullcontext():
                 update(lr_kwargs)
-            return
-        complete_offloaded_gradients(optimizer)
-        update(lr_kwargs)
-        drop_gradients(optimizer)
 
-    vars(engine)["_take_model_step"] = mended
+        return mended
 
-
-def _norm(model: torch.nn.Module) -> float:
-    """Of all gradients of this rank, which are equal on all where no model is cut."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in model.parameters() if p.grad is not None]
-    return float(torch.stack(norms).square().sum().sqrt()) if norms else 0.0
+    wrap_update(engine, wrap)
 
 
 def _on_any_rank(found: bool, device: torch.device) -> bool:

@@ -4,7 +4,7 @@ ZeRO-3 puts ``ds_*`` attributes on parameters; ZeRO-1 and 2 link each parameter 
 ``_hp_mapping``; the optimizer wrappers name their flat groups each in its own way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from deepspeed.utils import groups as process_groups
 from torch import Tensor
 
 from narrowgauge.optimizers.layers.shape import add_shape_source
+
+# Of the weights, given the keywords for the schedule's step.
+Update = Callable[[Any], None]
 
 # From the moment that ZeRO-3 has cut a parameter, before there is an engine.
 add_shape_source(lambda parameter: getattr(parameter, "ds_shape", None))
@@ -96,6 +99,18 @@ def gather_again(parameters: Sequence[Tensor]) -> None:
     if live:
         live[0].partition(param_list=live)
         live[0].all_gather(param_list=live)
+
+
+def wrap_update(engine: DeepSpeedEngine, wrap: Callable[[Update], Update]) -> None:
+    """Put another function around the engine's update of the weights."""
+    own: Any = engine
+    vars(engine)["_take_model_step"] = wrap(own._take_model_step)
+
+
+def set_grad_norm(engine: DeepSpeedEngine, norm: float) -> None:
+    """What ``engine.get_global_grad_norm`` returns."""
+    own: Any = engine
+    own._global_grad_norm = norm
 
 
 def complete_offloaded_gradients(wrapper: Any) -> None:
