@@ -86,6 +86,10 @@ def _serve(rank: int, world_size: int, rendezvous: str, port: int, pipe: Connect
     import torch
     import torch.distributed as dist
 
+    from narrowgauge.engine.backends.deepspeed.extensions import ensure_extensions
+
+    # Else DeepSpeed loads one without our lock, and waits forever where a rank that did was killed.
+    ensure_extensions()
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
