@@ -149,8 +149,14 @@ def load_and_go_on(stage: int, params: dict[str, Any], folder: str) -> list[floa
 def test_a_run_continues_on_other_ranks_and_stages(
     two_ranks: RankPool, one_rank: RankPool, tmp_path: Path, selection: str, written: int, read: int
 ) -> None:
-    """Saved in the middle of an interval, across a refresh; the state of two ranks is that of one, and no more."""
+    """Saved in the middle of an interval, across a refresh; the state of two ranks is that of one, and no more.
+
+    ``svd`` with SGD: what a projection leaves of one coordinate in this run is zero but for rounding, and its sign
+    differs with the number of ranks (by two steps of ``lr``, 1e-2; all other weights are equal to 2e-6).
+    """
     params = {"selection": selection, "embeddings": "projected"}
+    if selection == "svd":
+        params["state_free"] = "SGD"
     results = two_ranks.run(save_and_go_on, written, params, str(tmp_path))
     expected = results[0][0]
     assert two_ranks.run(load_and_go_on, written, params, str(tmp_path))[0] == expected
