@@ -253,6 +253,15 @@ class Backend(Protocol):
         """
         ...
 
+    def check_model(self, config: "Config", model_config: "PretrainedConfig", world_size: int) -> None:
+        """Refuse a model that the engine does not build, or cannot cut over this number of process ranks; before there
+        is a process group.
+
+        Raises:
+            ConfigError: naming each key, what fits, and what was found.
+        """
+        ...
+
     def data_parallel_size(self, config: "Config", world_size: int) -> int:
         """Number of process ranks that train on different data.
 

@@ -12,6 +12,7 @@ from tests.support.command import ROOT
 FLOORS = {"launcher": 2, "engine": 1, "optimizers": 0, "offload": 0}
 # ZeRO-3's attributes on parameters, the wrappers' flat groups, and any import of the package.
 DEEPSPEED = re.compile(r"\bds_\w+|_hp_mapping|bit16_groups|fp16_groups|^\s*(?:from|import) deepspeed", re.MULTILINE)
+MEGATRON = re.compile(r"^\s*(?:from|import) megatron", re.MULTILINE)
 WITHOUT_DEEPSPEED = (
     "optimizers",
     "offload/saving",
@@ -21,6 +22,7 @@ WITHOUT_DEEPSPEED = (
     "engine/run",
     "engine/report",
     "engine/backends/ddp",
+    "engine/backends/megatron",
 )
 
 
@@ -96,6 +98,11 @@ def test_deepspeeds_objects_are_named_in_its_folders_only(folder: str) -> None:
     for path in sorted((ROOT / folder).rglob("*.py")):
         found = DEEPSPEED.search(path.read_text())
         assert found is None, f"{path.relative_to(ROOT)} names {found.group(0)!r}"
+
+
+def test_megatrons_modules_are_imported_in_its_folder_only() -> None:
+    for name, path in modules().items():
+        assert name.startswith("engine.backends.megatron") or MEGATRON.search(path.read_text()) is None, path
 
 
 def test_no_engine_is_of_any_type() -> None:

@@ -33,7 +33,7 @@ def build_model(
     """
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     if block.path is not None:
-        model = _from_folder(block.path, model_config, dtype)
+        model = from_folder(block.path, model_config, dtype)
     else:
         seed = config.parsed.training.seed if config.parsed.training is not None else 0
         # For what no rule draws: its constructor did.
@@ -51,7 +51,7 @@ def build_model(
     return model
 
 
-def _from_folder(path: str, model_config: PretrainedConfig, dtype: torch.dtype) -> Any:
+def from_folder(path: str, model_config: PretrainedConfig, dtype: torch.dtype) -> Any:
     """A model with its weights from a folder.
 
     Raises:

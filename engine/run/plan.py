@@ -111,6 +111,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     check_model(parsed.model)
     prepared = prepare_data(parsed.data, logger.info)
     described = model_config(parsed.model, vocab_size=prepared.vocab_size, sequence_length=parsed.data.sequence_length)
+    backend.check_model(config, described, world_size())
     abstract = abstract_model(described)
     options = config.optimizer_options
     if options is not None and parsed.optimizer is not None:

@@ -30,6 +30,9 @@ class DdpBackend:
 
         check(config)
 
+    def check_model(self, config: "Config", model_config: "PretrainedConfig", world_size: int) -> None:
+        """Every model of transformers can be trained."""
+
     def data_parallel_size(self, config: "Config", world_size: int) -> int:
         return world_size
 

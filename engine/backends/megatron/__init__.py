@@ -1,0 +1,59 @@
+"""Training with Megatron-core: tensor, pipeline, sequence and expert parallelism."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+    from transformers import PretrainedConfig
+
+    from ...config.config import Config
+    from ...config.run_blocks import ModelBlock
+    from ...protocol import Schedule, TrainingEngine
+    from .keys import MegatronKeys
+
+
+class MegatronBackend:
+    """``"engine": "megatron"``; see :class:`narrowgauge.engine.protocol.Backend`."""
+
+    name: ClassVar[str] = "megatron"
+
+    @property
+    def keys(self) -> "type[MegatronKeys]":
+        from .keys import MegatronKeys
+
+        return MegatronKeys
+
+    def check(self, config: "Config") -> None:
+        from .supported import check
+
+        check(config)
+
+    def check_model(self, config: "Config", model_config: "PretrainedConfig", world_size: int) -> None:
+        from .supported import check_model
+
+        check_model(config, model_config, world_size)
+
+    def data_parallel_size(self, config: "Config", world_size: int) -> int:
+        from .keys import layout_of
+
+        return layout_of(config, world_size).data
+
+    def prepare(self, config: "Config", console: "Console | None" = None) -> None:
+        """Nothing is compiled."""
+
+    def init_distributed(self) -> None:
+        from .start import init_distributed
+
+        init_distributed()
+
+    def construct(self, block: "ModelBlock", model_config: "PretrainedConfig", config: "Config") -> "nn.Module":
+        from .construct import construct
+
+        return construct(block, model_config, config)
+
+    def build(self, config: "Config", model: "nn.Module", *, schedule: "Schedule | None") -> "TrainingEngine":
+        raise config.error("engine: megatron: it cannot train yet")
+
+
+BACKEND = MegatronBackend()

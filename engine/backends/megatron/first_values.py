@@ -1,0 +1,33 @@
+"""The weights that training starts from: drawn as every engine draws them, or a Hugging Face folder's."""
+
+import torch
+from torch import Tensor
+
+from ...config.config import Config
+from ...config.run_blocks import ModelBlock
+from ..model import from_folder
+from .draw import draw_into
+from .model import StagedModel
+from .parts import LocalParameter
+
+
+@torch.no_grad()
+def fill_with_first_values(model: StagedModel, block: ModelBlock, config: Config) -> None:
+    """Give a model its first weights; the same for every layout."""
+    targets: dict[str, list[tuple[LocalParameter, Tensor]]] = {}
+    for held, tensor in model.local_parameters():
+        tensor.zero_()  # the padding of the vocabulary stays so
+        for name in dict.fromkeys(part.name for part in held.parts):
+            targets.setdefault(name, []).append((held, tensor))
+
+    def sink(name: str, weight: Tensor) -> None:
+        for held, tensor in targets.get(name, ()):
+            held.fill(tensor, name, weight)
+
+    if block.path is not None:
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        for name, weight in from_folder(block.path, model.config, dtype).named_parameters():
+            sink(name, weight)
+        return
+    seed = config.parsed.training.seed if config.parsed.training is not None else 0
+    draw_into(model.config, torch.bfloat16 if config.bf16 else torch.float32, seed, targets.keys(), sink)

@@ -1,0 +1,139 @@
+"""The configuration keys of the ``megatron`` engine."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict
+
+from narrowgauge.optimizers import OPTIMIZERS
+
+from ...config.blocks import Block, Count, Flag, StrictBlock
+from ...config.config import Config
+from ...config.engine_keys import EngineKeys
+from ...config.optimizer_params import our_only
+from ...config.problems import unknown_names
+from ...errors import did_you_mean
+from .layout import Layout, Sizes
+
+ADAMW = frozenset({"lr", "betas", "eps", "weight_decay", "torch_adam"})
+
+
+def _refuse(reason: str) -> AfterValidator:
+    """For a setting that this engine does not have: allowed where it is off, or says nothing."""
+
+    def check(value: Any) -> Any:
+        if value not in (None, False, 0):
+            raise ValueError(reason)
+        return value
+
+    return AfterValidator(check)
+
+
+class Bf16Block(Block):
+    enabled: Flag = False
+
+
+class Fp16Block(Block):
+    model_config = ConfigDict(extra="allow")
+
+    enabled: Annotated[Flag, _refuse("expected false with the megatron engine, which scales no losses; use bf16")] = (
+        False
+    )
+
+
+class ZeroBlock(Block):
+    model_config = ConfigDict(extra="allow")
+
+    stage: Annotated[
+        int,
+        _refuse("expected 0 with the megatron engine; megatron.distributed_optimizer shards masters and moments"),
+    ] = 0
+
+
+class MegatronBlock(StrictBlock):
+    """How the model is cut over the process ranks, and what Megatron does meanwhile."""
+
+    tensor_parallel: Count = 1
+    """Process ranks that share each layer's matrices."""
+    pipeline_parallel: Count = 1
+    """Process ranks that hold different layers."""
+    virtual_pipeline: Count = 1
+    """Pieces of layers on each of the latter, in turn; more than 1 is the interleaved schedule."""
+    context_parallel: Count = 1
+    """Process ranks that share each sequence; more than 1 needs Transformer Engine."""
+    expert_parallel: Count = 1
+    """Process ranks that hold different experts."""
+    expert_tensor_parallel: Count | None = None
+    """Process ranks that share each expert's matrices; default ``tensor_parallel``."""
+    sequence_parallel: Flag = False
+    """Norms and residuals are cut along the sequence over the ``tensor_parallel`` ranks."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """What backward computes again: nothing, whole layers, or ``recompute_modules``."""
+    recompute_layers: Count = 1
+    """Of ``full``: layers between two kept activations."""
+    recompute_modules: list[Literal["core_attn", "mlp", "layernorm", "moe"]] = ["core_attn"]
+    """Of ``selective``."""
+    distributed_optimizer: Flag = True
+    """Masters and moments are cut over the data-parallel ranks, as ZeRO-1 does."""
+    overlap_grad_reduce: Flag = False
+    """Gradients are reduced while backward goes on."""
+    overlap_param_gather: Flag = False
+    """Parameters are gathered while the next forward goes on; needs the other two."""
+    grouped_experts: Flag = False
+    """All experts of a layer in one grouped product; needs Transformer Engine."""
+    fp8: Flag = False
+    """Needs Transformer Engine."""
+
+    def sizes(self) -> Sizes:
+        return Sizes(
+            tensor=self.tensor_parallel,
+            pipeline=self.pipeline_parallel,
+            chunks=self.virtual_pipeline,
+            expert=self.expert_parallel,
+            expert_tensor=self.expert_tensor_parallel or self.tensor_parallel,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+
+class MegatronKeys(EngineKeys):
+    """What the engine takes beside narrowgauge's blocks."""
+
+    megatron: MegatronBlock = MegatronBlock()
+    bf16: Bf16Block | None = None
+    fp16: Fp16Block | None = None
+    zero_optimization: ZeroBlock | None = None
+    scheduler: Annotated[Any, _refuse("the megatron engine has none; use training.lr_schedule")] = None
+    steps_per_print: int | float | None = None
+    """Of DeepSpeed's own log, which this engine does not write."""
+
+    @classmethod
+    def problems_in(cls, raw: Mapping[str, Any]) -> list[str]:
+        optimizer = raw.get("optimizer")
+        if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
+            return []
+        name, params = optimizer["type"], optimizer.get("params", {})
+        if name in OPTIMIZERS:
+            return []
+        if name.lower() not in ("adam", "adamw"):
+            known = sorted({*OPTIMIZERS, "AdamW"})
+            return [f"optimizer.type: expected one of {known}, got {name!r}{did_you_mean(name, known)}"]
+        own = [key for key in params if key not in our_only() or key in ADAMW] if isinstance(params, dict) else []
+        return unknown_names("optimizer.params", name, own, ADAMW)
+
+
+def megatron_block(config: Config) -> MegatronBlock:
+    """The block of a configuration that was read for this engine."""
+    assert isinstance(config.parsed, MegatronKeys)
+    return config.parsed.megatron
+
+
+def layout_of(config: Config, world_size: int) -> Layout:
+    """How a configuration cuts the model over a number of process ranks.
+
+    Raises:
+        ConfigError: it does not fit that number.
+    """
+    try:
+        return Layout.of(megatron_block(config).sizes(), world_size)
+    except ValueError as error:
+        raise config.error(f"megatron.{error}") from error

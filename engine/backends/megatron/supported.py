@@ -1,0 +1,82 @@
+"""What the ``megatron`` engine refuses before anything starts."""
+
+from collections.abc import Iterator
+
+from transformers import PretrainedConfig
+
+from ...config.config import Config
+from .architecture import architecture_of
+from .fits import problems_of_layout
+from .installed import has_transformer_engine, not_usable_because
+from .keys import layout_of, megatron_block
+
+
+def check(config: Config) -> None:
+    """See :meth:`narrowgauge.engine.protocol.Backend.check`."""
+    if (reason := not_usable_because()) is not None:
+        raise config.error(f"engine: megatron: {reason}")
+    if problems := ["engine: megatron: it cannot train yet", *_settings(config), *_optimizer(config)]:
+        raise config.error(*problems)
+
+
+def _settings(config: Config) -> Iterator[str]:
+    block, parsed = megatron_block(config), config.parsed
+    te = "Transformer Engine" if has_transformer_engine() else "Transformer Engine, which is not installed"
+    if block.context_parallel > 1:
+        yield (
+            f"megatron.context_parallel: expected 1, got {block.context_parallel}: attention over cut sequences is"
+            f" {te}'s alone, and this engine builds its layers without it"
+        )
+    if block.fp8:
+        yield f"megatron.fp8: expected false, got true: it is {te}'s, and this engine builds its layers without it"
+    if block.grouped_experts:
+        yield (
+            "megatron.grouped_experts: expected false, got true: grouped products need Transformer Engine or the"
+            " package grouped_gemm; experts run one after the other"
+        )
+    if block.overlap_param_gather and not (block.distributed_optimizer and block.overlap_grad_reduce):
+        yield (
+            "megatron.overlap_param_gather: expected distributed_optimizer and overlap_grad_reduce with it, got one of"
+            " them off"
+        )
+    if block.virtual_pipeline > 1 and block.pipeline_parallel == 1:
+        yield (
+            f"megatron.virtual_pipeline: expected 1 without pipeline_parallel, got {block.virtual_pipeline}: there are"
+            " no stages to interleave"
+        )
+    if block.sequence_parallel and block.tensor_parallel == 1:
+        yield "megatron.sequence_parallel: expected tensor_parallel > 1 with it, got 1: nothing shares the sequence"
+    if parsed.model is not None and parsed.model.gradient_checkpointing != "none":
+        yield (
+            "model.gradient_checkpointing: expected 'none' with the megatron engine, got"
+            f" {parsed.model.gradient_checkpointing!r}; use megatron.recompute"
+        )
+    if parsed.training is not None and parsed.training.sample_prompt is not None:
+        yield (
+            "training.sample_prompt: the megatron engine does not generate; narrowgauge export writes a folder for"
+            " transformers"
+        )
+    if config.offload() is not None:
+        yield "activation_offload: not supported with the megatron engine yet; use megatron.recompute"
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    block = config.parsed.optimizer
+    if block is not None and config.optimizer_options is not None:
+        yield f"optimizer.type: expected AdamW with the megatron engine, got {block.type}: it is not supported yet"
+
+
+def check_model(config: Config, model_config: PretrainedConfig, world_size: int) -> None:
+    """See :meth:`narrowgauge.engine.protocol.Backend.check_model`."""
+    layout, data = layout_of(config, world_size), config.parsed.data
+    sequence_length = data.sequence_length if data is not None else None
+    try:
+        architecture = architecture_of(model_config, sequence_length)
+    except ValueError as error:
+        raise config.error(*(f"model: {line}" for line in str(error).splitlines())) from error
+    batches = config.batches(layout.data)
+    problems = problems_of_layout(
+        architecture, layout, sequence_length=sequence_length, accumulation_steps=batches.accumulation_steps
+    )
+    if problems:
+        raise config.error(*(f"megatron.{problem}" for problem in problems))
