@@ -16,6 +16,8 @@ from pathlib import Path
 
 import xxhash
 
+from .vouched import one_rank_at_a_time, vouch, whole_once
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
@@ -31,33 +33,37 @@ def cache_key(*parts: object, version: int = FORMAT) -> str:
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Have one process of this machine build the folder ``target``; return it once it is there, whole.
 
-    What is already there is used only if its files still have the digests they were written with. Otherwise it is
-    built anew; processes that have the old files open keep them.
+    What is already there is used only if its files still have the digests they were written with, which one process
+    rank of each host compares. Otherwise it is built anew; processes that have the old files open keep them.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{target}.lock").open("a+") as lock:
-        # Shared: the process ranks of a machine read the files at the same time, from one pass over the disk.
+    with one_rank_at_a_time(target), Path(f"{target}.lock").open("a+") as lock:
+        # Shared: hosts read the files at the same time.
         fcntl.flock(lock, fcntl.LOCK_SH)
-        if damage_of(target) is None:
+        if whole_once(target, lambda: damage_of(target) is None):
             return target
         fcntl.flock(lock, fcntl.LOCK_UN)
         fcntl.flock(lock, fcntl.LOCK_EX)
         damage = damage_of(target)
-        if damage is None:
-            return target
-        if target.exists():
-            logger.warning(f"{target}: damaged ({damage}); it is built anew")
-            shutil.rmtree(target)
-        # Containers have the same few process ids; what one left that was ended in the middle is in the way.
-        aside = Path(f"{target}.tmp-{socket.gethostname()}-{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            build(aside)
-            _write_digests(aside)
-            aside.rename(target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        if damage is not None:
+            _build_anew(target, build, damage)
+        vouch(target)
     return target
+
+
+def _build_anew(target: Path, build: Callable[[Path], None], damage: str) -> None:
+    if target.exists():
+        logger.warning(f"{target}: damaged ({damage}); it is built anew")
+        shutil.rmtree(target)
+    # Containers have the same few process ids; what one left that was ended in the middle is in the way.
+    aside = Path(f"{target}.tmp-{socket.gethostname()}-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        build(aside)
+        _write_digests(aside)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def damage_of(folder: Path) -> str | None:

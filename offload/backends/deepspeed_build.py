@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,22 @@ from typing import Any
 
 import torch
 from torch.utils.cpp_extension import _get_build_directory, _import_module_from_library
+
+_TOOLS = {
+    "ninja",
+    "c++",
+    "g++",
+    "cc1plus",
+    "clang++",
+    "as",
+    "ld",
+    "collect2",
+    "nvcc",
+    "cudafe++",
+    "cicc",
+    "ptxas",
+    "hipcc",
+}
 
 
 def build_folder(name: str) -> Path:
@@ -114,7 +131,7 @@ def build_extension(
     folders = [build_folder(name) for name in (*needs, builder.name)]
     with _one_at_a_time(folders[0].parent, announce):
         for folder in folders:
-            _remove_stale_lock(folder / "lock")
+            _remove_stale_lock(folder / "lock", announce)
             if is_current is not None and not is_current():
                 for file in (*folder.glob("*.so"), *folder.glob("*.o")):
                     file.unlink()
@@ -132,7 +149,7 @@ def remove_stale_locks(root: Path, announce: Callable[[str], None] = lambda _: N
     """Remove :func:`stale_locks`; waits while another process builds."""
     with _one_at_a_time(root, announce):
         for lock in root.glob("*/lock"):
-            _remove_stale_lock(lock)
+            _remove_stale_lock(lock, announce)
 
 
 @contextmanager
@@ -147,9 +164,16 @@ def _one_at_a_time(root: Path, announce: Callable[[str], None]) -> Iterator[None
         yield
 
 
-def _remove_stale_lock(lock: Path) -> None:
-    if _is_stale(lock):
-        lock.unlink(missing_ok=True)
+def _remove_stale_lock(lock: Path, announce: Callable[[str], None]) -> None:
+    """A compiler that has outlived the build that started it is waited for: it writes what the next one would read."""
+    if not _is_stale(lock):
+        return
+    if _is_compiled_in(lock.parent):
+        announce(f"waiting for compilers that were left in {lock.parent} by a build that was killed")
+        while _is_compiled_in(lock.parent):
+            time.sleep(0.2)
+    announce(f"{lock.parent.name}: the lock of a build that was killed is removed")
+    lock.unlink(missing_ok=True)
 
 
 def _is_stale(lock: Path) -> bool:
@@ -157,12 +181,26 @@ def _is_stale(lock: Path) -> bool:
     return lock.exists() and not _is_open(lock)
 
 
+def _is_compiled_in(folder: Path) -> bool:
+    """Whether a build tool works in the folder, as ninja and the compilers that it starts do."""
+    target = str(folder.resolve())
+    return any(_leads_to(cwd, target) and _name_of(cwd.parent) in _TOOLS for cwd in Path("/proc").glob("[0-9]*/cwd"))
+
+
+def _name_of(process: Path) -> str:
+    try:
+        return (process / "comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _leads_to(link: Path, target: str) -> bool:
+    try:
+        return os.readlink(link) == target
+    except OSError:
+        return False
+
+
 def _is_open(path: Path) -> bool:
     target = str(path.resolve())
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(descriptor) == target:
-                return True
-        except OSError:
-            continue
-    return False
+    return any(_leads_to(descriptor, target) for descriptor in Path("/proc").glob("[0-9]*/fd/*"))

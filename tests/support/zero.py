@@ -78,7 +78,8 @@ def full_weights(engine: Any) -> dict[str, torch.Tensor]:
     """The plain weights on every rank."""
     if engine.zero_optimization_stage() < 3:
         return {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
-    engine.write_back()
+    if hasattr(engine, "write_back"):
+        engine.write_back()
     found = {}
     for name, parameter in engine.module.named_parameters():
         if not name.endswith(".compact"):

@@ -1,6 +1,5 @@
 """What DeepSpeed's update does with gradients that are missing, old or not finite, put right around it."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -9,9 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
 
 from ..gradient_norm import gradient_norm
-from .privates import Update, complete_offloaded_gradients, drop_gradients, set_grad_norm, wrap_update
+from .privates import Update, loss_scale, set_grad_norm, settle_gradients, start_sums_at_zero, wrap_update
 from .schedules import check_metrics
 
 
@@ -30,27 +30,30 @@ def mend_updates(engine: DeepSpeedEngine) -> None:
             check_metrics(own.lr_scheduler, lr_kwargs)
             optimizer: Any = own.optimizer
             if not isinstance(optimizer, torch.optim.Optimizer):
-                complete_offloaded_gradients(optimizer)
+                settle_gradients(optimizer)
                 update(lr_kwargs)
-                drop_gradients(optimizer)
                 return
             # Of this rank's gradients, which are equal on all where no model is cut.
-            norm = float(gradient_norm([p.grad for p in own.module.parameters() if p.grad is not None]))
-            set_grad_norm(engine, norm)
+            norm = gradient_norm([p.grad for p in own.module.parameters() if p.grad is not None])
+            found, is_finite = _agreed(norm.to(own.device) / loss_scale(engine))
+            set_grad_norm(engine, found)
             # DeepSpeed asks its own wrappers for this, and counts the step as skipped.
-            is_skipped = vars(optimizer)["overflow"] = _on_any_rank(not math.isfinite(norm), own.device)
+            is_skipped = vars(optimizer)["overflow"] = not is_finite
             with _without_step(optimizer) if is_skipped else nullcontext():
                 update(lr_kwargs)
 
         return mended
 
+    start_sums_at_zero(own.optimizer)
     wrap_update(engine, wrap)
 
 
-def _on_any_rank(found: bool, device: torch.device) -> bool:
-    flag = torch.tensor(float(found), device=device)
+def _agreed(norm: Tensor) -> tuple[float, bool]:
+    """This rank's norm, and whether those of all ranks are finite; waits for the device once."""
+    flag = 1.0 - torch.isfinite(norm).float()
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+    found, is_infinite = torch.stack([norm, flag]).tolist()
+    return found, not is_infinite
 
 
 @contextmanager

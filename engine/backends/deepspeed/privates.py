@@ -5,6 +5,7 @@ ZeRO-3 puts ``ds_*`` attributes on parameters; ZeRO-1 and 2 link each parameter 
 """
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -113,33 +114,92 @@ def set_grad_norm(engine: DeepSpeedEngine, norm: float) -> None:
     own._global_grad_norm = norm
 
 
-def complete_offloaded_gradients(wrapper: Any) -> None:
-    """With the optimizer on the CPU, the last backward of a step copies gradients there; copy those of parameters that
-    had theirs in an earlier micro-batch only.
+def loss_scale(engine: DeepSpeedEngine) -> Tensor:
+    """What gradients are larger by than those of the loss without ZeRO, on the engine's device: fp16 autocast's."""
+    own: Any = engine
+    one = torch.ones((), device=own.device)
+    scaler = own.torch_autocast_z0_gradscaler
+    return one if scaler is None else scaler.scale(one)
+
+
+def start_sums_at_zero(wrapper: Any) -> None:
+    """A sum over micro-batches in a buffer of ZeRO's goes on from the step before, where the parameter has no gradient
+    in the first micro-batch: let it begin at zero.
     """
-    if type(wrapper) is DeepSpeedZeroOptimizer_Stage3 and wrapper.offload_optimizer:
+    if type(wrapper) is DeepSpeedZeroOptimizer_Stage3:
+        partition_grads = wrapper.partition_grads
+
+        @wraps(partition_grads)
+        def partition_from_zero(parameters: list[Any], partitions: list[Tensor]) -> Any:
+            if wrapper.micro_step_id > 0:
+                for parameter in parameters:
+                    if parameter.ds_id not in wrapper._offload_boundary_param_ids:
+                        _stage_3_buffer(wrapper, parameter).zero_()
+            return partition_grads(parameters, partitions)
+
+        vars(wrapper)["partition_grads"] = partition_from_zero
+    elif type(wrapper) is DeepSpeedZeroOptimizer and wrapper.cpu_offload:
+        copy_grads = wrapper.copy_grads_in_partition
+
+        @wraps(copy_grads)
+        def copy_from_zero(parameter: Any, *args: Any, **kwargs: Any) -> Any:
+            key = wrapper.get_param_id(parameter)
+            kept = wrapper.accumulated_grads_in_cpu.get(key)
+            if kept is not None and wrapper.micro_step_id > 0 and key not in wrapper._offload_accumulated_param_ids:
+                kept.zero_()
+            return copy_grads(parameter, *args, **kwargs)
+
+        vars(wrapper)["copy_grads_in_partition"] = copy_from_zero
+
+
+def settle_gradients(wrapper: Any) -> None:
+    """Before a step: what ZeRO keeps in buffers of its own is made the gradients of this step. Those of parameters that
+    had none in it become zero, and those on the CPU or on NVMe also hold what came before the last micro-batch.
+    """
+    if type(wrapper) is DeepSpeedZeroOptimizer_Stage3:
+        _settle_stage_3(wrapper)
+    elif type(wrapper) is DeepSpeedZeroOptimizer and wrapper.cpu_offload:
+        # The last backward of a step copies gradients to the CPU: those of its own micro-batch.
+        copied = wrapper.norm_for_param_grads
+        wrapper._offload_accumulated_param_ids -= copied.keys()
+        wrapper._finalize_cpu_offload_gradient_accumulation()
+        for parameters, masters in zip(
+            wrapper.params_in_partition, wrapper.single_partition_of_fp32_groups, strict=True
+        ):
+            for key in map(wrapper.get_param_id, parameters):
+                if key not in copied:
+                    _, _, start, length = wrapper.grad_position[key]
+                    masters.grad.view(-1).narrow(0, start, length).zero_()
+
+
+def _settle_stage_3(wrapper: Any) -> None:
+    active = set(wrapper._offload_boundary_param_ids)
+    if wrapper.offload_optimizer:
         copied = wrapper.norm_for_param_grads.keys()
         done = {p.ds_id for group in wrapper.fp16_groups for p in group if wrapper.get_param_id(p) in copied}
         wrapper._offload_boundary_param_ids -= done
         wrapper._finalize_offload_gradient_accumulation()
-    elif type(wrapper) is DeepSpeedZeroOptimizer and wrapper.cpu_offload:
-        wrapper._offload_accumulated_param_ids -= wrapper.norm_for_param_grads.keys()
-        wrapper._finalize_cpu_offload_gradient_accumulation()
+    for number, group in enumerate(wrapper.fp16_groups):
+        # What there is of the others here is padding.
+        idle = [(p, length) for p in group if p.ds_id not in active and (length := own_shard(p)[0].numel())]
+        starts = [stage_3_position(wrapper, parameter)[0] for parameter, _ in idle]
+        if not wrapper.offload_optimizer:
+            for parameter, _ in idle:
+                _stage_3_buffer(wrapper, parameter).zero_()
+        elif wrapper._swappable_optimizer_subgroup(number):
+            dtype = wrapper.fp32_partitioned_groups_flat[number].dtype
+            zeros = [torch.zeros(length, dtype=dtype, device=wrapper.device) for _, length in idle]
+            if zeros:
+                wrapper._swap_out_offload_fp32_gradients({number: zeros}, {number: starts})
+        else:
+            gradient = wrapper.fp32_partitioned_groups_flat[number].grad
+            for start, (_, length) in zip(starts, idle, strict=True):
+                gradient.narrow(0, start, length).zero_()
 
 
-def drop_gradients(wrapper: Any) -> None:
-    """After a step: forget the gradients that ZeRO keeps in buffers of its own."""
-    kept: list[Tensor | None] = []
-    if type(wrapper) is DeepSpeedZeroOptimizer_Stage3:
-        kept.append(wrapper.grad_partitions_flat_buffer)
-        if wrapper.offload_optimizer:
-            kept += [masters.grad for masters in wrapper.fp32_partitioned_groups_flat]
-    elif type(wrapper) is DeepSpeedZeroOptimizer and wrapper.cpu_offload:
-        kept += [masters.grad for masters in wrapper.single_partition_of_fp32_groups]
-        kept += wrapper.accumulated_grads_in_cpu.values()
-    for gradient in kept:
-        if gradient is not None:
-            gradient.zero_()
+def _stage_3_buffer(wrapper: Any, parameter: Any) -> Tensor:
+    """In which a parameter's gradients are summed up."""
+    return wrapper._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[parameter.ds_id]
 
 
 def release_destroyed_groups() -> None:

@@ -2,17 +2,22 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
 from narrowgauge.engine.config.run_blocks import DataBlock
-from narrowgauge.engine.data.cache import build_once
+from narrowgauge.engine.data import cache
+from narrowgauge.engine.data.cache import build_once, digest_of
 from narrowgauge.engine.data.prepare import prepare_data
 from narrowgauge.engine.data.tokenizer import load_tokenizer, tokenizer_hash
+from narrowgauge.engine.ranks.agreement import agree
+from tests.support.ranks import RankPool
 
 TEXTS = ("a tokenizer learns from its text. " * 50, "klm nop qrs tuv wxyz klmnop qrstuv 0123 " * 50)
 
@@ -105,3 +110,40 @@ def test_files_that_are_gone_or_new_are_found(tmp_path: Path) -> None:
             assert build_once(target, build) == target
             assert sorted(path.name for path in target.iterdir()) == ["a", "digests.json"]
     assert len(built) == 4
+
+
+def prepared_together(folder: str, *, again: bool) -> tuple[list[int], int]:
+    """The tokens that this rank reads, and the bytes of the token cache that it hashes."""
+    num_bytes = 0
+
+    def counted(path: Path) -> str:
+        nonlocal num_bytes
+        num_bytes += path.stat().st_size
+        return digest_of(path)
+
+    dist.barrier()
+    if again:
+        agree({})
+    options = {"vocab_size": 400, "sequence_length": 16, "cache_dir": f"{folder}/cache"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "digest_of", counted)
+        tokens = prepare_data(DataBlock.model_validate({"train": [f"{folder}/csv.txt"], **options})).train[0][1]
+    dist.barrier()
+    return tokens.tolist(), num_bytes
+
+
+def test_one_rank_of_a_host_hashes_the_cache(two_ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
+    """Each rank hashed all of it at each start."""
+    shutil.copy(corpus / "csv.txt", tmp_path)
+    expected = two_ranks.run(prepared_together, str(tmp_path), again=False)[0][0]
+    kept = [p for p in tmp_path.glob("cache/*/*/*") if p.is_file() and p.name != "digests.json"]
+    total = sum(path.stat().st_size for path in kept)
+    for flipped in (False, True):
+        if flipped:
+            flip_a_bit(next(tmp_path.glob("cache/tokens/*/train.bin")), 11)
+        found = two_ranks.run(prepared_together, str(tmp_path), again=True)
+        assert [tokens for tokens, _ in found] == [expected, expected]
+        hashed = sum(num_bytes for _, num_bytes in found)
+        # Damage is found, made sure of under the lock, and what is made anew is hashed as it is written.
+        tokens = sum(path.stat().st_size for path in kept if path.parent.parent.name == "tokens")
+        assert hashed == (total + 2 * tokens if flipped else total)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from narrowgauge.launcher.hosts import Host, read_hostfile
 from tests.launcher.conftest import Call
 from tests.support.command import tiny_config
 
@@ -42,3 +43,11 @@ def test_hostfiles_that_do_not_hold(call: Call, corpus: Path, tmp_path: Path, te
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert message in result.stderr
+
+
+def test_who_logs_in_is_read_from_deepspeeds_form(tmp_path: Path) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text("alice@h1 slots=2\nh2 slots=2\n")
+    hosts = read_hostfile(path)
+    assert hosts == [Host("h1", 2, "alice"), Host("h2", 2)]
+    assert [host.login for host in hosts] == ["alice@h1", "h2"]

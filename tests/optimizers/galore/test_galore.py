@@ -547,3 +547,20 @@ def test_bad_options_leave_the_model_as_it_was(options: dict[str, Any], message:
         GaLore(model, **options)
     assert not any(isinstance(module, ProjectedLinear) for module in model.modules())
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("projector", ["svd", "sketch", "power"])
+def test_a_gradient_that_is_not_finite_gives_no_subspace(projector: str) -> None:
+    """The weights were NaN, and then the SVD ended with what only its authors understand; ``power`` went on."""
+    model, twin = odd(), odd()
+    options = {**OPTIONS, "projector": projector, "refresh_interval": 2}
+    optimizer, other = GaLore(model, **options), GaLore(twin, **options)
+    before = copy.deepcopy(model.state_dict())
+    (model(token_batch(0, 2)) * torch.inf).backward()
+    with pytest.raises(RuntimeError, match=r"expected finite gradients where the next subspaces .* in blocks\.0\.q;"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    optimizer.zero_grad()
+    for each, own in ((model, optimizer), (twin, other)):
+        train_steps(each, own, 0, 5)
+    assert difference(model, twin) == 0.0

@@ -1,5 +1,7 @@
 """``Conv1D``, and subclasses of ``nn.Linear``, against ``nn.Linear``."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -162,3 +164,26 @@ def test_gpt2_and_falcon_are_compact_throughout() -> None:
         dense.eval()
         tokens = token_batch(0, 2, vocab=64)
         assert torch.equal(model(tokens).logits, dense(tokens).logits)
+
+
+@pytest.mark.parametrize("optimizer", [Grass, GaLore])
+def test_layers_of_every_class_can_be_copied_and_pickled(optimizer: Any) -> None:
+    """The classes that are made for ``Conv1D`` and for subclasses of ``nn.Linear`` stand in no module, where pickle
+    looked for them.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(8, 8), Named(8, 8), nn.Linear(8, 8))
+    own = optimizer(model, lr=1e-2, density=0.5, target_modules=["*"])
+    x = torch.randn(4, 8)
+    model(x).square().sum().backward()
+    own.step()
+    pickled: nn.Sequential = pickle.loads(pickle.dumps(model))  # noqa: S301
+    for copied in (copy.deepcopy(model), pickled):
+        assert [type(layer) for layer in copied] == [type(layer) for layer in model]
+        assert torch.equal(copied(x), model(x))
+        for name, value in model.state_dict().items():
+            assert torch.equal(copied.state_dict()[name], value)
+            assert copied.state_dict()[name].data_ptr() != value.data_ptr()
+        first: Any = copied[0]
+        first.revert()
+        assert type(first) is Conv1D

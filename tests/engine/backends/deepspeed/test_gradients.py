@@ -1,13 +1,17 @@
 """Updates with gradients that are missing or not finite, under every ZeRO stage."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrowgauge.engine import initialize
+from narrowgauge.engine.backends.deepspeed.privates import groups_and_masters
 from tests.support.cases import cases
 from tests.support.models import token_batch
 from tests.support.ranks import RankPool
@@ -102,17 +106,82 @@ def test_a_gradient_of_an_earlier_micro_batch_reaches_an_optimizer_on_the_cpu(
         assert one_rank.run(losses_of, optimizer, zero, 2)[0] == pytest.approx(expected, abs=1e-5), zero
 
 
+def losses_on_nvme(folder: str, accumulation: int) -> list[float]:
+    zero = {
+        "stage": 3,
+        "sub_group_size": 1000,
+        "offload_optimizer": {"device": "nvme", "nvme_path": folder, "pin_memory": True},
+    }
+    return losses_of("AdamW", zero, accumulation)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_optimizer_on_nvme_finds_no_gradient_of_an_earlier_step(
+    one_rank: RankPool, tmp_path: Path, accumulation: int
+) -> None:
+    """The files kept the gradient of the last step in which a parameter had one."""
+    (expected,) = one_rank.run(losses_of, "AdamW", {"stage": 1}, accumulation)
+    assert one_rank.run(losses_on_nvme, str(tmp_path), accumulation)[0] == pytest.approx(expected, abs=1e-5)
+
+
+class Zeroed(TorchDispatchMode):
+    """Counts the elements of each storage that are set to zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.zero_.default:
+            storage = args[0].untyped_storage().data_ptr()
+            self.elements[storage] = self.elements.get(storage, 0) + args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def zeroed_in_steps(zero: dict[str, Any], accumulation: int, drop_every: int) -> list[int]:
+    """Elements of ZeRO's gradient buffers that each step set to zero."""
+    engine = make_engine("AdamW", zero, accumulation)
+    engine.module.drop_every = drop_every
+    wrapper, found = engine.optimizer, []
+    for step in range(3):
+        kept = [masters.grad for _, masters in groups_and_masters(wrapper) or () if masters.grad is not None]
+        kept += [wrapper.grad_partitions_flat_buffer] if zero["stage"] == 3 else []
+        with Zeroed() as zeroed:
+            for number in range(accumulation):
+                micro_step(engine, step * accumulation + number)
+        kept += getattr(wrapper, "accumulated_grads_in_cpu", {}).values()
+        found.append(sum(zeroed.elements.get(key, 0) for key in {t.untyped_storage().data_ptr() for t in kept}))
+    finish(engine)
+    return found
+
+
+@pytest.mark.cover(1)
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("zero", [*OFFLOADED, {"stage": 3}], ids=["cpu1", "cpu2", "cpu3", "zero3"])
+def test_only_gradients_of_idle_parameters_are_set_to_zero(
+    one_rank: RankPool, zero: dict[str, Any], accumulation: int
+) -> None:
+    """All of them were, in host memory, after each step."""
+    assert one_rank.run(zeroed_in_steps, zero, accumulation, 0)[0] == [0, 0, 0]
+    block = 2 * (20 * 20 + 20)
+    # One block is left out of each micro-batch: of the first, which is not of the second, or of the only one.
+    (found,) = one_rank.run(zeroed_in_steps, zero, accumulation, 3)
+    assert set(found[1:]) == {block}
+
+
 def skip_one(optimizer: str, zero: dict[str, Any], poisoned_step: int) -> dict[str, Any]:
     engine = make_engine(optimizer, zero, 1)
     engine.module.drop_every = 0
     for number in range(poisoned_step):
         micro_step(engine, number)
-    before = full_weights(engine) if hasattr(engine, "write_back") or zero["stage"] < 3 else {}
+    before = full_weights(engine)
     engine.module.is_poisoned = dist.get_rank() == 1
     micro_step(engine, poisoned_step)
     engine.module.is_poisoned = False
-    after = full_weights(engine) if before else {}
+    after = full_weights(engine)
+    assert before.keys() == after.keys()
     found = {
+        "compared": len(before),
         "changed": [name for name, value in before.items() if not torch.equal(after[name], value)],
         "skipped": engine.skipped_steps,
         "applied": engine.was_step_applied(),
@@ -134,6 +203,40 @@ def test_a_step_whose_gradients_are_not_finite_on_one_rank_is_left_out_on_all(
     """
     found = two_ranks.run(skip_one, optimizer, zero, 0 if optimizer == "GaLore" else 2)
     for own in found:
+        assert own["compared"] == len(DropsLayers().state_dict())
         assert own["changed"] == []
         assert (own["skipped"], own["applied"]) == (1, False)
         assert all(0.5 < loss < 5.0 for loss in own["losses"])
+
+
+def autocast_norms(loss_factor: float) -> list[tuple[float, float]]:
+    """The norm that the engine tells, and that of the gradients of the same loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1))
+    twin = copy.deepcopy(model)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "torch_autocast": {"enabled": True, "dtype": "float16"},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "torch_adam": True}},
+    }
+    engine, *_ = initialize(model=model, config=config)
+    found = []
+    for step in range(2):
+        x = torch.randn(2, 20, generator=torch.Generator().manual_seed(step))
+        engine.backward(engine(x).float().square().mean() * loss_factor)
+        engine.step()
+        assert engine.was_step_applied()
+        twin.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            y = twin(x)
+        (y.float().square().mean() * loss_factor).backward()
+        norms = [p.grad.norm() for p in twin.parameters() if p.grad is not None]
+        found.append((engine.get_global_grad_norm(), float(torch.stack(norms).norm())))
+    finish(engine)
+    return found
+
+
+def test_the_norm_with_fp16_autocast_is_that_of_the_gradients(one_rank: RankPool) -> None:
+    """It was 65536 times as large: that of the scaled loss."""
+    for told, expected in one_rank.run(autocast_norms, 1e-3)[0]:
+        assert told == pytest.approx(expected, rel=2e-2)
