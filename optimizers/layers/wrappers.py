@@ -46,7 +46,12 @@ def wrappers_of(model: nn.Module) -> Iterator[str]:
             yield "fully_shard"
     # The user may hand over what is inside the wrapper (`ddp.module`): only the wrapper knows of itself.
     for holder in gc.get_objects():
-        if _is_wrapper(holder) and any(child is model for child in holder._modules.values()):
+        # The quick question first, there may be a million of them.
+        if (
+            issubclass(type(holder), nn.Module)
+            and _is_wrapper(holder)
+            and any(child is model for child in holder._modules.values())
+        ):
             yield type(holder).__name__
 
 
