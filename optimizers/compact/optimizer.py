@@ -134,6 +134,7 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
             raise RuntimeError(f"{type(self).__name__}.step: its layers were reverted, make another optimizer")
         if not self.in_engine:
             self.before_step()
+            self._check_observed()
         loss = self._inner_step(closure)
         owned = self._owned()
         compact = ((layer.name, layer.module.compact) for layer in self.layers)
@@ -147,6 +148,19 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
     def before_step(self) -> None:
         for layer in self.layers:
             layer.module.look()
+
+    def _check_observed(self) -> None:
+        """Where the coming change of subspace follows this step's gradients, they have to be finite, or all changes
+        after it would not be; the compact ones are equal on all ranks.
+        """
+        observed = ((layer.name, layer.module) for layer in self.layers if layer.module.probe is not None)
+        finite = {name: m.compact.grad.isfinite().all() for name, m in observed if m.compact.grad is not None}
+        if finite and not bool(torch.stack(list(finite.values())).all()):
+            name = next(name for name, is_finite in finite.items() if not is_finite)
+            raise RuntimeError(
+                f"{type(self).__name__}.step: expected finite gradients where the next subspaces follow them, got"
+                f" others in {name}; nothing has changed: leave such a step out (zero_grad, or torch.amp.GradScaler)"
+            )
 
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
         self._base.param_groups, self._base.state = self.param_groups, self.state

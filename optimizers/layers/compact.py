@@ -279,7 +279,19 @@ def compact_class(compact: type[CompactWeight], plain: type[nn.Module]) -> Any:
     """``compact`` for layers of the type ``plain``, of which they stay instances."""
     if compact.plain is plain:
         return compact
-    return type(f"{compact.__name__}Of{plain.__name__}", (compact, plain), {"plain": plain})
+    members = {"plain": plain, "__reduce__": _reduce_made}
+    return type(f"{compact.__name__}Of{plain.__name__}", (compact, plain), members)
+
+
+def _reduce_made(self: CompactWeight) -> Any:
+    """For pickle and copy, which find a class by the module that it stands in."""
+    compact = next(base for base in type(self).__bases__ if issubclass(base, CompactWeight))
+    return _new_made, (compact, self.plain), self.__dict__.copy()
+
+
+def _new_made(compact: type[CompactWeight], plain: type[nn.Module]) -> Any:
+    made = compact_class(compact, plain)
+    return made.__new__(made)
 
 
 def keep_dtypes(
