@@ -3,6 +3,7 @@
 import inspect
 import logging
 import warnings
+import weakref
 from abc import ABC
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import wraps
@@ -16,6 +17,7 @@ from .layers.coverage import Coverage, coverage_of
 from .layers.registry import is_target
 from .layers.targets import CompactLayer
 from .layers.unfit import unfit_layers
+from .layers.wrappers import ddp_around
 from .options import Options
 from .sharding.shards import StatePiece
 
@@ -60,6 +62,8 @@ class EngineOptimizer(torch.optim.Optimizer, ABC, Generic[OptionsT]):
         self.options = options
         self.num_steps, self.in_engine = 0, False
         self._step_hook = self.register_step_post_hook(type(self)._after_own_step)
+        self._join_hook = self.register_step_pre_hook(type(self)._refuse_join)
+        self._wrappers: list[Any] | None = None
 
     @classmethod
     def carries_out(cls, options: Any) -> bool:
@@ -107,10 +111,26 @@ class EngineOptimizer(torch.optim.Optimizer, ABC, Generic[OptionsT]):
 
     def _leave_to_engine(self) -> None:
         self._step_hook.remove()
+        self._join_hook.remove()
         self.in_engine = True
 
     def _after_own_step(self, args: Any, kwargs: Any) -> None:
         self.after_step(self.learning_rates())
+
+    def _refuse_join(self, args: Any, kwargs: Any) -> None:
+        """Before an own step: ranks that step more often than others would change subspace alone."""
+        if getattr(self.options, "refresh_interval", None) is None:
+            return
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        if self._wrappers is None:
+            self._wrappers = [weakref.ref(found) for found in ddp_around(self.param_groups)]
+        if any((wrapper := ref()) is not None and wrapper._join_config.enable for ref in self._wrappers):
+            raise RuntimeError(
+                f"{type(self).__name__}.step: expected as many steps on every process rank, got"
+                " DistributedDataParallel in a Join context, which lets some end earlier: their subspaces would differ."
+                " Give every rank the same number of batches (drop_last), and use no Join"
+            )
 
     def learning_rates(self) -> list[float]:
         """The current learning rate of each parameter group."""

@@ -28,10 +28,18 @@ _store: Any = None
 
 
 def make_process_group(backend: str, timeout: timedelta) -> None:
-    """Make the group where torchrun may start ranks again, on this attempt's part of the store; else others make it."""
-    if may_restart() and _store is not None and not torch.distributed.is_initialized():
+    """Make the group, on a part of the store of its own, where the ranks have met and there is none; else others do.
+
+    Torch names a group as the one before it that was destroyed. On the same part of the store, as in a second run of
+    the same processes or after torchrun's restart, a rank would look for others at the addresses that they had then.
+    """
+    if _store is not None and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
-            backend, store=_store, rank=process_rank(), world_size=world_size(), timeout=timeout
+            backend,
+            store=PrefixStore(f"narrowgauge/group/{_meetings}", _store),
+            rank=process_rank(),
+            world_size=world_size(),
+            timeout=timeout,
         )
 
 

@@ -1,10 +1,11 @@
 """What may have wrapped a model already: the parameters that an optimizer makes would be invisible to it."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def refuse_wrapped(model: nn.Module, *, in_engine: bool) -> None:
@@ -64,3 +65,12 @@ def _is_wrapper(candidate: Any) -> bool:
     # A module that runs backward and steps an optimizer is an engine.
     engine = nn.Module in cls.__mro__ and hasattr(cls, "backward") and hasattr(cls, "step")
     return (named or engine) and "_modules" in getattr(candidate, "__dict__", {})
+
+
+def ddp_around(groups: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    """Each DistributedDataParallel that holds a parameter of the groups."""
+    own = {id(p) for group in groups for p in group["params"]}
+    for holder in gc.get_objects():
+        is_ddp = DistributedDataParallel in type(holder).__mro__ and "_modules" in holder.__dict__
+        if is_ddp and any(id(p) in own for p in holder.parameters()):
+            yield holder

@@ -25,10 +25,13 @@ from ...ranks.agreement import make_process_group
 from ...ranks.environment import ensure_environment, process_rank
 from .engine import Engine
 from .extensions import ensure_extensions
+from .fp32 import warn_of_fp32
 from .gradients import mend_updates
+from .keys import FORCED
+from .loading import follow_loads
 from .offload import attach_offload
 from .privates import configure_python_gc, release_destroyed_groups
-from .schedules import per_group_rates, take_torch_schedule
+from .schedules import momentum_note, per_group_rates, take_torch_schedule
 from .subspace import GatherOnceBackend
 from .supported import check_installed, check_offload_supported, check_supported
 
@@ -75,6 +78,8 @@ def initialize(
     """
     checked = config if isinstance(config, Config) else load_config(config)
     check_installed(checked)
+    if lr_scheduler is None and (note := momentum_note(checked.raw)) is not None and process_rank() == 0:
+        warnings.warn(note, stacklevel=2)
     ensure_environment()
     client = optimizer if isinstance(optimizer, EngineOptimizer) else None
     ours = client is not None or checked.optimizer_options is not None
@@ -109,6 +114,8 @@ def initialize(
             except (AssertionError, TypeError) as error:
                 raise checked.error(f"refused by DeepSpeed: {error}").shared() from error
             mend_updates(made[0])
+            follow_loads(made[0])
+            warn_of_fp32(checked, made[0])
             return attach(made)
     check_supported(checked, model, mpu, client=client)
     if model_parameters is not None:
@@ -174,8 +181,7 @@ def _make_engine(
     config: Config, optimizer: EngineOptimizer, *, dist_init_required: bool | None, **arguments: Any
 ) -> _Made:
     settings = {key: value for key, value in config.engine_settings().items() if key != "optimizer"}
-    # What DeepSpeed asks of an optimizer it does not know.
-    settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    settings |= FORCED
     if settings.get("scheduler"):
         settings["scheduler"] = per_group_rates(config, settings["scheduler"], optimizer)
     make_schedule = take_torch_schedule(config, settings)
@@ -191,4 +197,5 @@ def _make_engine(
     )
     configure_python_gc(engine)
     mend_updates(engine)
+    follow_loads(engine)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

@@ -24,7 +24,7 @@ from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from deepspeed.utils.logging import log_levels
-from pydantic import AfterValidator
+from pydantic import AfterValidator, model_validator
 
 from narrowgauge.optimizers import OPTIMIZERS
 
@@ -35,6 +35,9 @@ from ...config.optimizer_params import our_only
 from ...config.problems import unknown_names
 from ...errors import did_you_mean
 from .schedules import schedule_problems
+
+# What DeepSpeed asks of optimizers it does not know, ours: whatever the configuration says.
+FORCED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
 def _one_of(*words: str, any_case: bool = False) -> AfterValidator:
@@ -208,6 +211,14 @@ class DeepSpeedKeys(EngineKeys):
         None
     )
     autotuning: Annotated[dict[str, Any], _only_words_of(autotuning_constants, "arg_mappings")] | None = None
+
+    @model_validator(mode="after")
+    def _as_applied(self) -> "DeepSpeedKeys":
+        """A run records what DeepSpeed is told, not what the file says."""
+        if self.optimizer is not None and self.optimizer.type in OPTIMIZERS:
+            for key, value in FORCED.items():
+                setattr(self, key, value)
+        return self
 
     @classmethod
     def problems_in(cls, raw: Mapping[str, Any]) -> list[str]:

@@ -71,6 +71,22 @@ def _momentum_problems(name: Any, params: dict[str, Any], optimizer: dict[str, A
     return problems
 
 
+def momentum_note(raw: Mapping[str, Any]) -> str | None:
+    """What a cycle does to a momentum of which the configuration says nothing, in words; None where it does nothing."""
+    block, optimizer = raw.get("scheduler"), raw.get("optimizer") or {}
+    name, params = (block or {}).get("type"), (block or {}).get("params", {})
+    given = optimizer.get("params", {})
+    if name not in _CYCLES or "cycle_momentum" in params or {"betas", "momentum"} & given.keys():
+        return None
+    default_low, default_high = _CYCLES[name]
+    low_key, high_key = ("cycle_min_mom", "cycle_max_mom") if name == "OneCycle" else ("base_momentum", "max_momentum")
+    low, high = params.get(low_key, default_low), params.get(high_key, default_high)
+    return (
+        f"scheduler: {name} also moves the optimizer's betas[0], or its momentum, between {low} and {high}: say"
+        " scheduler.params.cycle_momentum, true or false"
+    )
+
+
 def is_torch_schedule(name: Any) -> bool:
     """Whether a schedule is torch's; a name that both have is DeepSpeed's."""
     if not isinstance(name, str) or hasattr(lr_schedules, name):

@@ -22,16 +22,42 @@ torch.distributed.destroy_process_group()
 """
 
 
+TWICE = """
+import os, time, torch
+from datetime import timedelta
+from narrowgauge.engine.ranks.agreement import agree, make_process_group
+rank = int(os.environ["RANK"])
+for run in range(2):
+    agree({})
+    # The first rank comes long after the others.
+    time.sleep(float(os.environ["DELAY"]) * run * (rank == 0))
+    make_process_group("gloo", timedelta(seconds=20))
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    assert total == 3
+    torch.distributed.destroy_process_group()
+"""
+
+
 @pytest.mark.parametrize("delay", ["0", "0.3"])
 def test_a_process_group_can_be_made_right_after(delay: str) -> None:
     """Rank 0 hosts the store here: closing it at the end of the meeting once took the process group's away."""
+    run_on_three_ranks(SCRIPT, delay)
+
+
+def test_the_group_of_a_second_run_knows_nothing_of_the_first() -> None:
+    """A rank that came early read the others' addresses of the first run on the store, and hung."""
+    run_on_three_ranks(TWICE, "1")
+
+
+def run_on_three_ranks(script: str, delay: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DELAY": delay}
     processes = [
         subprocess.Popen(  # noqa: S603
-            [sys.executable, "-c", SCRIPT],
+            [sys.executable, "-c", script],
             env=environment(**common, RANK=str(rank)),
             stderr=subprocess.PIPE,
             text=True,

@@ -92,6 +92,9 @@ def test_a_run_leaves_its_traces(finished: Path) -> None:
     resolved = json.loads((run_dir / "config.json").read_text())
     assert resolved["train_micro_batch_size_per_gpu"] == 2
     assert resolved["resolved"]["training"]["keep_checkpoints"] == 2
+    assert resolved["resolved"]["zero_allow_untested_optimizer"] is True
+    assert resolved["resolved"]["zero_force_ds_cpu_optimizer"] is False
+    assert not any(r["skipped"] for r in written if "loss" in r)
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-12", "step-8"]
 
 

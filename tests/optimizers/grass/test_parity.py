@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
-from narrowgauge.optimizers import CompactLinear, Grass
+from narrowgauge.optimizers import OPTIMIZERS, CompactLinear, Grass
 from narrowgauge.optimizers.layers.selected_linear import SelectedLinear
+from tests.support.cases import cases
 from tests.support.models import TinyTransformer, is_matrix, tiny, token_batch, train_steps
 from tests.support.ranks import RankPool
 from tests.support.references.grass import ReferenceGrass
@@ -206,3 +208,42 @@ def test_other_parameters_of_a_model_without_blocks() -> None:
     assert [layer.name for layer in optimizer.layers] == ["head"]
     train_steps(model, optimizer, 0, 1)
     assert not torch.equal(model.get_parameter("blocks.0.up.bias"), twin.get_parameter("blocks.0.up.bias"))
+
+
+def train_in_a_join(name: str, interval: int | None) -> tuple[str, bool]:
+    """Rank 1 has one batch less."""
+    model = tiny()
+    options: dict[str, Any] = {"lr": 1e-2, "refresh_interval": interval}
+    if name != "Apollo":
+        options["density"] = 0.3
+    else:
+        options["rank"] = 4
+    optimizer = OPTIMIZERS[name](model, **options)
+    trained = DistributedDataParallel(model)
+    said = ""
+    try:
+        with Join([trained]):
+            for step in range(3 - dist.get_rank()):
+                trained(token_batch(step, 2)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    except RuntimeError as error:
+        said = str(error)
+    weights = torch.cat([value.flatten() for value in model.state_dict().values()])
+    others = [torch.empty_like(weights) for _ in range(2)]
+    dist.all_gather(others, weights)
+    return said, torch.equal(*others)
+
+
+@pytest.mark.parametrize(
+    "name", cases({name: (name,) for name in ("Grass", "GaLore", "Frugal", "Apollo")}, slow={"GaLore", "Apollo"})
+)
+def test_ranks_that_step_less_often_than_others_are_refused(two_ranks: RankPool, name: str) -> None:
+    """The rank with fewer batches kept its subspace, the other changed it: their weights differed for good."""
+    for said, same in two_ranks.run(train_in_a_join, name, 2):
+        assert said.startswith(f"{name}.step: expected as many steps on every process rank, got Distributed")
+        assert same
+
+
+def test_a_subspace_that_never_changes_may_be_joined(two_ranks: RankPool) -> None:
+    assert two_ranks.run(train_in_a_join, "Grass", None) == [("", True)] * 2

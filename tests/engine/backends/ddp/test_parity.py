@@ -1,6 +1,8 @@
 """The ``ddp`` engine on two ranks against DeepSpeed without ZeRO: the same numbers, and the same checkpoints."""
 
 import gc
+import io
+import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +20,7 @@ from narrowgauge.engine.checkpoint.checkpoint import load_checkpoint, save_check
 from narrowgauge.engine.config.config import load_config
 from narrowgauge.engine.protocol import TrainingEngine
 from narrowgauge.optimizers import OPTIMIZERS
+from tests.engine.backends.deepspeed.test_gradients import DropsLayers
 from tests.support.models import TinyTransformer, token_batch
 from tests.support.ranks import RankPool
 from tests.support.zero import worst
@@ -45,7 +48,9 @@ class Model(TinyTransformer):
         return SimpleNamespace(loss=super().forward(input_ids))
 
 
-def make_engine(engine: str, optimizer: dict[str, Any], *, seed: int = 0, stage: int = 0, **more: Any) -> Any:
+def make_engine(
+    engine: str, optimizer: dict[str, Any], *, seed: int = 0, stage: int = 0, model: Any = None, **more: Any
+) -> Any:
     config = load_config(
         {
             "engine": engine,
@@ -61,8 +66,8 @@ def make_engine(engine: str, optimizer: dict[str, Any], *, seed: int = 0, stage:
     backend = backend_of(engine)
     backend.check(config)
     torch.manual_seed(seed)
-    model = Model().to(torch.bfloat16 if config.bf16 and engine == "ddp" else torch.float32)
-    return backend.build(config, model, schedule=lambda opt: LambdaLR(opt, lambda step: min(1.0, (step + 1) / 4)))
+    built = (model or Model)().to(torch.bfloat16 if config.bf16 and engine == "ddp" else torch.float32)
+    return backend.build(config, built, schedule=lambda opt: LambdaLR(opt, lambda step: min(1.0, (step + 1) / 4)))
 
 
 def micro_batches(step: int) -> Iterator[Tensor]:
@@ -186,6 +191,50 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out_on_all_ranks(two_
         assert counted == 0
         assert counters == {"global_steps": 3, "global_samples": 24, "skipped_steps": 1}
         assert 0.0 < losses[0] < 10.0
+
+
+class SometimesIdle(DropsLayers):
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return SimpleNamespace(loss=super().forward(input_ids))
+
+
+def losses_with_idle_layers(engine: str, case: str) -> list[float]:
+    made = make_engine(engine, CASES[case], model=SometimesIdle)
+    losses = train(made, 0, 7)
+    finish(made)
+    return losses
+
+
+def test_a_parameter_without_a_gradient_has_one_of_zero_as_under_deepspeed(one_rank: RankPool) -> None:
+    """AdamW would leave the parameter, its moments and its step count as they are."""
+    for case in ("AdamW", "Grass-columns"):
+        found, expected = (one_rank.run(losses_with_idle_layers, name, case)[0] for name in ("ddp", "deepspeed"))
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def resume_at_another_rate(folder: str) -> list[str]:
+    for rate in (1e-2, 5e-2):
+        optimizer = {"type": "AdamW", "params": {"lr": rate, "torch_adam": True}}
+        engine = make_engine("ddp", optimizer)
+        if rate == 1e-2:
+            train(engine, 0, 1)
+            save_checkpoint(engine, Path(folder), {})
+            finish(engine)
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("narrowgauge").addHandler(handler)
+    load_checkpoint(engine, Path(folder))
+    logging.getLogger("narrowgauge").removeHandler(handler)
+    finish(engine)
+    return said.getvalue().splitlines()
+
+
+def test_other_learning_rates_than_the_checkpoints_are_said_once(two_ranks: RankPool, tmp_path: Path) -> None:
+    first, second = two_ranks.run(resume_at_another_rate, str(tmp_path / "saved"))
+    assert first == [
+        f"{tmp_path / 'saved'}: training goes on with its learning rates, [0.01], not with those given, [0.05]"
+    ]
+    assert second == []
 
 
 def bytes_sent(case: str) -> tuple[float, float, float]:

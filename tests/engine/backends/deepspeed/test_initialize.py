@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from narrowgauge.engine import initialize
 from narrowgauge.engine.errors import ConfigError
@@ -63,3 +64,30 @@ def test_the_word_adamw_instead_of_grass_trains_all_parameters(one_rank: RankPoo
         "optimizer.params: density, refresh_interval are not used by AdamW, which trains every parameter at lr"
     ]
     assert found[1] == plain[1]
+
+
+def warned_of_fp32(names: list[str], bf16: bool) -> list[str]:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": bf16},
+        "data_types": {"keep_in_fp32_modules": names},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine, *_ = initialize(model=model, config=config)
+    assert engine.module[1].running_mean.dtype is torch.float32 or not bf16
+    finish(engine)
+    return [str(w.message) for w in caught if "keep_in_fp32" in str(w.message)]
+
+
+def test_names_of_what_is_not_kept_in_fp32_are_said(one_rank: RankPool) -> None:
+    """DeepSpeed keeps buffers alone; of a parameter's name, and of one that nothing has, nothing was said."""
+    ((of_weight, of_nothing),) = one_rank.run(warned_of_fp32, ["0.weight", "running_mean", "router"], True)
+    assert "'0.weight' is followed for buffers only" in of_weight
+    assert "0.weight among them (1)" in of_weight
+    assert "'router' matches no buffer" in of_nothing
+    ((of_run,),) = one_rank.run(warned_of_fp32, ["running_mean"], False)
+    assert "not used: without fp16 or bf16" in of_run

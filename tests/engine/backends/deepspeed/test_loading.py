@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
@@ -32,6 +33,43 @@ def test_weights_that_are_loaded_in_mid_run_reach_the_masters(two_ranks: RankPoo
         assert loaded == 0.0
         assert moved < 0.2
         assert gone > 0.7
+
+
+def load_into_the_module(stage: int, dtype: str, optimizer: str) -> tuple[float, float]:
+    config = {**ds_config(stage), "bf16": {"enabled": dtype == "bf16"}}
+    if optimizer == "AdamW":
+        config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    engine = make_engine(config)
+    for step in range(2):
+        train_step(engine, step)
+    before = full_weights(engine)
+    wanted = {name: value.to(before[name].dtype) for name, value in tiny(seed=5).state_dict().items()}
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
+        engine.module.load_state_dict(wanted)
+    # A part of it, which changes it a second time.
+    part = {name: value / 2 for name, value in wanted.items() if name.startswith("blocks.0.")}
+    with deepspeed.zero.GatheredParameters(list(engine.module.blocks[0].parameters()), modifier_rank=0):
+        engine.module.blocks[0].load_state_dict({n.removeprefix("blocks.0."): v for n, v in part.items()})
+    train_step(engine, 2)
+    after = full_weights(engine)
+    finish(engine)
+    return worst(after, wanted | part), worst(after, before)
+
+
+@pytest.mark.cover(1)
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "bf16"), (2, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize("optimizer", ["Grass", "AdamW"])
+def test_weights_that_are_loaded_past_the_engine_reach_the_masters(
+    two_ranks: RankPool, stage: int, dtype: str, optimizer: str
+) -> None:
+    """``engine.module.load_state_dict`` was undone by the next step, without a word."""
+    if stage == 3 and optimizer == "Grass":
+        with pytest.raises(AssertionError, match="use engine"):
+            two_ranks.run(load_into_the_module, stage, dtype, optimizer)
+        return
+    for moved, gone in two_ranks.run(load_into_the_module, stage, dtype, optimizer):
+        assert moved < 0.2
+        assert gone > 0.6
 
 
 def refused_weights() -> list[str]:

@@ -8,6 +8,7 @@ import transformers
 from torch.optim import lr_scheduler as schedules
 
 from narrowgauge.engine import initialize
+from narrowgauge.engine.backends.deepspeed.schedules import momentum_note
 from narrowgauge.engine.config.config import load_config
 from narrowgauge.engine.errors import ConfigError
 from tests.support.cases import cases
@@ -146,6 +147,30 @@ def test_what_a_schedule_does_to_the_momentum_is_said() -> None:
     assert "cycle_max_mom: expected at least 0 and less than 1, got 1.0" in found
     (found,) = problems({"type": "LambdaLR", "params": {"lr_lambda": "x"}})
     assert "LambdaLR is made of functions or schedules, which JSON cannot hold" in found
+
+
+def test_a_cycle_of_the_momentum_that_nobody_asked_for_is_said() -> None:
+    """Without ``betas`` in the file, beta1 went from 0.9 to 0.8 and back without a word."""
+    block = {"type": "OneCycle", "params": FROM_FILE["OneCycle"]}
+    told = momentum_note({"scheduler": block, "optimizer": GRASS})
+    assert told is not None
+    assert "betas[0], or its momentum, between 0.8 and 0.9" in told
+    given = {**block, "params": {**block["params"], "cycle_min_mom": 0.6}}
+    assert "between 0.6 and 0.9" in str(momentum_note({"scheduler": given}))
+    given = {**block, "params": {**block["params"], "cycle_momentum": True}}
+    for silent in ({"scheduler": given}, {"scheduler": {"type": "WarmupLR"}}, {"optimizer": GRASS}):
+        assert momentum_note(silent) is None
+
+
+def warned_of_a_cycle() -> list[str]:
+    with pytest.warns(UserWarning, match="OneCycle also moves") as caught:
+        finish(make_engine("OneCycle", 1, GRASS))
+    return [str(warning.message) for warning in caught]
+
+
+def test_the_cycle_is_said_at_the_start(one_rank: RankPool) -> None:
+    (told,) = one_rank.run(warned_of_a_cycle)
+    assert any("say scheduler.params.cycle_momentum" in text for text in told)
 
 
 def plateau_without_a_loss() -> str:
