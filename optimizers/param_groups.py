@@ -32,8 +32,9 @@ def build_groups(
         ValueError: globs that match no trainable parameter.
     """
     specs = options.param_groups
-    compact_names = {f"{layer.name}.compact": f"{layer.name}.weight" for layer in layers}
-    matrices = {f"{name}.weight" for name in full_rank}
+    compact_names = {layer.compact_name: layer.weight_name for layer in layers}
+    # Of experts, what is trained whole is named itself.
+    matrices = {*full_rank, *(f"{name}.weight" for name in full_rank)}
     unscaled = {f"{name}.weight" for name in dense_rate}
     members: dict[tuple[str, int, bool], list[nn.Parameter]] = {}
     for own_name, parameter in model.named_parameters():

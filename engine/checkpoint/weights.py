@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from narrowgauge.optimizers.layers.compact import CompactWeight
+from narrowgauge.optimizers.layers.compact import compact_units
 from narrowgauge.optimizers.layers.plain import plain_parameters
 
 from ..files import naming
@@ -144,10 +144,9 @@ def load_weights(engine: TrainingEngine, source: WeightSource, *, rebuild_compac
     if not rebuild_compact:
         return
     names = {id(tensor): name for name, tensor in targets}
-    for module in engine.module.modules():
-        if isinstance(module, CompactWeight):
-            whole = source.read(names[id(module.weight)]).to(module.weight.device)
-            _fill(engine, module.compact, module.compact_of(whole))
+    for unit in compact_units(engine.module):
+        whole = source.read(names[id(unit.weight)]).to(unit.weight.device)
+        _fill(engine, unit.compact, unit.compact_of(whole))
     engine.model_to_masters()
 
 

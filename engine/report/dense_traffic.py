@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch.distributed
 from torch import Tensor, nn
 
-from narrowgauge.optimizers.layers.compact import CompactWeight
+from narrowgauge.optimizers.layers.compact import compact_units
 from narrowgauge.optimizers.layers.plain import plain_parameters
 
 
@@ -23,7 +23,7 @@ def trained_when_dense(model: nn.Module) -> list[Tensor]:
     """The parameters that dense AdamW would train: those that are trained, and the weights that compact ones stand
     for.
     """
-    weights = {id(m.weight) for m in model.modules() if isinstance(m, CompactWeight)}
+    weights = {id(unit.weight) for unit in compact_units(model)}
     return [p for _, p in plain_parameters(model) if p.requires_grad or id(p) in weights]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from narrowgauge.optimizers.layers.compact import CompactWeight
+from narrowgauge.optimizers.layers.compact import compact_units
 from narrowgauge.optimizers.layers.plain import plain_parameters
 
 from ..protocol import TrainingEngine
@@ -25,7 +25,7 @@ def count_parameters(
         shape_of: the whole shape of a parameter, where an engine has cut it.
     """
     plain = [p for _, p in plain_parameters(model)]
-    compact = [m.compact for m in model.modules() if isinstance(m, CompactWeight)]
+    compact = [unit.compact for unit in compact_units(model)]
 
     def count(parameters: list[Tensor]) -> int:
         return sum(math.prod(shape_of(p)) for p in parameters)

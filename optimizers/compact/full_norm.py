@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.compact import CompactLinear
+from ..layers.selected_embedding import SelectedEmbedding
 from ..layers.targets import CompactLayer
 from ..numerics.seeds import derive_seed
 from .optimizer import CompactOptimizer
@@ -17,8 +17,8 @@ from .sketches import directions
 class FullNorm:
     """Estimates the norm that the gradient of the whole model would have, from a sketch of every step.
 
-    In each backward every compact linear layer also computes ``G Omega`` with ``sketch_size`` random orthonormal
-    directions, from a seed that all ranks share: ``E |G Omega|^2 n / sketch_size = |G|^2``, exactly so at
+    In each backward every compact layer but embeddings also computes ``G Omega`` with ``sketch_size`` random
+    orthonormal directions, from a seed that all ranks share: ``E |G Omega|^2 n / sketch_size = |G|^2``, exactly so at
     ``sketch_size = n``. At a step that is observed anyway, the optimizer's own statistics serve. Parameters that are
     trained whole count with their own gradients, and so do compact embeddings. Where process ranks average gradients
     (DDP), :meth:`norm` averages the sketches over the ranks.
@@ -50,7 +50,7 @@ class FullNorm:
                 "FullNorm: expected statistics 'sketch' or 'exact', got 'local': ranks observe different gradients"
             )
         self._optimizer, self._size = optimizer, sketch_size
-        self._layers = [layer for layer in optimizer.layers if isinstance(layer.module, CompactLinear)]
+        self._layers = [layer for layer in optimizer.layers if not isinstance(layer.module, SelectedEmbedding)]
         self._own: dict[str, Tensor] = {}
         self._rescaling = Rescaling(self._layers)
         optimizer.forget_hooks.append(self._rescaling.forget)

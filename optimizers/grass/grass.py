@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..compact.backend import SubspaceBackend
 from ..compact.optimizer import CompactOptimizer, Converted
 from ..engine_optimizer import keywords_of
-from ..layers.targets import find_targets
+from ..layers.experts import StackedMatrices
+from ..layers.targets import find_compact_targets
 from ..layers.vocabulary import find_vocabulary
 from ..numerics.seeds import derive_seed
 from ..numerics.selection import SELECTION_RULES, select_index
@@ -73,7 +74,7 @@ class Grass(CompactOptimizer[GrassOptions]):
         return not options.repeats
 
     def _convert(self, model: nn.Module, options: GrassOptions) -> Converted:
-        targets = self._targets(model, find_targets(model, options.target_modules), options)
+        targets = self._targets(model, find_compact_targets(model, options.target_modules), options)
         self._choice_of = {target.name: target.group for target in targets}
         ranks = ranks_of(targets, rank=options.rank, density=options.density, budget=options.budget)
         layers, full_rank = convert_selected(targets, ranks, self.rule, seed=options.seed)
@@ -81,17 +82,20 @@ class Grass(CompactOptimizer[GrassOptions]):
         vocabulary = {target.name for target in targets if target.is_vocabulary}
         return Converted(layers, [name for name in full_rank if name not in vocabulary], vocabulary)
 
-    def _targets(self, model: nn.Module, linears: dict[str, nn.Linear], options: GrassOptions) -> list[SelectedTarget]:
-        group_of = {name: name for name in linears}
+    def _targets(
+        self, model: nn.Module, found: dict[str, nn.Linear | StackedMatrices], options: GrassOptions
+    ) -> list[SelectedTarget]:
+        group_of = {name: name for name in found}
         if options.side == "columns" and not options.repeats:
+            linears = {name: target for name, target in found.items() if isinstance(target, nn.Module)}
             shared = find_groups(linears, options.shared_inputs)
             group_of |= {name: names[0] for names in shared for name in names}
-        targets = [SelectedTarget(name, linear, options.side, group_of[name]) for name, linear in linears.items()]
+        targets = [SelectedTarget(name, linear, options.side, group_of[name]) for name, linear in found.items()]
         if options.vocabulary == "rows":
             targets += [
                 SelectedTarget(name, module, "rows", name, is_vocabulary=True)
                 for name, module in find_vocabulary(model).items()
-                if name not in linears
+                if name not in found
             ]
         return targets
 
@@ -118,7 +122,7 @@ class Grass(CompactOptimizer[GrassOptions]):
     def _change_subspace(self) -> None:
         """Select new columns or rows in every layer, and let the compact parameters' moments follow or start again."""
         old = [layer.module.selected().clone() for layer in self.layers]
-        dims = [layer.module.weight_shape[layer.module.dim] for layer in self.layers]
+        dims = [layer.module.num_choices for layer in self.layers]
         norms = self._norms()
         indices = [
             select_index(

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..layers.compact import Side
+from ..layers.experts import StackedMatrices
 from ..layers.registry import outputs_and_inputs, to_projected, to_selected
 from ..layers.shared_copy import SharedCopy
 from ..layers.targets import CompactLayer, rank_of
+from ..layers.unit import Side
 from ..numerics.selection import SelectionRule, replacement_scales, select_index
 from .budget import ranks_within
 
@@ -25,7 +26,7 @@ class SelectedTarget:
     """
 
     name: str
-    module: nn.Linear | nn.Embedding
+    module: nn.Linear | nn.Embedding | StackedMatrices
     side: Side
     group: str
     is_vocabulary: bool = False
@@ -37,8 +38,9 @@ class SelectedTarget:
 
     @property
     def elements(self) -> int:
-        """Of one column or row."""
-        return self._shape[0 if self.side == "columns" else 1]
+        """Of one column or row; of all experts'."""
+        num = self.module.num_matrices if isinstance(self.module, StackedMatrices) else 1
+        return num * self._shape[0 if self.side == "columns" else 1]
 
     @property
     def _shape(self) -> tuple[int, int]:

@@ -35,11 +35,12 @@ def carry_moments(
         for shard in shards.shards_of(flat) if state.get(flat) else ():
             by_name.setdefault(shard.name, []).append((shard, state[flat]))
     for layer, old_index in zip(layers, old, strict=True):
-        own = by_name.get(f"{layer.name}.compact", [])
-        source = _source(layer, old_index.to(layer.module.selected().device))
+        own = by_name.get(layer.compact_name, [])
+        module, source = layer.module, _source(layer, old_index.to(layer.module.selected().device))
         for key in _MOMENTS:
             whole = _whole(layer, [(shard, m[key]) for shard, m in own], shards)
-            new = _rearranged(whole, source, dim=layer.module.dim, fill=key == "exp_avg_sq").reshape(-1)
+            stacked = whole.view(module.num_matrices, -1, whole.shape[1])
+            new = _rearranged(stacked, source, dim=1 + module.dim, fill=key == "exp_avg_sq").reshape(-1)
             for shard, moments in own:
                 shard.of(moments[key]).copy_(new.narrow(0, shard.start, shard.length))
 
@@ -47,7 +48,7 @@ def carry_moments(
 def _source(layer: CompactLayer, old: Tensor) -> Tensor:
     """Where in ``old`` each newly selected entry was, -1 where it was not."""
     module = layer.module
-    position = torch.full((module.weight_shape[module.dim],), -1, device=old.device)
+    position = torch.full((module.num_choices,), -1, device=old.device)
     position[old] = torch.arange(old.numel(), device=old.device)
     return position[module.selected()]
 
@@ -63,11 +64,12 @@ def _whole(layer: CompactLayer, own: Sequence[tuple[Shard, Tensor]], shards: Sha
 
 
 def _rearranged(values: Tensor, source: Tensor, *, dim: int, fill: bool) -> Tensor:
+    """Entries of a ``(matrices, rows, columns)`` tensor along ``dim``."""
     kept = source >= 0
     new = values.index_select(dim, source.clamp_min(0))
     if fill:
         background = (new.index_select(dim, kept.nonzero().squeeze(1)) if kept.any() else values).mean()
     else:
         background = torch.zeros((), dtype=values.dtype, device=values.device)
-    mask = kept[None, :] if dim == 1 else kept[:, None]
+    mask = kept if dim == 2 else kept[:, None]
     return torch.where(mask, new, background)

@@ -49,13 +49,15 @@ class NormStatistics:
         found = []
         for layer in layers:
             if layer.module.probe is None:
-                size = layer.module.weight_shape[layer.module.dim]
+                size = layer.module.num_choices
                 found.append(torch.zeros(size, dtype=torch.float64, device=layer.module.weight.device))
                 continue
             observed = layer.module.end_probe()
             if self._kind != "local":
                 backend.communicator(layer.name).average_(observed)
-            found.append(torch.linalg.vector_norm(observed, dim=1 - layer.module.dim, dtype=torch.float64).square())
+            squares = torch.linalg.vector_norm(observed, dim=1 - layer.module.dim, dtype=torch.float64).square()
+            # Stacked matrices share the choice.
+            found.append(squares.view(-1, layer.module.num_choices).sum(0))
         # One message to each group of ranks.
         members: dict[Communicator, list[int]] = {}
         for position, layer in enumerate(layers):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from ..compact.options import CompactOptions
-from ..layers.compact import Side
+from ..layers.unit import Side
 from ..numerics.selection import SELECTION_RULES
 from ..options import COUNT, SHARE, Check, RefreshInterval, one_given
 from .norms import Statistics

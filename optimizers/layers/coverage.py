@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .compact import CompactWeight
+from .compact import CompactModule
 from .shape import whole_shape
 from .targets import block_prefixes
 
@@ -67,8 +67,10 @@ def coverage_of(model: nn.Module, covered: Collection[str], reasons: Mapping[str
             continue
         for key, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{key}" if module_name else key
-            is_compact = isinstance(module, CompactWeight)
-            trained = key == "weight" if is_compact else parameter.requires_grad
+            units = module.compact_units() if isinstance(module, CompactModule) else ()
+            if any(key == unit.compact_key for unit in units):
+                continue
+            trained = parameter.requires_grad or any(key == unit.weight_key for unit in units)
             if not trained or len(whole_shape(parameter)) < 2 or id(parameter) in seen:
                 continue
             if blocks and not name.startswith(blocks):

@@ -9,53 +9,18 @@ A basis is dense, or a selection: an index and a scale for each selected entry, 
 Grass with rho).
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..numerics.rounding import add_
-from .compact import CompactLinear, ProbeKind, compact_class, keep_dtypes, other_gradients, weight_gradient
+from .compact import CompactLinear, compact_class, keep_dtypes, other_gradients, weight_gradient
+from .projected_weight import BASES, ProjectedWeight, lift_rows, project
 from .registry import register
 from .selected_linear import SelectedLinear
-from .shape import whole_shape
-
-
-def project(x: Tensor, basis: Tensor | None, selected: Tensor | None) -> Tensor:
-    """``x B`` for ``x`` of shape ``(b, d)``.
-
-    Args:
-        basis: ``(d, r)``, or with ``selected`` the scales ``(r,)``.
-        selected: indices ``(r,)``.
-    """
-    if basis is None:
-        return x
-    if selected is None:
-        return x @ basis.to(x.dtype)
-    return x.index_select(1, selected) * basis.to(x.dtype)
-
-
-def lift_rows(c: Tensor, basis: Tensor | None, selected: Tensor | None, first: int, last: int, size: int) -> Tensor:
-    """Rows ``first`` to ``last - 1`` of ``B c``, where ``c`` is ``(r, k)`` and ``B`` has ``size`` rows."""
-    if basis is None:
-        return c[first:last]
-    if selected is None:
-        return basis[first:last].to(c.dtype) @ c
-    lifted = torch.zeros(last - first, c.shape[1], dtype=c.dtype, device=c.device)
-    inside = (selected >= first) & (selected < last)
-    scales = _lift_scales(basis, selected).to(c.dtype)
-    # A repeated entry adds zeros but the first time, so the sum does not depend on the order.
-    return lifted.index_add_(0, selected[inside] - first, c[inside] * scales[inside, None])
-
-
-def _lift_scales(scales: Tensor, selected: Tensor) -> Tensor:
-    """Equal entries have equal gradients and equal updates: the first stands for all of them."""
-    _, inverse, counts = selected.unique(return_inverse=True, return_counts=True)
-    order = torch.arange(selected.numel(), device=selected.device)
-    first = torch.full_like(counts, selected.numel()).scatter_reduce_(0, inverse, order, "amin")
-    return torch.where(first[inverse] == order, scales * counts[inverse], 0.0)
+from .unit import ProbeKind
 
 
 class _ProjectedLinearFunction(torch.autograd.Function):
@@ -98,23 +63,12 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_compact, *(None,) * 6, grad_probe, None, None, None
 
 
-class ProjectedLinear(CompactLinear):
-    """A compact layer whose ``compact`` holds a change of ``weight``, zero once it is folded.
+class ProjectedLinear(ProjectedWeight, CompactLinear):
+    """A compact ``nn.Linear`` whose ``compact``, ``(m or r, n or r)``, holds a change of ``weight``.
 
     Attributes:
-        compact: trainable, ``(m or r, n or r)``.
-        left, right: the bases, ``(m, r)`` and ``(n, r)`` in fp32 (fp64 for an fp64 weight), or the scales ``(r,)`` of a
-            selection; None for the identity.
-        left_index, right_index: int64 ``(r,)``; None where the basis is dense.
-        scale: of the change.
+        left, right: the bases, ``(m, r)`` and ``(n, r)``, or the scales ``(r,)`` of a selection.
     """
-
-    is_delta: ClassVar[bool] = True
-    left: Tensor | None
-    left_index: Tensor | None
-    right: Tensor | None
-    right_index: Tensor | None
-    scale: float
 
     @classmethod
     def convert(
@@ -130,9 +84,7 @@ class ProjectedLinear(CompactLinear):
         """Turn ``linear`` into a ``ProjectedLinear`` in place; ``compact`` is registered but left uninitialised."""
         linear.__class__ = compact_class(cls, type(linear))
         assert isinstance(linear, ProjectedLinear)
-        linear.scale = scale
-        for key, value in zip(_KEYS, (left, left_index, right, right_index), strict=True):
-            setattr(linear, key, value.to(linear.weight.device) if value is not None else None)
+        linear._set_bases((left, left_index, right, right_index), scale)
         m, n = linear.weight_shape
         shape = (m if left is None else left.shape[-1], n if right is None else right.shape[-1])
         linear._become_compact(shape, "rows" if left is not None else "columns")
@@ -140,44 +92,8 @@ class ProjectedLinear(CompactLinear):
 
     def revert(self) -> None:
         super().revert()
-        for key in (*_KEYS, "scale"):
+        for key in (*BASES, "scale"):
             self.__dict__.pop(key, None)
-
-    def compact_of(self, weight: Tensor) -> Tensor:
-        return torch.zeros(whole_shape(self.compact), dtype=weight.dtype, device=weight.device)
-
-    def subspace(self) -> dict[str, Tensor]:
-        return {key: value for key in _KEYS if (value := getattr(self, key)) is not None}
-
-    @property
-    def rank(self) -> int:
-        basis = self.left if self.left is not None else self.right
-        assert basis is not None
-        return basis.shape[-1]
-
-    def selected(self) -> Tensor:
-        index = self.left_index if self.side == "rows" else self.right_index
-        assert index is not None
-        return index
-
-    def apply_(
-        self, weight: Tensor, compact: Tensor, decay: float = 1.0, *, seed: int = 0, decay_last: bool = False
-    ) -> None:
-        change = self.lift(compact, 0, self.weight_shape[0])
-        add_(weight, change, decay, seed=seed, decay_last=decay_last)
-
-    def apply_to_run_(
-        self, run: Tensor, start: int, compact: Tensor, decay: float, *, seed: int, decay_last: bool = False
-    ) -> None:
-        _, n = self.weight_shape
-        # The rows that the run touches, without what the first and the last have outside of it.
-        first, last = start // n, -(-(start + run.numel()) // n)
-        change = self.lift(compact.view(whole_shape(self.compact)), first, max(first, last)).reshape(-1)
-        change = change[start - first * n :][: run.numel()].to(run.device)
-        add_(run, change, decay, seed=seed, offset=start, decay_last=decay_last)
-
-    def compact_of_run(self, run: Tensor, start: int) -> Tensor:
-        return self.compact_of(run).view(-1)
 
     def project_gradient(self, gradient: Tensor) -> Tensor:
         # A^T G B; absent bases are the identity.
@@ -192,8 +108,8 @@ class ProjectedLinear(CompactLinear):
         return lift_rows(rows.t(), self.right, self.right_index, 0, n, n).t() * self.scale
 
     def forward(self, input: Tensor) -> Tensor:
-        self._begin_forward()
-        compute_dtype = self._compute_dtype(input)
+        self.begin_forward()
+        compute_dtype = self.compute_dtype(input)
         bases = (self.left, self.left_index), (self.right, self.right_index)
         of_outputs, of_inputs = reversed(bases) if self.transposed else bases
         return _ProjectedLinearFunction.apply(
@@ -211,7 +127,5 @@ class ProjectedLinear(CompactLinear):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, compact={tuple(self.compact.shape)}"
 
-
-_KEYS = ("left", "left_index", "right", "right_index")
 
 register(nn.Linear, selected=SelectedLinear.convert, projected=ProjectedLinear.convert)

@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .compact import CompactWeight
+from .experts import StackedMatrices
 from .shape import whole_shape
+from .unit import CompactUnit
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class CompactTypes:
         transposed: the weight is inputs times outputs.
     """
 
-    selected: Callable[..., CompactWeight]
-    projected: Callable[..., CompactWeight] | None
+    selected: Callable[..., CompactUnit]
+    projected: Callable[..., CompactUnit] | None
     transposed: bool = False
 
 
@@ -34,8 +36,8 @@ _names: dict[str, CompactTypes] = {}
 def register(
     layer_type: type[nn.Module],
     *,
-    selected: Callable[..., CompactWeight],
-    projected: Callable[..., CompactWeight] | None = None,
+    selected: Callable[..., CompactUnit],
+    projected: Callable[..., CompactUnit] | None = None,
 ) -> None:
     """Let layers of exactly ``layer_type`` become compact; a subclass may compute something else, and is its own type.
     (Those of ``nn.Linear`` that have its ``forward`` count as it.)
@@ -50,8 +52,8 @@ def register(
 def register_name(
     name: str,
     *,
-    selected: Callable[..., CompactWeight],
-    projected: Callable[..., CompactWeight],
+    selected: Callable[..., CompactUnit],
+    projected: Callable[..., CompactUnit],
     transposed: bool = False,
 ) -> None:
     """As :func:`register`, for a type of a package that need not be there, by its whole name.
@@ -83,8 +85,10 @@ def _computes_as_linear(module: nn.Module) -> bool:
     )
 
 
-def outputs_and_inputs(module: nn.Module) -> tuple[int, int]:
-    """Their numbers, of a layer that :func:`is_target`, or ``(m, n)`` of another registered one."""
+def outputs_and_inputs(module: nn.Module | StackedMatrices) -> tuple[int, int]:
+    """Their numbers, of a layer that :func:`is_target` or of each expert; ``(m, n)`` of another registered layer."""
+    if isinstance(module, StackedMatrices):
+        return module.outputs_and_inputs
     found, (m, n) = _types_of(module), whole_shape(module.weight)  # pyright: ignore[reportArgumentType]
     return (n, m) if found is not None and found.transposed else (m, n)
 
@@ -95,15 +99,19 @@ def is_target(module: nn.Module) -> TypeGuard[nn.Linear]:
     return found is not None and found.projected is not None
 
 
-def to_selected(module: nn.Module, **arguments: Any) -> CompactWeight:
-    """Convert a layer of a registered type in place, to one that trains a selection of its weight."""
+def to_selected(module: nn.Module | StackedMatrices, **arguments: Any) -> CompactUnit:
+    """Convert a layer of a registered type, or experts, in place, to train a selection of the weight."""
+    if isinstance(module, StackedMatrices):
+        return module.to_selected(**arguments)
     found = _types_of(module)
     assert found is not None
     return found.selected(module, **arguments)
 
 
-def to_projected(module: nn.Module, **arguments: Any) -> CompactWeight:
-    """Convert a layer that :func:`is_target` in place, to one that trains a change of its weight."""
+def to_projected(module: nn.Module | StackedMatrices, **arguments: Any) -> CompactUnit:
+    """Convert a layer that :func:`is_target`, or experts, in place, to train a change of the weight."""
+    if isinstance(module, StackedMatrices):
+        return module.to_projected(**arguments)
     found = _types_of(module)
     assert found is not None
     assert found.projected is not None

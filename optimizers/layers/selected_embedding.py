@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact import ProbeKind, Side, compact_class
+from .compact import CompactWeight, compact_class
 from .registry import register
 from .selected_weight import SelectedWeight, write_selected_
+from .unit import ProbeKind, Side
 
 
 class _SelectedEmbeddingFunction(torch.autograd.Function):
@@ -61,7 +62,7 @@ def _sum_rows(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     return values.new_zeros(num_rows, values.shape[1]).index_add_(0, rows, values)
 
 
-class SelectedEmbedding(SelectedWeight, nn.Embedding):
+class SelectedEmbedding(SelectedWeight, CompactWeight, nn.Embedding):
     """A compact ``nn.Embedding`` whose ``compact`` holds the values of selected rows of ``weight``.
 
     Tokens of other rows get no gradient. The weight is ``(m, n)``: ``num_embeddings`` and ``embedding_dim``.
@@ -85,7 +86,7 @@ class SelectedEmbedding(SelectedWeight, nn.Embedding):
         return embedding
 
     def forward(self, input: Tensor) -> Tensor:
-        self._begin_forward()
+        self.begin_forward()
         return _SelectedEmbeddingFunction.apply(
             input,
             self.weight,

@@ -17,17 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact import (
-    CompactLinear,
-    ProbeKind,
-    Side,
-    compact_class,
-    keep_dtypes,
-    other_gradients,
-    weight_gradient,
-)
+from .compact import CompactLinear, compact_class, keep_dtypes, other_gradients, weight_gradient
 from .selected_weight import SelectedWeight, read_selected, write_selected_
 from .shared_copy import SharedCopy
+from .unit import ProbeKind, Side
 
 
 class _SelectedLinearFunction(torch.autograd.Function):
@@ -109,8 +102,8 @@ class SelectedLinear(SelectedWeight, CompactLinear):
         super().revert()
 
     def forward(self, input: Tensor) -> Tensor:
-        self._begin_forward()
-        compute_dtype = self._compute_dtype(input)
+        self.begin_forward()
+        compute_dtype = self.compute_dtype(input)
         return _SelectedLinearFunction.apply(
             input,
             self.weight,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..numerics.rounding import decay_
-from .compact import CompactWeight, Side
 from .shape import whole_shape
+from .unit import CompactUnit, Side
 
 
 def read_selected(full: Tensor, index: Tensor, start: int | None, dim: int) -> Tensor:
@@ -35,8 +35,8 @@ def _content_key(index: Tensor) -> bytes:
     return hashlib.sha256(str(index.tolist()).encode()).digest()
 
 
-class SelectedWeight(CompactWeight):
-    """A compact layer whose ``compact`` holds the values of selected columns or rows of ``weight``.
+class SelectedWeight(CompactUnit):
+    """A compact unit whose ``compact`` holds the values of selected columns or rows of ``weight``.
 
     Attributes:
         compact: trainable, ``(m, r)`` for columns or ``(r, n)`` for rows.
@@ -109,13 +109,18 @@ class SelectedWeight(CompactWeight):
             in_compact = lines[:, None] * index.numel() + torch.arange(index.numel(), device=index.device)
         else:
             # The selected rows that the run touches, with all their columns: (rows, n).
-            chosen = torch.nonzero((index + 1 > start // n) & (index * n < stop)).squeeze(1)
+            rows = self._selected_rows()
+            chosen = torch.nonzero((rows + 1 > start // n) & (rows * n < stop)).squeeze(1)
             columns = torch.arange(n, device=index.device)
-            in_weight = index[chosen][:, None] * n + columns
+            in_weight = rows[chosen][:, None] * n + columns
             in_compact = chosen[:, None] * n + columns
         # The first and the last row may be cut.
         inside = (in_weight >= start) & (in_weight < stop)
         return in_weight[inside] - start, in_compact[inside]
+
+    def _selected_rows(self) -> Tensor:
+        """Of the weight as one matrix, in the order of the compact values' rows."""
+        return self.index
 
     def project_gradient(self, gradient: Tensor) -> Tensor:
         return self.compact_of(gradient)

@@ -1,23 +1,38 @@
 """Finding the linear layers of a model that become compact, and converting them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .compact import CompactWeight
+from .compact import compact_units
+from .experts import StackedMatrices
+from .find_experts import find_experts
 from .registry import is_target
 from .unfit import READ, REPLACED, unfit_layers
+from .unit import CompactUnit
 
 
 @dataclass(frozen=True)
 class CompactLayer:
-    """A converted layer and the name it has in its model."""
+    """A compact unit and its name in the model: that of its layer, or of its weight where a module has several."""
 
     name: str
-    module: CompactWeight
+    module: CompactUnit
+
+    @property
+    def weight_name(self) -> str:
+        return self._named(self.module.weight_key)
+
+    @property
+    def compact_name(self) -> str:
+        return self._named(self.module.compact_key)
+
+    def _named(self, key: str) -> str:
+        path = self.name.split(".")
+        return ".".join([*(path[:-1] if self.module.is_named_by_weight else path), key])
 
 
 def rank_of(dim: int, *, rank: int | None, density: float | None) -> int:
@@ -43,20 +58,33 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, 
         ValueError: a pattern, or the default, matches nothing, or a pattern matches a layer whose ``forward`` was
             replaced; the message lists the model's linears.
     """
+    found = _find(model, patterns, {})
+    return {name: target for name, target in found.items() if isinstance(target, nn.Module)}
+
+
+def find_compact_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Linear | StackedMatrices]:
+    """As :func:`find_targets`, with the stacked matrices of experts, by the names of their parameters."""
+    return _find(model, patterns, find_experts(model))
+
+
+def _find(
+    model: nn.Module, patterns: Sequence[str] | None, experts: Mapping[str, StackedMatrices]
+) -> dict[str, nn.Linear | StackedMatrices]:
     linears = {name: module for name, module in model.named_modules() if is_target(module)}
-    if any(isinstance(module, CompactWeight) for module in model.modules()):
+    if next(compact_units(model), None) is not None:
         raise ValueError(
             "the model already has compact layers: they belong to another optimizer: call its revert() first"
         )
+    candidates: dict[str, nn.Linear | StackedMatrices] = {**linears, **experts}
     if patterns is None:
         blocks = block_prefixes(model)
-        matched = {name: m for name, m in linears.items() if name.startswith(blocks)}
+        matched = {name: m for name, m in candidates.items() if name.startswith(blocks)}
     else:
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in linears):
+            if not any(fnmatchcase(name, pattern) for name in candidates):
                 raise ValueError(f"target_modules: {pattern!r} matches no nn.Linear. {_linears_of(model, linears)}")
-        matched = {name: m for name, m in linears.items() if any(fnmatchcase(name, p) for p in patterns)}
-    unfit = unfit_layers(model, matched)
+        matched = {name: m for name, m in candidates.items() if any(fnmatchcase(name, p) for p in patterns)}
+    unfit = unfit_layers(model, {name: m for name, m in matched.items() if isinstance(m, nn.Module)})
     if patterns is not None:
         replaced = [name for name, why in unfit.items() if why == REPLACED]
         if replaced:

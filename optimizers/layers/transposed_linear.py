@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .compact import Side
 from .projected_linear import ProjectedLinear
 from .registry import register_name
 from .selected_linear import SelectedLinear
 from .shared_copy import SharedCopy
+from .unit import Side
 
 
 class TransposedSelectedLinear(SelectedLinear):

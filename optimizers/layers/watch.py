@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .shape import whole_shape
-
 if TYPE_CHECKING:
-    from .compact import CompactWeight
+    from .unit import CompactUnit
 
-_watched: "weakref.WeakSet[CompactWeight]" = weakref.WeakSet()
+_watched: "weakref.WeakSet[CompactUnit]" = weakref.WeakSet()
 _owners: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
 
 # Forwards since the last known change after which the tensors are compared without a reason; doubles every time.
@@ -46,7 +44,7 @@ class Watch:
     def __reduce__(self) -> Any:
         return _nothing, ()
 
-    def note(self, layer: "CompactWeight") -> None:
+    def note(self, layer: "CompactUnit") -> None:
         """The layer is as its optimizer, or a load, has left it."""
         self._noted, self._moved = _state_of(layer), False
         self._uses, self._next = 0, _FIRST_COMPARISON
@@ -55,7 +53,7 @@ class Watch:
         """Until :meth:`note`: the layer is being loaded, one part after the other."""
         self._noted = ()
 
-    def look(self, layer: "CompactWeight") -> None:
+    def look(self, layer: "CompactUnit") -> None:
         """Before the layer is used.
 
         Raises:
@@ -67,15 +65,15 @@ class Watch:
         if self._moved or self._uses >= self._next or _state_of(layer) != self._noted:
             self.compare(layer)
 
-    def is_unchanged(self, layer: "CompactWeight") -> bool:
+    def is_unchanged(self, layer: "CompactUnit") -> bool:
         """Whether nothing is known to have been written since :meth:`note`."""
         return not self._moved and _state_of(layer) == self._noted
 
-    def compare(self, layer: "CompactWeight") -> None:
+    def compare(self, layer: "CompactUnit") -> None:
         """As :meth:`look`, of the tensors themselves; edits of the weight are taken over."""
         if not self.is_on or not self._noted:
             return
-        if any(p.dim() != 2 or p.shape != whole_shape(p) for p in (layer.compact, layer.weight)):
+        if not layer.is_whole():
             # Cut in pieces: by our engine, or by one that the optimizer's step refuses.
             return
         found = _state_of(layer)
@@ -112,7 +110,7 @@ class Watch:
         raise RuntimeError(f"{type(optimizer).__name__}.step: {self._changed()}")
 
 
-def watch_layers(layers: Iterable[tuple[str, "CompactWeight"]], owner: torch.optim.Optimizer) -> None:
+def watch_layers(layers: Iterable[tuple[str, "CompactUnit"]], owner: torch.optim.Optimizer) -> None:
     """Watch layers of these names, that ``owner`` trains, from now on."""
     _owners.add(owner)
     for name, layer in layers:
@@ -121,7 +119,7 @@ def watch_layers(layers: Iterable[tuple[str, "CompactWeight"]], owner: torch.opt
         _watched.add(layer)
 
 
-def unwatch(layer: "CompactWeight") -> None:
+def unwatch(layer: "CompactUnit") -> None:
     """The layer becomes an ordinary one."""
     layer.watch = None
     _watched.discard(layer)
@@ -146,7 +144,7 @@ def _nothing() -> None:
     return None
 
 
-def _state_of(layer: "CompactWeight") -> tuple[Any, ...]:
+def _state_of(layer: "CompactUnit") -> tuple[Any, ...]:
     """Of ``compact`` its object, version and memory; the version of ``weight``."""
     compact, weight = layer.compact, layer.weight
     return id(compact), _version(compact), compact.data_ptr(), _version(weight)

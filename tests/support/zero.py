@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from narrowgauge.engine import initialize
+from narrowgauge.optimizers.layers.plain import plain_parameters
 from tests.support.models import TinyTransformer, is_matrix, tiny, token_batch
 from tests.support.references.grass import ReferenceGrass
 
@@ -81,10 +82,9 @@ def full_weights(engine: Any) -> dict[str, torch.Tensor]:
     if hasattr(engine, "write_back"):
         engine.write_back()
     found = {}
-    for name, parameter in engine.module.named_parameters():
-        if not name.endswith(".compact"):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                found[name] = parameter.detach().clone()
+    for name, parameter in plain_parameters(engine.module):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            found[name] = parameter.detach().clone()
     return found
 
 

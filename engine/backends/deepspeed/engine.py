@@ -168,5 +168,5 @@ class Engine(ConsolidationHook):
         self.write_back()
 
     def after_consolidation(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        compact = {f"{layer.name}.compact" for layer in self.own_optimizer.layers}
+        compact = {layer.compact_name for layer in self.own_optimizer.layers}
         return {k: v for k, v in state.items() if k not in compact}

@@ -17,8 +17,8 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 
 from narrowgauge.optimizers.compact.backend import LocalBackend
-from narrowgauge.optimizers.layers.compact import CompactWeight
 from narrowgauge.optimizers.layers.targets import CompactLayer
+from narrowgauge.optimizers.layers.unit import CompactUnit
 from narrowgauge.optimizers.numerics.rounding import stochastic_round_
 from narrowgauge.optimizers.numerics.seeds import derive_seed
 from narrowgauge.optimizers.sharding.communicator import one_for_all
@@ -140,7 +140,7 @@ class PartitionedWeightBackend:
     """ZeRO-3: weights, compact values, masters and moments all in flat shards.
 
     Between changes of subspace nothing is folded: DeepSpeed gathers ``compact`` together with ``weight`` in forward
-    and again in backward, and the layer writes the one over the other (``CompactWeight.folds_at_use``). The shards of
+    and again in backward, and the layer writes the one over the other (``CompactUnit.folds_at_use``). The shards of
     ``weight`` are brought up to date when the subspace changes and before a save.
     """
 
@@ -215,7 +215,7 @@ def _compact(layer: CompactLayer) -> Any:
     return layer.module.compact
 
 
-def _gather_compact(module: CompactWeight, shard: Tensor) -> Tensor:
+def _gather_compact(module: CompactUnit, shard: Tensor) -> Tensor:
     """All ranks' shards of the compact values, flat, on this rank's device."""
     compact: Any = module.compact
     shard = shard.to(next(iter(module.subspace().values())).device)
@@ -224,15 +224,13 @@ def _gather_compact(module: CompactWeight, shard: Tensor) -> Tensor:
     return whole.narrow(0, 0, compact.ds_numel)
 
 
-def _apply_to_shard(
-    module: CompactWeight, compact: Tensor, decay: float, *, seed: int, decay_last: bool = False
-) -> None:
+def _apply_to_shard(module: CompactUnit, compact: Tensor, decay: float, *, seed: int, decay_last: bool = False) -> None:
     """Bring this rank's shard of the weight up to date with the flat, whole compact values."""
     shard, start = own_shard(module.weight)
     module.apply_to_run_(shard, start, compact, decay, seed=seed, decay_last=decay_last)
 
 
-def _fill_compact_shard(module: CompactWeight) -> None:
+def _fill_compact_shard(module: CompactUnit) -> None:
     """Take this rank's shard of the compact values, and its masters, from the weight's shards of all ranks."""
     compact: Any = module.compact
     # Every entry comes from exactly one rank: the sum is a copy.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from narrowgauge.optimizers.layers.compact import ProbeKind
 from narrowgauge.optimizers.layers.projected_linear import ProjectedLinear
+from narrowgauge.optimizers.layers.unit import ProbeKind
 
 M, N, RANK, TOKENS, SCALE = 9, 14, 4, 11, 0.25
 PROBES: list[ProbeKind] = ["rows", "columns", "full"]

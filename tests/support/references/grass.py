@@ -40,13 +40,14 @@ class ReferenceGrass:
         eps: float = 1e-8,
         seed: int = 0,
         block: bool = False,
+        is_transposed: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.params = dict(model.named_parameters())
         self.matrices = {n for n in self.params if is_matrix(n)}
         self.density, self.side, self.lr, self.scale = density, side, lr, matrix_lr_scale
         self.interval, self.weight_decay, self.decay = refresh_interval, weight_decay, decay
         self.options_of, self.betas, self.eps, self.seed = options_of, betas, eps, seed
-        self.block = block
+        self.block, self.is_transposed = block, is_transposed
         self.steps = self.refreshes = 0
         self.pending = dict.fromkeys(self.matrices, 1.0)
         self.count = dict.fromkeys(self.params, 0)
@@ -61,7 +62,7 @@ class ReferenceGrass:
             self.v: dict[str, Tensor] = {}
         for name, parameter in self.params.items():
             if name in self.matrices:
-                dim = parameter.shape[1 if self.side == "columns" else 0]
+                dim = parameter.shape[-1 if self.selects_last(name) else -2]
                 rank = max(1, round(self.density * dim))
                 self.index[name] = reference_index(
                     dim, rank, self.seed, self.refreshes, name.removesuffix(".weight"), self.block
@@ -71,18 +72,23 @@ class ReferenceGrass:
                 self.v[name] = torch.zeros_like(self.m[name])
                 self.count[name] = 0
 
+    def selects_last(self, name: str) -> bool:
+        """Columns are inputs, which a transposed matrix has first."""
+        return (self.side == "columns") != self.is_transposed(name)
+
     def take(self, name: str, full: Tensor) -> Tensor:
         if name not in self.matrices:
             return full.clone()
-        return full[:, self.index[name]] if self.side == "columns" else full[self.index[name], :]
+        # Of stacked matrices, the same of each.
+        return full[..., self.index[name]] if self.selects_last(name) else full[..., self.index[name], :]
 
     def put(self, name: str, full: Tensor, values: Tensor) -> None:
         if name not in self.matrices:
             full.copy_(values)
-        elif self.side == "columns":
-            full[:, self.index[name]] = values
+        elif self.selects_last(name):
+            full[..., self.index[name]] = values
         else:
-            full[self.index[name], :] = values
+            full[..., self.index[name], :] = values
 
     @torch.no_grad()
     def step(self, clip: float | None = None) -> float:

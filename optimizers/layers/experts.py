@@ -1,0 +1,154 @@
+"""Mixtures' experts in the form that transformers keeps them in: their matrices stacked in two parameters.
+
+``gate_up_proj`` (or ``up_proj``) and ``down_proj`` become compact units of the module, whose ``forward`` is then one of
+ours: tokens are sorted by expert, and each parameter is one :mod:`.grouped_linear`. What is done between the two is
+asked of the module.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compact import CompactModule, compact_class
+from .grouped_linear import Runs, dense_grouped_linear
+from .shape import whole_shape
+from .stacked_weight import StackedProjected, StackedSelected, StackedWeight
+from .unit import CompactUnit, Side
+
+
+class CompactExperts(CompactModule):
+    """An experts module, some or all of whose stacked matrices are compact.
+
+    Attributes:
+        plain: the class of the module it was made from.
+        stacked: the units by the names of their weights.
+        is_transposed: matrices are inputs times outputs.
+    """
+
+    stacked: dict[str, StackedWeight]
+    is_transposed: bool
+
+    def compact_units(self) -> Sequence[CompactUnit]:
+        return tuple(self.stacked.values())
+
+    def release(self, unit: StackedWeight) -> None:
+        """Forget a unit; without any this is the plain module again."""
+        del self.stacked[unit.weight_key]
+        if not self.stacked:
+            del self.stacked
+            self.__class__ = self.plain  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Of the class this was made from: hidden states ``(tokens, width)``, each token's experts and their weights,
+        both ``(tokens, k)``. Experts are numbered; a number above the last one stands for none.
+        """
+        given = dict(zip(arguments_of(self.plain), args, strict=False)) | kwargs
+        hidden, chosen, weights = (given[name] for name in arguments_of(self.plain))
+        own: Any = self
+        runs, token, slot = sort_by_expert(chosen, len(own.down_proj))
+        x = hidden.index_select(0, token)
+        y = self._product("gate_up_proj" if own.has_gate else "up_proj", x, runs)
+        y = self._product("down_proj", own._apply_gate(y) if own.has_gate else own.act_fn(y), runs)
+        y = y * weights[token, slot, None]
+        return torch.zeros_like(hidden).index_add_(0, token, y.to(hidden.dtype))
+
+    def _product(self, key: str, x: Tensor, runs: Runs) -> Tensor:
+        bias, unit = getattr(self, f"{key}_bias", None), self.stacked.get(key)
+        if unit is None:
+            return dense_grouped_linear(x, getattr(self, key), bias, runs, transposed=self.is_transposed)
+        return unit.forward(x, bias, runs, unit.compute_dtype(x))
+
+
+class CompactLlama4Experts(CompactExperts):
+    """Llama 4's, which are given the hidden states once for each expert, in the experts' order."""
+
+    is_transposed = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """
+        Args:
+            hidden_states: ``(experts * tokens, width)``.
+        """
+        own: Any = self
+        tokens = hidden_states.shape[0] // len(own.down_proj)
+        runs = [(e, e * tokens, (e + 1) * tokens) for e in range(len(own.down_proj)) if tokens]
+        gate, up = self._product("gate_up_proj", hidden_states, runs).chunk(2, dim=-1)
+        return self._product("down_proj", up * own.act_fn(gate), runs)
+
+
+@cache
+def arguments_of(plain: type[nn.Module]) -> tuple[str, ...]:
+    """The names of its ``forward``'s arguments."""
+    return tuple(inspect.signature(plain.forward).parameters)[1:]
+
+
+def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Runs, Tensor, Tensor]:
+    """The tokens of each expert, in the order in which a loop over the experts would meet them.
+
+    Args:
+        chosen: ``(tokens, k)``, experts' numbers.
+
+    Returns:
+        The runs of rows, and for each row its token and which of the token's choices it is.
+    """
+    experts, order = chosen.t().reshape(-1).sort(stable=True)
+    ends = torch.searchsorted(experts, torch.arange(num_experts, device=experts.device), right=True).tolist()
+    runs = [(e, first, last) for e, (first, last) in enumerate(zip([0, *ends], ends, strict=False)) if last > first]
+    order = order[: ends[-1]]
+    return runs, order % chosen.shape[0], order // chosen.shape[0]
+
+
+@dataclass(frozen=True)
+class StackedMatrices:
+    """A parameter of an experts module that can become compact.
+
+    Attributes:
+        module: the module.
+        key: the parameter's name in it.
+        experts: the class that the module becomes.
+        transposed: a matrix is inputs times outputs.
+    """
+
+    module: nn.Module
+    key: str
+    experts: type[CompactExperts]
+    transposed: bool
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return getattr(self.module, self.key)
+
+    @property
+    def num_matrices(self) -> int:
+        return whole_shape(self.weight)[0]
+
+    @property
+    def outputs_and_inputs(self) -> tuple[int, int]:
+        _, a, b = whole_shape(self.weight)
+        return (b, a) if self.transposed else (a, b)
+
+    def to_selected(self, *, side: Side, index: Tensor, contiguous: bool, shared: None = None) -> StackedWeight:
+        """As :meth:`.SelectedLinear.convert`; the choice is the same for all experts."""
+        own = {"transposed": self.transposed, "side": side, "index": index, "contiguous": contiguous}
+        return self._added(StackedSelected.make(self._owner(), self.key, **own))
+
+    def to_projected(self, **bases: Any) -> StackedWeight:
+        """As :meth:`.ProjectedLinear.convert`; dense bases have a first dimension of experts."""
+        return self._added(StackedProjected.make(self._owner(), self.key, transposed=self.transposed, **bases))
+
+    def _owner(self) -> CompactExperts:
+        module = self.module
+        if not isinstance(module, CompactExperts):
+            module.__class__ = compact_class(self.experts, type(module))
+            assert isinstance(module, CompactExperts)
+            module.stacked = {}
+        return module
+
+    def _added(self, unit: StackedWeight) -> StackedWeight:
+        self._owner().stacked[self.key] = unit
+        return unit

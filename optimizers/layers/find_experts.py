@@ -1,0 +1,55 @@
+"""Finding the experts of a model whose stacked matrices can become compact."""
+
+import torch
+from torch import nn
+
+from .compact import CompactModule
+from .experts import CompactExperts, CompactLlama4Experts, StackedMatrices, arguments_of
+from .experts_check import computes_the_same
+from .shape import whole_shape
+
+_LLAMA_4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"
+# What transformers' ``use_experts_implementation`` sets.
+_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def find_experts(model: nn.Module) -> dict[str, StackedMatrices]:
+    """The stacked parameters of a model's experts that can become compact, by their names.
+
+    A module is known by its attributes, and only if its own ``forward`` computes what its compact form would.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        targets = _targets_of(module)
+        if targets and computes_the_same(targets):
+            found.update({f"{name}.{target.key}" if name else target.key: target for target in targets})
+    return found
+
+
+def _targets_of(module: nn.Module) -> list[StackedMatrices]:
+    """A module's stacked parameters, as far as its attributes tell."""
+    if isinstance(module, CompactModule) or "forward" in module.__dict__:
+        return []
+    if f"{type(module).__module__}.{type(module).__qualname__}" == _LLAMA_4:
+        experts, transposed, keys, biases = CompactLlama4Experts, True, ("gate_up_proj", "down_proj"), ()
+    elif _is_decorated(module):
+        own = vars(module)
+        experts, transposed = CompactExperts, own["is_transposed"]
+        keys = ("gate_up_proj" if own["has_gate"] else "up_proj", "down_proj")
+        biases = tuple(f"{key}_bias" for key in keys) if own["has_bias"] else ()
+    else:
+        return []
+    if set(module._parameters) != {*keys, *biases}:
+        return []
+    targets = [StackedMatrices(module, key, experts, transposed) for key in keys]
+    fits = all(len(whole_shape(t.weight)) == 3 and t.weight.dtype in _DTYPES for t in targets)
+    return targets if fits else []
+
+
+def _is_decorated(module: nn.Module) -> bool:
+    own = vars(module)
+    is_ours = all(isinstance(own.get(flag), bool) for flag in _FLAGS) and hasattr(module, "_apply_gate")
+    # Its experts are all here, and nothing comes after them.
+    is_plain = is_ours and not own["has_post_expert_norm"] and not own.get("_is_expert_parallel", False)
+    return is_plain and len(arguments_of(type(module))) == 3

@@ -1,0 +1,196 @@
+"""Compact experts in the engines: every ZeRO stage and ddp on two ranks against plain PyTorch on one process."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from narrowgauge.engine.backends import backend_of
+from narrowgauge.engine.backends.deepspeed.traffic import TrafficCounter
+from narrowgauge.engine.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from narrowgauge.engine.config.config import load_config
+from narrowgauge.engine.protocol import TrainingEngine
+from narrowgauge.engine.report.summary import count_parameters, optimizer_state_bytes
+from narrowgauge.optimizers.layers.plain import plain_parameters
+from tests.support.mixture import TRANSPOSED, TinyMixture, is_compact, mixture, mixture_batch
+from tests.support.ranks import RankPool
+from tests.support.references.grass import ReferenceGrass
+from tests.support.zero import worst
+
+STEPS, SAVED_AFTER, MICRO_BATCHES, CLIP = 10, 5, 2, 0.2
+PARAMS: dict[str, Any] = {"lr": 1e-2, "density": 0.3, "refresh_interval": 4, "weight_decay": 0.1}
+ENGINES = [("ddp", 0), *(("deepspeed", stage) for stage in range(4))]
+
+
+class Model(TinyMixture):
+    """Called as a Hugging Face model."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return SimpleNamespace(loss=super().forward(input_ids))
+
+
+def make_engine(engine: str, stage: int, kind: str, optimizer: dict[str, Any], seed: int = 0) -> Any:
+    config = load_config(
+        {
+            "engine": engine,
+            "train_batch_size": 8,
+            "gradient_accumulation_steps": MICRO_BATCHES,
+            "gradient_clipping": CLIP,
+            # Of the experts, some weights and some compact values are kept gathered.
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 500},
+            "optimizer": optimizer,
+            "steps_per_print": 1 << 40,
+        }
+    )
+    backend = backend_of(engine)
+    backend.check(config)
+    model = Model(kind)
+    model.load_state_dict(mixture(kind, seed).state_dict())
+    return backend.build(config, model, schedule=lambda opt: LambdaLR(opt, lambda step: 1.0))
+
+
+def micro_batches(step: int) -> Iterator[Tensor]:
+    for micro_batch in mixture_batch(step).chunk(MICRO_BATCHES):
+        yield micro_batch.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def train(engine: TrainingEngine, first: int, last: int) -> list[float]:
+    """The mean losses over all ranks."""
+    losses = []
+    for step in range(first, last):
+        loss = engine.train_step(micro_batches(step), lambda name: nullcontext())
+        dist.all_reduce(loss)
+        losses.append(float(loss) / dist.get_world_size() / MICRO_BATCHES)
+    return losses
+
+
+def weights_of(engine: Any) -> dict[str, Tensor]:
+    engine.before_save()
+    return {name: value.detach().clone() for name, value in engine.whole_weights()}
+
+
+def trained(engine: str, stage: int, kind: str, optimizer: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A run, and a second one from its checkpoint in the middle that ends alike."""
+    torch.manual_seed(0)
+    first = make_engine(engine, stage, kind, optimizer)
+    losses = train(first, 0, SAVED_AFTER)
+    save_checkpoint(first, Path(folder), {})
+    losses += train(first, SAVED_AFTER, STEPS)
+    found = {"losses": losses, "weights": weights_of(first), "share": first.own_optimizer.coverage.share}
+    first.close()
+    del first
+    gc.collect()
+    second = make_engine(engine, stage, kind, optimizer, seed=1)
+    load_checkpoint(second, Path(folder))
+    found["resumed"] = train(second, SAVED_AFTER, STEPS)
+    found["difference"] = worst(weights_of(second), found["weights"])
+    second.close()
+    del second
+    gc.collect()
+    return found
+
+
+def reference(kind: str, side: str) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """Losses, and the weights at the end and where the engines save."""
+    model = mixture(kind)
+    optimizer = ReferenceGrass(
+        model,
+        is_matrix=is_compact,
+        is_transposed=lambda name: kind in TRANSPOSED and name.endswith("_proj"),
+        side=side,
+        **PARAMS,
+    )
+    losses, saved = [], {}
+    for step in range(STEPS):
+        if step == SAVED_AFTER:
+            saved = {name: value.clone() for name, value in model.state_dict().items()}
+        total = 0.0
+        for micro_batch in mixture_batch(step).chunk(MICRO_BATCHES):
+            loss = model(micro_batch) / MICRO_BATCHES
+            loss.backward()
+            total += float(loss.detach())
+        optimizer.step(CLIP)
+        model.zero_grad()
+        losses.append(total)
+    return losses, model.state_dict(), saved
+
+
+@pytest.mark.cover(1)
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+@pytest.mark.parametrize(
+    ("kind", "side"), [("mixtral", "columns"), ("gpt_oss", "rows"), ("llama4", "columns"), ("nemotron_h", "rows")]
+)
+def test_two_ranks_equal_plain_pytorch_and_resume(
+    two_ranks: RankPool, tmp_path: Path, kind: str, side: str, engine: str, stage: int
+) -> None:
+    losses, weights, saved = reference(kind, side)
+    optimizer = {"type": "Grass", "params": {**PARAMS, "side": side}}
+    for found in two_ranks.run(trained, engine, stage, kind, optimizer, str(tmp_path / "saved")):
+        assert found["losses"] == pytest.approx(losses, rel=1e-6)
+        assert worst(found["weights"], weights) < 2e-5
+        assert found["resumed"] == pytest.approx(losses[SAVED_AFTER:], rel=1e-6)
+        assert found["difference"] < 2e-5
+        assert found["share"] > 0.9
+    (path,) = (tmp_path / "saved").rglob("model.safetensors")
+    assert worst(load_file(path), saved) < 2e-5
+
+
+def expected_sizes(kind: str) -> tuple[int, int]:
+    """Elements of the compact values and of all that is trained whole, at density 0.3 of the columns."""
+    compact = dense = 0
+    for name, parameter in plain_parameters(mixture(kind)):
+        if is_compact(name):
+            compact += parameter.numel() // parameter.shape[-1] * round(0.3 * parameter.shape[-1])
+        else:
+            dense += parameter.numel()
+    return compact, dense
+
+
+def measured() -> dict[str, Any]:
+    """At ZeRO-2: sizes on this rank, and bytes it sends per step."""
+    engine = make_engine("deepspeed", 2, "mixtral", {"type": "Grass", "params": PARAMS})
+    train(engine, 0, 1)
+    counter = TrafficCounter()
+    counter.attach()
+    for step in (1, 2):
+        engine.train_step(micro_batches(step), lambda name: nullcontext())
+    counter.detach()
+    state, _ = optimizer_state_bytes(engine)
+    found = {
+        "counts": count_parameters(engine.module, engine.shape_of),
+        "state": state,
+        "subspace": engine.own_optimizer.subspace_bytes(),
+        "reduced": counter.reduced / 2,
+        "gathered": counter.gathered / 2,
+    }
+    engine.close()
+    del engine
+    gc.collect()
+    return found
+
+
+def test_state_and_traffic_are_as_the_density_says(two_ranks: RankPool) -> None:
+    """Moments, masters and gradients are of the compact values only, and all experts have one index."""
+    compact, dense = expected_sizes("mixtral")
+    total = sum(p.numel() for p in mixture("mixtral").parameters())
+    results = two_ranks.run(measured)
+    for found in results:
+        assert found["counts"] == {"total": total, "compact": compact, "dense": dense, "frozen": total - dense}
+        # In each of two layers, the indices of the linear and of the experts' two parameters; int64.
+        assert found["subspace"] == 2 * (5 + 5 + 3) * 8
+        # Two micro-batches are all-reduced, and the values gathered.
+        assert found["reduced"] == pytest.approx(2 * 4 * (compact + dense), rel=0.01)
+        assert found["gathered"] == pytest.approx(4 * (compact + dense) / 2, rel=0.01)
+    # Moments and masters in fp32, with the padding of the flat groups.
+    assert sum(found["state"] - found["subspace"] for found in results) == pytest.approx(
+        12 * (compact + dense), rel=0.01
+    )
