@@ -11,8 +11,13 @@ from ..layers.targets import CompactLayer
 from ..numerics.seeds import derive_seed
 
 
-def directions(layer: CompactLayer, *, side: str, size: int, seed: int) -> Tensor:
-    """Gaussian directions, ``(n, size)`` for a sketch of the rows, ``(m, size)`` for one of the columns, fp32, CPU."""
+def directions(layer: CompactLayer, *, side: str, size: int, seed: int, of_each: bool = False) -> Tensor:
+    """Gaussian directions, ``(n, size)`` for a sketch of the rows, ``(m, size)`` for one of the columns, fp32, CPU.
+
+    Args:
+        of_each: of stacked matrices, the same ``(m / num_matrices, size)`` for a sketch of each.
+    """
     m, n = layer.module.weight_shape
+    m = m // layer.module.num_matrices if of_each else m
     generator = torch.Generator().manual_seed(derive_seed(seed, "sketch", side, layer.name))
     return torch.randn(n if side == "rows" else m, size, generator=generator)

@@ -1,4 +1,7 @@
-"""GaLore's bases: random ones, singular vectors of the gradient or its sketch, and one step of subspace iteration."""
+"""GaLore's bases: random ones, singular vectors of the gradient or its sketch, and one step of subspace iteration.
+
+Those that follow a gradient also take a stack of them, ``(experts, m, n)``, and give each its own basis.
+"""
 
 import torch
 from torch import Tensor
@@ -20,15 +23,15 @@ def leading_basis(statistic: Tensor, rank: int, *, of_rows: bool) -> Tensor:
     4.1, cut to the leading directions.
     """
     u, _, vh = torch.linalg.svd(statistic, full_matrices=False)
-    return u[:, :rank].contiguous() if of_rows else vh[:rank].t().contiguous()
+    return u[..., :rank].contiguous() if of_rows else vh[..., :rank, :].mT.contiguous()
 
 
 def aligned(basis: Tensor, former: Tensor) -> Tensor:
     """The vectors of ``basis`` with the signs that agree with those of ``former``; both ``(dim, rank)``."""
-    return torch.where((basis * former).sum(0) < 0.0, -basis, basis)
+    return torch.where((basis * former).sum(-2, keepdim=True) < 0.0, -basis, basis)
 
 
 def iterated_basis(gradient: Tensor, basis: Tensor, *, of_rows: bool) -> Tensor:
     """One step of subspace iteration with ``G G^T`` (``of_rows``) or ``G^T G`` from the present basis."""
-    image = gradient @ (gradient.t() @ basis) if of_rows else gradient.t() @ (gradient @ basis)
+    image = gradient @ (gradient.mT @ basis) if of_rows else gradient.mT @ (gradient @ basis)
     return torch.linalg.qr(image).Q

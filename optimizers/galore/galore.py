@@ -11,8 +11,9 @@ from ..compact.backend import SubspaceBackend
 from ..compact.optimizer import CompactOptimizer, Converted
 from ..compact.sketches import directions
 from ..engine_optimizer import keywords_of
+from ..layers.experts import StackedMatrices
 from ..layers.registry import outputs_and_inputs, to_projected
-from ..layers.targets import CompactLayer, find_targets, rank_of
+from ..layers.targets import CompactLayer, find_compact_targets, rank_of
 from ..numerics.seeds import derive_seed
 from .bases import aligned, iterated_basis, leading_basis, random_basis
 from .options import GaLoreOptions
@@ -57,7 +58,7 @@ class GaLore(CompactOptimizer[GaLoreOptions]):
         return not options.reference_compatible
 
     def _convert(self, model: nn.Module, options: GaLoreOptions) -> Converted:
-        return _convert(find_targets(model, options.target_modules), options)
+        return _convert(find_compact_targets(model, options.target_modules), options)
 
     def is_refresh_due(self) -> bool:
         """Whether the step just counted is one whose gradient gives the next bases: 1, 1 + refresh_interval, ..."""
@@ -74,9 +75,10 @@ class GaLore(CompactOptimizer[GaLoreOptions]):
             if not is_observed:
                 layer.module.drop_probe()
             elif self.options.projector == "sketch":
-                side = layer.module.side
-                size = min(layer.module.rank + self.options.oversampling, *layer.module.weight_shape)
-                omega = directions(layer, side=side, size=size, seed=derive_seed(self.options.seed, self.num_refreshes))
+                side, seed = layer.module.side, derive_seed(self.options.seed, self.num_refreshes)
+                m, n = layer.module.weight_shape
+                size = min(layer.module.rank + self.options.oversampling, m // layer.module.num_matrices, n)
+                omega = directions(layer, side=side, size=size, seed=seed, of_each=True)
                 layer.module.start_probe(side, omega)
             else:
                 layer.module.start_probe("full")
@@ -121,22 +123,32 @@ class GaLore(CompactOptimizer[GaLoreOptions]):
     def _set_bases(self, layer: CompactLayer, statistic: Tensor) -> None:
         module, found = layer.module, {}
         for key, basis in module.subspace().items():
-            found[key] = self._basis(statistic, basis, of_rows=key == "left").to(basis.dtype)
+            found[key] = self._following(statistic, basis, of_rows=key == "left").to(basis.dtype)
         # One rank's are everybody's: where singular values are nearly equal, rounding decides.
         for basis in found.values():
             self.backend.communicator(layer.name).broadcast_(basis)
         module.set_subspace(found)
 
+    def _following(self, statistic: Tensor, basis: Tensor, *, of_rows: bool) -> Tensor:
+        """:meth:`_basis`, or a stack of them; an expert without tokens keeps its own."""
+        if basis.dim() == 2:
+            return self._basis(statistic, basis, of_rows=of_rows)
+        stacked = statistic.view(basis.shape[0], -1, statistic.shape[1])
+        found = self._basis(stacked, basis, of_rows=of_rows)
+        return torch.where(stacked.ne(0.0).any(2).any(1)[:, None, None], found, basis.to(found.dtype))
+
     def _basis(self, statistic: Tensor, basis: Tensor, *, of_rows: bool) -> Tensor:
-        """What follows ``basis``, ``(m or n, rank)``, given a gradient or its sketch."""
+        """What follows ``basis``, ``(m or n, rank)``, given a gradient or its sketch; of stacked matrices, of each."""
         former = basis.to(statistic.dtype)
         if self.options.projector == "power":
             return aligned(iterated_basis(statistic, former, of_rows=of_rows), former)
-        return aligned(leading_basis(statistic, basis.shape[1], of_rows=of_rows), former)
+        return aligned(leading_basis(statistic, basis.shape[-1], of_rows=of_rows), former)
 
 
-def _convert(targets: dict[str, nn.Linear], options: GaLoreOptions) -> Converted:
-    """Convert the targets with seeded random bases; those that the rank covers whole are named only."""
+def _convert(targets: dict[str, nn.Linear | StackedMatrices], options: GaLoreOptions) -> Converted:
+    """Convert the targets with seeded random bases, each expert's its own; those that the rank covers whole are named
+    only.
+    """
     layers, full, side = [], [], options.side
     for name, linear in targets.items():
         m, n = outputs_and_inputs(linear)
@@ -149,9 +161,15 @@ def _convert(targets: dict[str, nn.Linear], options: GaLoreOptions) -> Converted
         bases = {}
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         for key, dim, used in (("left", m, on_left), ("right", n, on_right)):
-            if used and linear.weight.is_meta:
-                bases[key] = torch.empty(dim, own_rank, dtype=dtype, device="meta")
-            elif used:
-                bases[key] = random_basis(dim, own_rank, seed=derive_seed(options.seed, "basis", key, name)).to(dtype)
+            if not used:
+                continue
+            stack = (linear.num_matrices,) if isinstance(linear, StackedMatrices) else ()
+            if linear.weight.is_meta:
+                bases[key] = torch.empty(*stack, dim, own_rank, dtype=dtype, device="meta")
+                continue
+            names = [f"{name}.{expert}" for expert in range(*stack)] if stack else [name]
+            seeds = [derive_seed(options.seed, "basis", key, own) for own in names]
+            drawn = [random_basis(dim, own_rank, seed=seed) for seed in seeds]
+            bases[key] = torch.stack(drawn).view(*stack, dim, own_rank).to(dtype)
         layers.append(CompactLayer(name, to_projected(linear, **bases, scale=options.scale)))
     return Converted(layers, full)

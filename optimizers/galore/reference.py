@@ -81,4 +81,4 @@ class GaLoreReference(GaLore):
         self.backend.add_changes(self.layers, self._decays(learning_rates), seed=seed, decay_last=True)
 
     def _basis(self, statistic: Tensor, basis: Tensor, *, of_rows: bool) -> Tensor:
-        return leading_basis(statistic.float(), basis.shape[1], of_rows=of_rows)
+        return leading_basis(statistic.float(), basis.shape[-1], of_rows=of_rows)

@@ -1,7 +1,7 @@
 """Compact experts in the engines: every ZeRO stage and ddp on two ranks against plain PyTorch on one process."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from narrowgauge.engine.checkpoint.checkpoint import load_checkpoint, save_check
 from narrowgauge.engine.config.config import load_config
 from narrowgauge.engine.protocol import TrainingEngine
 from narrowgauge.engine.report.summary import count_parameters, optimizer_state_bytes
+from narrowgauge.optimizers import GaLore
 from narrowgauge.optimizers.layers.plain import plain_parameters
 from tests.support.mixture import TRANSPOSED, TinyMixture, is_compact, mixture, mixture_batch
 from tests.support.ranks import RankPool
@@ -28,6 +29,7 @@ from tests.support.zero import worst
 
 STEPS, SAVED_AFTER, MICRO_BATCHES, CLIP = 10, 5, 2, 0.2
 PARAMS: dict[str, Any] = {"lr": 1e-2, "density": 0.3, "refresh_interval": 4, "weight_decay": 0.1}
+GALORE: dict[str, Any] = {"lr": 1e-2, "rank": 1, "refresh_interval": 4, "weight_decay": 0.1, "projector": "svd"}
 ENGINES = [("ddp", 0), *(("deepspeed", stage) for stage in range(4))]
 
 
@@ -109,6 +111,24 @@ def reference(kind: str, side: str) -> tuple[list[float], dict[str, Tensor], dic
         side=side,
         **PARAMS,
     )
+    return plain_run(model, lambda: optimizer.step(CLIP))
+
+
+def plain_galore(kind: str) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """GaLore itself, which is compared with a second statement elsewhere, on one process."""
+    model = mixture(kind)
+    optimizer = GaLore(model, **GALORE)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)
+        optimizer.step()
+
+    return plain_run(model, update)
+
+
+def plain_run(
+    model: TinyMixture, update: Callable[[], object]
+) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     losses, saved = [], {}
     for step in range(STEPS):
         if step == SAVED_AFTER:
@@ -118,7 +138,7 @@ def reference(kind: str, side: str) -> tuple[list[float], dict[str, Tensor], dic
             loss = model(micro_batch) / MICRO_BATCHES
             loss.backward()
             total += float(loss.detach())
-        optimizer.step(CLIP)
+        update()
         model.zero_grad()
         losses.append(total)
     return losses, model.state_dict(), saved
@@ -132,8 +152,24 @@ def reference(kind: str, side: str) -> tuple[list[float], dict[str, Tensor], dic
 def test_two_ranks_equal_plain_pytorch_and_resume(
     two_ranks: RankPool, tmp_path: Path, kind: str, side: str, engine: str, stage: int
 ) -> None:
-    losses, weights, saved = reference(kind, side)
     optimizer = {"type": "Grass", "params": {**PARAMS, "side": side}}
+    check(two_ranks, tmp_path, kind, engine, stage, optimizer, reference(kind, side))
+
+
+@pytest.mark.cover(1)
+@pytest.mark.parametrize(("engine", "stage"), [("ddp", 0), ("deepspeed", 2), ("deepspeed", 3)])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_galore_on_two_ranks_equals_plain_pytorch_and_resumes(
+    two_ranks: RankPool, tmp_path: Path, kind: str, engine: str, stage: int
+) -> None:
+    """One direction for each expert: more of them than it has tokens would be any."""
+    check(two_ranks, tmp_path, kind, engine, stage, {"type": "GaLore", "params": GALORE}, plain_galore(kind))
+
+
+def check(
+    two_ranks: RankPool, tmp_path: Path, kind: str, engine: str, stage: int, optimizer: dict[str, Any], wanted: Any
+) -> None:
+    losses, weights, saved = wanted
     for found in two_ranks.run(trained, engine, stage, kind, optimizer, str(tmp_path / "saved")):
         assert found["losses"] == pytest.approx(losses, rel=1e-6)
         assert worst(found["weights"], weights) < 2e-5

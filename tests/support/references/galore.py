@@ -38,6 +38,7 @@ class ReferenceGaLore:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         seed: int = 0,
+        is_transposed: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.params = dict(model.named_parameters())
         self.matrices = [name for name in self.params if is_matrix(name)]
@@ -49,23 +50,26 @@ class ReferenceGaLore:
         self.state: dict[str, tuple[Tensor, Tensor]] = {}
         self.bases: dict[str, dict[str, Tensor]] = {}
         for name in self.matrices:
-            m, n = self.params[name].shape
+            *stack, m, n = self.params[name].shape
+            swapped = {"left": "right", "right": "left"} if is_transposed(name) else {}
+            m, n = (n, m) if swapped else (m, n)
             keys = {"std": ["left" if m < n else "right"], "full": ["left", "right"]}.get(side, [side])
-            self.bases[name] = {
-                key: first_basis(m if key == "left" else n, rank, key, seed, name.removesuffix(".weight")).to(
-                    self.params[name].dtype
-                )
-                for key in keys
-            }
+            self.bases[name] = {}
+            for key in keys:
+                own = name.removesuffix(".weight")
+                names = [f"{own}.{expert}" for expert in range(*stack)] if stack else [own]
+                bases = [first_basis(m if key == "left" else n, rank, key, seed, each) for each in names]
+                basis = torch.stack(bases) if stack else bases[0]
+                self.bases[name][swapped.get(key, key)] = basis.to(self.params[name].dtype)
 
     def project(self, name: str, gradient: Tensor) -> Tensor:
         for key, basis in self.bases.get(name, {}).items():
-            gradient = basis.t() @ gradient if key == "left" else gradient @ basis
+            gradient = basis.mT @ gradient if key == "left" else gradient @ basis
         return gradient
 
     def project_back(self, name: str, change: Tensor) -> Tensor:
         for key, basis in self.bases[name].items():
-            change = basis @ change if key == "left" else change @ basis.t()
+            change = basis @ change if key == "left" else change @ basis.mT
         return change
 
     @torch.no_grad()
@@ -92,8 +96,12 @@ class ReferenceGaLore:
             for name in self.matrices:
                 u, _, vh = torch.linalg.svd(full[name], full_matrices=False)
                 for key, former in self.bases[name].items():
-                    found = u[:, : self.rank] if key == "left" else vh[: self.rank].t()
-                    self.bases[name][key] = found * torch.einsum("dr,dr->r", found, former).sign()
+                    found = u[..., : self.rank] if key == "left" else vh[..., : self.rank, :].mT
+                    found = found * torch.einsum("...dr,...dr->...r", found, former).sign()[..., None, :]
+                    for expert, own in enumerate(full[name] if full[name].dim() == 3 else ()):
+                        if not own.any():
+                            found[expert] = former[expert]
+                    self.bases[name][key] = found
                 if self.moments == "reset" or self.steps == 0:
                     self.state.pop(name)
                     self.count[name] = 0
