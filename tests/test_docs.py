@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from narrowgauge.engine.config.config import load_config
+from tests.support import forked
 from tests.support.command import BIN, ROOT, environment
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,7 +36,8 @@ def check(words: list[str], folder: Path) -> None:
 @pytest.mark.parametrize("block", examples("python"))
 def test_python(block: str, tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text(block)
-    check([sys.executable, "example.py"], tmp_path)
+    result = forked.python("example.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("block", examples("bash run"))

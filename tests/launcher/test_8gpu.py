@@ -19,7 +19,8 @@ from narrowgauge.engine.run.model import abstract_model, model_config
 from narrowgauge.offload import ActivationOffload
 from narrowgauge.optimizers import Grass
 from tests.launcher.conftest import Call
-from tests.support.command import ROOT, losses, run
+from tests.support.command import ROOT, losses
+from tests.support.forked import run
 from tests.support.memory import GIB, converted_model, layer_and_head, memory_of
 
 FOLDER, PAGE = ROOT / "configs" / "8gpu", ROOT / "docs" / "8gpu.md"

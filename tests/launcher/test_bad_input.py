@@ -13,7 +13,8 @@ import torch
 
 from narrowgauge.launcher.main import main
 from tests.launcher.conftest import Call
-from tests.support.command import BIN, ROOT, environment, run, tiny_config
+from tests.support import forked
+from tests.support.command import run, tiny_config
 
 
 @pytest.fixture
@@ -113,7 +114,9 @@ def test_an_error_of_all_ranks_is_told_once_and_stops_all(corpus: Path, tmp_path
 
 RANK_SCRIPT = """
 import os, sys
+import torch.distributed
 from narrowgauge.launcher.main import main
+torch.distributed.init_process_group = lambda *args, **kwargs: print("ProcessGroup", file=sys.stderr)
 if os.environ["RANK"] == "1":
     sys.argv += ["--set", sys.argv.pop()]
 else:
@@ -122,18 +125,10 @@ main()
 """
 
 
-def run_with_another_rank_1(folder: Path, config: Path, override: str) -> subprocess.CompletedProcess[str]:
+def run_with_another_rank_1(folder: Path, config: Path, override: str) -> "subprocess.CompletedProcess[str]":
     script = folder / "rank.py"
     script.write_text(RANK_SCRIPT)
-    return subprocess.run(  # noqa: S603
-        [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", str(script), "train", str(config), override],
-        env=environment(TORCH_CPP_LOG_LEVEL="INFO"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return forked.python(str(script), "train", str(config), override, ranks=2)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +156,8 @@ def test_a_rank_that_differs_or_fails_takes_the_others_with_it(
 
 def test_another_configuration_in_the_run_folder(corpus: Path, tmp_path: Path) -> None:
     config = str(tiny_config(corpus, tmp_path))
-    assert run("train", config, "--set", "training.steps=2").returncode == 0
-    result = run("train", config, "--set", "training.steps=4", "--set", "optimizer.params.lr=0.1")
+    assert forked.run("train", config, "--set", "training.steps=2").returncode == 0
+    result = forked.run("train", config, "--set", "training.steps=4", "--set", "optimizer.params.lr=0.1")
     assert result.returncode == 2
     assert "holds a run of another configuration: optimizer.params.lr (was 0.005, now 0.1)" in result.stderr
 

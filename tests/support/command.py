@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import Any, Protocol
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
+
+
+class Process(Protocol):
+    """What has been started."""
+
+    def poll(self) -> int | None: ...
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -63,14 +67,6 @@ def start(*words: str, ranks: int = 1, stderr: Any = subprocess.DEVNULL) -> "sub
     )
 
 
-def kill_all(process: "subprocess.Popen[str]") -> None:
-    """SIGKILL to a launcher and all it has started; a launcher alone would leave its ranks running."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family, timeout=30)
-
-
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``, without one that is still being written."""
     path = run_dir / "metrics.jsonl"
@@ -82,7 +78,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records(run_dir) if "loss" in record}
 
 
-def wait_for_step(run_dir: Path, step: int, process: "subprocess.Popen[str] | None" = None) -> None:
+def wait_for_step(run_dir: Path, step: int, process: "Process | None" = None) -> None:
     """Wait until a run has taken a step; ``process`` must not end before."""
     deadline = time.monotonic() + 400
     while max(losses(run_dir), default=0) < step:

@@ -1,11 +1,11 @@
 """Real process ranks for tests: a few processes in one gloo group, kept for many calls.
 
-Importing PyTorch and DeepSpeed takes seconds; a test's work is often less. One server imports them, and every rank is a
-fork of it. A call that raises or hangs on any rank ends all of them, and the next call starts new ones.
+Importing PyTorch and DeepSpeed takes seconds; a test's work is often less. The server of :mod:`tests.support.forked`
+has imported them, and every rank is a fork of it. A call that raises or hangs on any rank ends all of them, and the
+next call starts new ones.
 """
 
 import importlib
-import multiprocessing
 import os
 import socket
 import tempfile
@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tests.support.forked import server
 
 _TIMEOUT = 480.0
 
@@ -56,8 +58,7 @@ class RankPool:
             return True, f"the process died with exit code {self._processes[rank].exitcode}"
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["deepspeed"])
+        context = server()
         rendezvous = tempfile.mktemp(prefix="narrowgauge-ranks-")  # noqa: S306 (the store makes the file)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -86,10 +87,6 @@ def _serve(rank: int, world_size: int, rendezvous: str, port: int, pipe: Connect
     import torch
     import torch.distributed as dist
 
-    from narrowgauge.engine.backends.deepspeed.extensions import ensure_extensions
-
-    # Else DeepSpeed loads one without our lock, and waits forever where a rank that did was killed.
-    ensure_extensions()
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from narrowgauge.engine.ranks.exit_codes import EXIT_PREEMPTED
-from tests.support.command import ROOT, arguments, environment, losses, records, run, start, tiny_config
+from tests.support.command import ROOT, arguments, environment, losses, records, start, tiny_config
+from tests.support.forked import run
 
 MORE = ["--set", "training.steps=120", "--set", "training.eval_interval=30", "--set", "training.checkpoint_interval=25"]
 

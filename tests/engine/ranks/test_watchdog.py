@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.command import losses, run, start, tiny_config, wait_for_step
+from tests.support.command import losses, start, tiny_config, wait_for_step
+from tests.support.forked import run
 
 # Seconds; a loaded machine must make its engine and evaluate within it.
 LIMIT = 20

@@ -16,7 +16,8 @@ from narrowgauge.engine.config.run_blocks import ModelBlock
 from narrowgauge.engine.data.tokenizer import load_tokenizer
 from narrowgauge.engine.errors import DataError, UserError
 from narrowgauge.engine.run.model import abstract_model, check_model, model_config
-from tests.support.command import run, tiny_config
+from tests.support.command import tiny_config
+from tests.support.forked import run
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {**SMALL, "num_key_value_heads": 2, "vocab_size": 600, "max_position_embeddings": 128}

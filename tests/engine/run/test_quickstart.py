@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 
 from narrowgauge.engine.config.config import load_config
-from tests.support.command import ROOT, run
+from tests.support.command import ROOT
+from tests.support.forked import run
 
 QUICKSTART = ROOT / "configs" / "quickstart.json"
 
 
 def test_its_first_steps(tmp_path: Path) -> None:
     words = ["training.steps=8", "training.checkpoint_interval=null", f"logging.run_dir={tmp_path}/run"]
-    words += ["training.sample_tokens=8", "training.eval_sequences=16"]
+    words += ["training.sample_tokens=8", "training.eval_sequences=16", "data.sequence_length=32"]
     result = run("train", str(QUICKSTART), *(word for change in words for word in ("--set", change)), ranks=2)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -12,7 +12,8 @@ from narrowgauge.engine.backends.deepspeed.training import DeepSpeedTraining
 from narrowgauge.engine.errors import CheckpointError, UserError
 from narrowgauge.engine.run.export import export_run
 from narrowgauge.engine.run.sample import try_sample
-from tests.support.command import records, run, tiny_config
+from tests.support.command import records, tiny_config
+from tests.support.forked import run
 from tests.support.ranks import RankPool
 from tests.support.zero import ds_config, finish, make_engine
 

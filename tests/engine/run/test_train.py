@@ -1,4 +1,4 @@
-"""``narrowgauge train`` from the outside: alone, under torchrun and under deepspeed."""
+"""``narrowgauge train`` from the outside: alone, under torchrun and under deepspeed; then in forks."""
 
 import json
 import math
@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.command import kill_all, losses, records, run, start, tiny_config
+from tests.support import command, forked
+from tests.support.command import losses, records, tiny_config
 
 SUMMARY_KEYS = {
     "schema_version": int,
@@ -53,7 +54,7 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two ranks, trained to the end."""
     folder = tmp_path_factory.mktemp("finished")
     config = tiny_config(corpus, folder)
-    result = run("train", str(config), "--set", "training.sample_prompt=def ", ranks=2)
+    result = command.run("train", str(config), "--set", "training.sample_prompt=def ", ranks=2)
     assert result.returncode == 0, result.stderr
     assert "validation loss" in result.stdout
     assert "run folder" in result.stdout
@@ -110,7 +111,7 @@ def test_tensorboard_holds_the_same_numbers(finished: Path) -> None:
 def test_a_finished_run_shows_its_summary_at_once(finished: Path) -> None:
     begin = os.times()
     config = str(finished / "config.json")
-    result = run("train", config, "--set", "training.sample_prompt=def ", ranks=2)
+    result = command.run("train", config, "--set", "training.sample_prompt=def ", ranks=2)
     spent = os.times()
     assert spent.children_user - begin.children_user < 20  # seconds of CPU, of a launcher and two ranks
     assert result.returncode == 0
@@ -122,7 +123,7 @@ def test_a_finished_run_shows_its_summary_at_once(finished: Path) -> None:
 @pytest.mark.parametrize(("ranks", "launcher"), [pytest.param(1, "none", marks=pytest.mark.slow), (2, "deepspeed")])
 def test_other_launchers_give_the_same_run(finished: Path, tmp_path: Path, ranks: int, launcher: str) -> None:
     config = str(finished / "config.json")
-    result = run("train", config, "--set", f"logging.run_dir={tmp_path}/run", ranks=ranks, launcher=launcher)
+    result = command.run("train", config, "--set", f"logging.run_dir={tmp_path}/run", ranks=ranks, launcher=launcher)
     assert result.returncode == 0, result.stdout + result.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(finished / "run"), abs=5e-6)
 
@@ -130,7 +131,9 @@ def test_other_launchers_give_the_same_run(finished: Path, tmp_path: Path, ranks
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_every_zero_stage_gives_the_same_run(finished: Path, tmp_path: Path, stage: int) -> None:
     changes = [f"logging.run_dir={tmp_path}/run", f"zero_optimization.stage={stage}"]
-    result = run("train", str(finished / "config.json"), *(word for c in changes for word in ("--set", c)), ranks=2)
+    result = forked.run(
+        "train", str(finished / "config.json"), *(word for c in changes for word in ("--set", c)), ranks=2
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(finished / "run"), abs=5e-6)
 
@@ -158,19 +161,19 @@ def test_a_killed_run_resumes_bit_equal(corpus: Path, tmp_path: Path, optimizer:
         "training.keep_checkpoints=100",
     ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    process = start("train", config, *more, "--set", f"logging.run_dir={cut}", ranks=2)
+    process = forked.start("train", config, *more, "--set", f"logging.run_dir={cut}", ranks=2)
     deadline = time.monotonic() + 400
     while not any(step >= 21 for step in losses(cut)):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.01)
-    kill_all(process)
+    process.kill()
     reached = max(losses(cut))
     assert 21 <= reached < 60
-    result = run("train", config, *more, "--set", f"logging.run_dir={cut}", ranks=2)
+    result = forked.run("train", config, *more, "--set", f"logging.run_dir={cut}", ranks=2)
     assert result.returncode == 0, result.stderr
     assert "resumed after step" in result.stdout
-    expected = run("train", config, *more, "--set", f"logging.run_dir={whole}", ranks=2)
+    expected = forked.run("train", config, *more, "--set", f"logging.run_dir={whole}", ranks=2)
     assert expected.returncode == 0, expected.stderr
     assert losses(cut) == losses(whole)
     evaluations = [[r for r in records(d) if "eval_loss" in r] for d in (cut, whole)]
@@ -182,7 +185,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_longer(finished: Path, t
 
     shutil.copytree(finished / "run", tmp_path / "run")
     words = ["--set", f"logging.run_dir={tmp_path}/run", "--set", "training.sample_prompt=def "]
-    result = run("train", str(finished / "config.json"), *words, "--set", "training.steps=16")
+    result = forked.run("train", str(finished / "config.json"), *words, "--set", "training.steps=16")
     assert result.returncode == 0, result.stderr
     assert "resumed after step 12" in result.stdout
     assert sorted(losses(tmp_path / "run")) == list(range(1, 17))
@@ -198,7 +201,7 @@ def test_missing_summary_and_damaged_checkpoint(finished: Path, tmp_path: Path) 
     (tmp_path / "run" / "summary.json").unlink()
     # Killed between the last checkpoint and the summary: nothing is left to train, the summary is written.
     words = ["--set", f"logging.run_dir={tmp_path}/run", "--set", "training.keep_checkpoints=3"]
-    again = run("train", str(finished / "config.json"), *words)
+    again = forked.run("train", str(finished / "config.json"), *words)
     assert again.returncode == 0, again.stderr
     summaries = [json.loads((d / "run" / "summary.json").read_text()) for d in (finished, tmp_path)]
     assert summaries[0]["eval_loss"] == summaries[1]["eval_loss"]
@@ -209,7 +212,7 @@ def test_missing_summary_and_damaged_checkpoint(finished: Path, tmp_path: Path) 
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    result = run("train", str(finished / "config.json"), "--set", f"logging.run_dir={tmp_path}/run", ranks=2)
+    result = forked.run("train", str(finished / "config.json"), "--set", f"logging.run_dir={tmp_path}/run", ranks=2)
     assert result.returncode == 0, result.stderr
     assert "model.safetensors: damaged" in result.stdout.replace("\n", "")
     assert "resumed after step 8" in result.stdout
@@ -218,7 +221,7 @@ def test_missing_summary_and_damaged_checkpoint(finished: Path, tmp_path: Path) 
 
 def test_fresh_starts_over_beside(finished: Path) -> None:
     config = str(finished / "config.json")
-    result = run("train", config, "--fresh", "--set", "training.steps=2", ranks=2)
+    result = forked.run("train", config, "--fresh", "--set", "training.steps=2", ranks=2)
     assert result.returncode == 0, result.stderr
     assert sorted(losses(finished / "run-2")) == [1, 2]
     assert len(losses(finished / "run")) == 12
@@ -237,7 +240,7 @@ def test_export_gives_identical_logits(finished: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path / "exported"
-    result = run("export", str(finished / "run"), str(folder))
+    result = forked.run("export", str(finished / "run"), str(folder))
     assert result.returncode == 0, result.stderr
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
@@ -255,29 +258,29 @@ def test_export_gives_identical_logits(finished: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(model(input_ids=batch).logits, saved(input_ids=batch).logits)
         assert float(model(input_ids=batch, labels=batch).loss) == pytest.approx(validation, abs=1e-6)
-    again = run("export", str(finished / "run"), str(folder))
+    again = forked.run("export", str(finished / "run"), str(folder))
     assert again.returncode == 2
     assert "already exists and is not an empty folder" in again.stderr
-    missing = run("export", str(finished / "run"), str(tmp_path / "x"), "--step", "5")
+    missing = forked.run("export", str(finished / "run"), str(tmp_path / "x"), "--step", "5")
     assert missing.returncode == 2
     assert "no checkpoint of step 5; there are [8, 12]" in missing.stderr
 
 
 def test_a_hugging_face_folder_is_trained_on_from_its_weights(finished: Path, corpus: Path, tmp_path: Path) -> None:
     """Export, then continue from the folder at ZeRO-3 with checkpointing: the first loss is the trained model's."""
-    assert run("export", str(finished / "run"), str(tmp_path / "hf")).returncode == 0
+    assert forked.run("export", str(finished / "run"), str(tmp_path / "hf")).returncode == 0
     config = json.loads(tiny_config(corpus, tmp_path, zero_optimization={"stage": 3}).read_text())
     config["model"] = {"path": str(tmp_path / "hf"), "gradient_checkpointing": "non-reentrant"}
     config["data"]["tokenizer"] = str(tmp_path / "hf")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    result = run("train", str(tmp_path / "config.json"), "--set", "training.steps=2", ranks=2)
+    result = forked.run("train", str(tmp_path / "config.json"), "--set", "training.steps=2", ranks=2)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     trained = json.loads((finished / "run" / "summary.json").read_text())
     assert summary["eval_loss_first"] == pytest.approx(trained["eval_loss"], abs=1e-5)
     # The tokenizer's folder is the old model's: exporting once took its weights for the new ones'.
     assert not list((tmp_path / "run" / "tokenizer").glob("*.safetensors"))
-    assert run("export", str(tmp_path / "run"), str(tmp_path / "hf2")).returncode == 0
+    assert forked.run("export", str(tmp_path / "run"), str(tmp_path / "hf2")).returncode == 0
     exported = load_file(tmp_path / "hf2" / "model.safetensors")
     checkpoint = load_file(tmp_path / "run" / "checkpoints" / "step-2" / "model.safetensors")
     first = load_file(tmp_path / "hf" / "model.safetensors")
@@ -296,7 +299,7 @@ def test_megatron_files_are_trained_on(corpus: Path, tmp_path: Path) -> None:
     config["data"] = {"train": [str(tmp_path / "tokens")], "sequence_length": 32, "cache_dir": str(tmp_path / "cache")}
     config["model"]["config"]["vocab_size"] = 500
     (tmp_path / "config.json").write_text(json.dumps(config))
-    result = run("train", str(tmp_path / "config.json"), "--set", "training.steps=3")
+    result = forked.run("train", str(tmp_path / "config.json"), "--set", "training.steps=3")
     assert result.returncode == 0, result.stderr
     assert len(losses(tmp_path / "run")) == 3
 
@@ -304,16 +307,16 @@ def test_megatron_files_are_trained_on(corpus: Path, tmp_path: Path) -> None:
 def test_a_run_folder_belongs_to_one_run_at_a_time(corpus: Path, tmp_path: Path) -> None:
     """Ranks that outlive a killed launcher would otherwise write into the folder of the run that replaced it."""
     config = str(tiny_config(corpus, tmp_path))
-    process = start("train", config, "--set", "training.steps=100000")
+    process = forked.start("train", config, "--set", "training.steps=100000")
     deadline = time.monotonic() + 400
     while not losses(tmp_path / "run"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    result = run("train", config, "--set", "training.steps=100000")
-    kill_all(process)
+    result = forked.run("train", config, "--set", "training.steps=100000")
+    process.kill()
     assert result.returncode == 2
     assert "run is in use by another run: process" in result.stderr
-    shorter = run("train", config)
+    shorter = forked.run("train", config)
     assert shorter.returncode == 2
     assert "training.steps: expected at least the" in shorter.stderr
     assert "--fresh" in shorter.stderr

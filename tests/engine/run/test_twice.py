@@ -1,12 +1,11 @@
 """Two runs in one process."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.command import ROOT, losses, tiny_config
+from tests.support.command import losses, tiny_config
+from tests.support.forked import python
 
 _TWICE = """
 import sys
@@ -20,14 +19,7 @@ for number in (0, 1):
 def test_a_second_run_in_a_process_is_the_first_again(corpus: Path, tmp_path: Path, engine: str) -> None:
     """DeepSpeed kept the process group of the first run, which was destroyed: ``Group ... is not registered``."""
     config = tiny_config(corpus, tmp_path, engine=engine, zero_optimization={"stage": 0}, bf16={"enabled": False})
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", _TWICE, str(config), str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = python("-c", _TWICE, str(config), str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "0") == losses(tmp_path / "1")
     assert len(losses(tmp_path / "0")) == 2

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from narrowgauge.launcher.hosts import Host
 from narrowgauge.launcher.peer import Peer, PeerError
 from narrowgauge.offload.backends import aio
 from narrowgauge.offload.backends.deepspeed_build import build_folder
-from tests.support.command import ROOT, arguments, environment, run
+from tests.support import command, forked
+from tests.support.command import ROOT, environment
 
 NODE = [sys.executable, "-m", "narrowgauge.launcher.doctor.node"]
 
 
-def ask(*words: str, **extra: Any) -> tuple[int, list[dict[str, Any]]]:
+def ask(*words: str, run: Callable[..., Any] = forked.run, **extra: str) -> tuple[int, list[dict[str, Any]]]:
     """The exit code and the findings."""
     result = run("doctor", "--json", *words, **extra)
     assert result.stdout, result.stderr
@@ -46,7 +47,7 @@ def before(folder: Path) -> str:
 
 def test_this_machine(tmp_path: Path) -> None:
     begin = time.monotonic()
-    code, findings = ask("--path", str(tmp_path))
+    code, findings = ask("--path", str(tmp_path), run=command.run)
     assert time.monotonic() - begin < 30
     assert code == int(any(finding["status"] == "error" for finding in findings))
     assert all((finding["status"] == "ok") == (finding["cure"] is None) for finding in findings)
@@ -81,7 +82,7 @@ def test_this_machine(tmp_path: Path) -> None:
 
 def test_the_table_names_what_to_type(tmp_path: Path) -> None:
     missing = tmp_path / "it is not there"
-    result = run("doctor", "--path", str(missing))
+    result = forked.run("doctor", "--path", str(missing))
     assert result.returncode == 1
     lines = result.stdout.splitlines()
     assert any(line.split()[:2] == ["error", "disk"] for line in lines)
@@ -140,7 +141,7 @@ def test_build_removes_the_lock_and_compiles(tmp_path: Path) -> None:
     for lock in locks:
         lock.parent.mkdir(exist_ok=True)
         lock.touch()
-    code, findings = ask("--build", TORCH_EXTENSIONS_DIR=str(tmp_path))
+    code, findings = ask("--build", run=command.run, TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert not any(lock.exists() for lock in locks)
     assert code == 0
     assert [finding["status"] for finding in of(findings, "extensions") + of(findings, "asynchronous I/O")] == [
@@ -167,7 +168,7 @@ def test_a_version_out_of_range_and_packages_that_do_not_import(tmp_path: Path) 
     for name in ("torch", "transformer_engine", "apex"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise OSError('libcudart.so.99: cannot open shared object')\n")
-    code, findings = ask(PYTHONPATH=before(tmp_path))
+    code, findings = ask(run=command.run, PYTHONPATH=before(tmp_path))
     assert code == 1
     (transformers, *_) = of(findings, "transformers")
     assert transformers["found"].startswith("4.2.0, ")
@@ -210,9 +211,16 @@ def test_no_compiler(tmp_path: Path) -> None:
     assert code == int(compiler["status"] == "error")
 
 
+SYSTEM = """
+import dataclasses, json
+from narrowgauge.launcher.doctor.system import check_limits, check_shared_memory
+print(json.dumps([dataclasses.asdict(finding) for finding in [*check_shared_memory(), *check_limits()]]))
+"""
+
+
 def ask_in(words: list[str], script: str) -> list[dict[str, Any]]:
-    """The findings where a shell, itself started by ``words``, has prepared something."""
-    words = [*words, "bash", "-c", f'{script} && exec "$@"', "bash", *arguments("doctor", "--json")]
+    """What is found of the system where a shell, itself started by ``words``, has prepared something."""
+    words = [*words, "bash", "-c", f'{script} && exec "$@"', "bash", sys.executable, "-c", SYSTEM]
     result = subprocess.run(  # noqa: S603
         words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
     )
@@ -255,7 +263,7 @@ def test_little_shared_memory() -> None:
 def test_a_hostfile_that_does_not_hold(tmp_path: Path) -> None:
     path = tmp_path / "hostfile"
     path.write_text("h1 slots=0\n")
-    result = run("doctor", "--hostfile", str(path))
+    result = forked.run("doctor", "--hostfile", str(path))
     assert result.returncode == 2
     assert "h1: expected at least 1 slot, got 0" in result.stderr
 

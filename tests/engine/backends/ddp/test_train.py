@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command import BIN, ROOT, environment, losses, run, tiny_config
+from tests.support import forked
+from tests.support.command import BIN, ROOT, environment, losses, tiny_config
 
 # The command, where executing any of DeepSpeed's modules fails (others may look whether it is installed).
 WITHOUT_DEEPSPEED = """
@@ -48,7 +49,7 @@ def test_a_run_without_deepspeed_has_the_losses_of_one_with_it(corpus: Path, tmp
     assert done.returncode == 0, done.stderr
     assert "Grass at DDP on 2 ranks" in done.stdout.replace("\n", " ")
     config = tiny_config(corpus, tmp_path / "deepspeed", zero_optimization={"stage": 0})
-    assert run("train", str(config), ranks=2).returncode == 0
+    assert forked.run("train", str(config), ranks=2).returncode == 0
     found, expected = losses(tmp_path / "ddp" / "run"), losses(tmp_path / "deepspeed" / "run")
     assert len(found) == 12
     assert found == pytest.approx(expected, abs=1e-6)

@@ -1,0 +1,15 @@
+"""What the server of :mod:`tests.support.forked` imports and loads before it forks; nothing here starts a thread."""
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (every engine's start imports it)
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import narrowgauge.engine.backends.ddp.training
+import narrowgauge.engine.backends.deepspeed.build
+import narrowgauge.engine.backends.deepspeed.construct
+import narrowgauge.engine.run.export
+import narrowgauge.engine.run.train
+import narrowgauge.launcher.main  # noqa: F401
+from narrowgauge.engine.backends.deepspeed.extensions import ensure_extensions
+
+# Else each fork would, and DeepSpeed without our lock: it waits forever where a rank that did was killed.
+ensure_extensions()
