@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.cluster.slurm import Slurm, missing
-from tests.support.command import losses, records, run, tiny_config, wait_for_step
+from tests.support.command import losses, records, tiny_config, wait_for_step
+from tests.support.forked import run
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
