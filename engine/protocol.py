@@ -160,6 +160,20 @@ class TrainingEngine(Protocol):
         """
         ...
 
+    def saves(self, shard: Shard) -> bool:
+        """Whether this rank, of those that hold the same shard, is the one that saves it; only asked where the state is
+        not replicated as a whole.
+        """
+        ...
+
+    def trainable_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The whole shape of each trainable parameter, by global name, also of those other ranks hold."""
+        ...
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of elements over all ranks; see :func:`narrowgauge.engine.report.parameters.count_parameters`."""
+        ...
+
     def parameter_groups(self) -> Mapping[str, int]:
         """The parameter group of each trainable parameter, by global name, also of those other ranks hold."""
         ...

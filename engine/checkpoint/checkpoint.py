@@ -169,7 +169,7 @@ def _verify(folder: Path, engine: TrainingEngine) -> Checkpoint:
 
 
 def _trainable_shapes(engine: TrainingEngine) -> dict[str, list[int]]:
-    return {name: list(engine.shape_of(p)) for name, p in engine.module.named_parameters() if p.requires_grad}
+    return {name: list(shape) for name, shape in engine.trainable_shapes().items()}
 
 
 def _engine_state(engine: TrainingEngine) -> dict[str, Any]:

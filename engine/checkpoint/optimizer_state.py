@@ -1,4 +1,9 @@
-"""The optimizer's part of a checkpoint: masters and moments by parameter, whatever they were cut into."""
+"""The optimizer's part of a checkpoint: masters and moments by parameter, whatever they were cut into.
+
+A tensor's key is ``parameter|place|what``. The place of elements that are neighbours in the flattened parameter is the
+position of the first; that of others is their box, ``offsets/sizes``, and the position of the first in it,
+``0,32/64,32/128``.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from narrowgauge.optimizers import EngineOptimizer, ShardedOptimizer
+from narrowgauge.optimizers.sharding.box import Box
 from narrowgauge.optimizers.sharding.shards import Shard, StatePiece
 
 from ..errors import CheckpointError
@@ -19,16 +25,24 @@ from .contents import check_finite, write_tensors
 from .files import Checkpoint
 
 _MASTER = "master"
+# Elements whose positions are worked out at once.
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class _SavedPiece:
-    """Where a saved piece of a parameter's state lies."""
+    """Where a saved piece of a parameter's state lies.
+
+    Attributes:
+        start: of its first element in the flattened parameter, or box.
+        box: offsets and sizes, where its elements are no neighbours in the parameter.
+    """
 
     start: int
     length: int
     path: Path
     key: str
+    box: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 def write_optimizer(engine: TrainingEngine, folder: Path) -> str | None:
@@ -38,10 +52,10 @@ def write_optimizer(engine: TrainingEngine, folder: Path) -> str | None:
     own_pieces = _own_pieces(engine)
     tensors = {f"{p.name}|{p.start}|{p.key}": p.tensor.cpu().clone() for pieces in own_pieces.values() for p in pieces}
     flat, state = None, {}
-    for shard in engine.shards():
+    for shard in filter(engine.saves, engine.shards()):
         if shard.flat is not flat:
             flat, state = shard.flat, _dense_state(engine, shard.flat)
-        prefix = f"{shard.name}|{shard.start}|"
+        prefix = f"{shard.name}|{_place(shard)}|"
         tensors[prefix + _MASTER] = shard.of(shard.flat).cpu().clone()
         own_keys = {piece.key for piece in own_pieces.get(shard.flat, ())}
         for key, value in state.items():
@@ -56,6 +70,15 @@ def write_optimizer(engine: TrainingEngine, folder: Path) -> str | None:
     name = f"optimizer-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
     write_tensors(tensors, folder / name)
     return name
+
+
+def _place(shard: Shard) -> str:
+    """See above."""
+    if shard.is_one_run:
+        return str(shard.start)
+    assert shard.box is not None
+    offsets, sizes = (",".join(map(str, numbers)) for numbers in (shard.box.offsets, shard.box.local))
+    return f"{offsets}/{sizes}/{shard.local_start}"
 
 
 def _dense_state(engine: TrainingEngine, flat: Tensor) -> Mapping[str, Any]:
@@ -156,7 +179,7 @@ def load_optimizer(engine: TrainingEngine, checkpoint: Checkpoint) -> None:
         for key, pieces in saved[shard.name].items():
             if key not in own_keys:
                 tensor = shard.flat if key == _MASTER else _state_tensor(engine.optimizer, shard, key)
-                _read_into(shard.of(tensor), shard.name, shard.start, pieces)
+                _read_shard(shard.of(tensor), shard, pieces)
         for key, number in state["scalars"][shard.name].items():
             _set_scalar(engine.optimizer, shard, key, number)
     for piece in (piece for pieces in own_pieces.values() for piece in pieces):
@@ -171,10 +194,45 @@ def _index_pieces(checkpoint: Checkpoint) -> dict[str, dict[str, list[_SavedPiec
     for path in checkpoint.tensors("optimizer-"):
         with safe_open(path, framework="pt") as file:
             for full_key in file.keys():  # noqa: SIM118 (not a dict)
-                name, start, key = full_key.rsplit("|", 2)
+                name, place, key = full_key.rsplit("|", 2)
                 length = file.get_slice(full_key).get_shape()[0]
-                pieces.setdefault(name, {}).setdefault(key, []).append(_SavedPiece(int(start), length, path, full_key))
+                *box, start = place.split("/")
+                offsets, sizes = (tuple(map(int, part.split(","))) for part in box) if box else ((), ())
+                piece = _SavedPiece(int(start), length, path, full_key, (offsets, sizes) if box else None)
+                pieces.setdefault(name, {}).setdefault(key, []).append(piece)
     return pieces
+
+
+def _read_shard(target: Tensor, shard: Shard, pieces: Sequence[_SavedPiece]) -> None:
+    """Fill ``target``, shaped like a shard, from the saved pieces that overlap it."""
+    if shard.is_one_run and all(piece.box is None for piece in pieces):
+        _read_into(target, shard.name, shard.start, pieces)
+        return
+    own, filled = shard.box or Box.whole(shard.shape), 0
+    for piece in pieces:
+        box = Box(shard.shape, *piece.box) if piece.box is not None else Box.whole(shard.shape)
+        if own.overlaps(box):
+            with safe_open(piece.path, framework="pt") as file:
+                values = file.get_tensor(piece.key)
+            filled += _copy_common(target, own, shard.local_start, values, box, piece.start)
+    if filled != target.numel():
+        raise CheckpointError(
+            f"{shard.name}: expected {target.numel()} elements, got {filled}; the engine is partly restored"
+        )
+
+
+def _copy_common(target: Tensor, own: Box, own_start: int, values: Tensor, box: Box, start: int) -> int:
+    """Copy the elements that two runs within boxes have in common; returns their number."""
+    copied = 0
+    for first in range(0, target.numel(), _CHUNK):
+        part = target[first : first + _CHUNK]
+        found, is_inside = box.locate(own.positions(own_start + first, part.numel()))
+        found -= start
+        is_inside &= (found >= 0) & (found < values.numel())
+        where = is_inside.nonzero().view(-1)
+        part.index_copy_(0, where.to(part.device), values[found[where]].to(part))
+        copied += where.numel()
+    return copied
 
 
 def _read_into(target: Tensor, name: str, start: int, pieces: Sequence[_SavedPiece]) -> None:

@@ -13,7 +13,6 @@ from ..errors import UserError
 from ..files import naming, write_json
 from ..protocol import TrainingEngine
 from ..ranks.environment import world_size
-from ..report.summary import count_parameters
 from ..run_folder import CONFIG, STARTS, TOKENIZER
 from .plan import Plan
 
@@ -54,7 +53,7 @@ def write_head(engine: TrainingEngine, plan: Plan, first_step: int, tokens_per_s
         "data_fingerprint": plan.prepared.fingerprint,
     }
     write_json(plan.run_dir / CONFIG, resolved)
-    parameters, ranks = count_parameters(engine.module, engine.shape_of)["total"], world_size()
+    parameters, ranks = engine.parameter_counts()["total"], world_size()
     logger.info(
         f"{parameters:,} parameters, {plan.config.raw['optimizer']['type']} at {engine.description} on"
         f" {ranks} rank{'s' if ranks > 1 else ''}, {tokens_per_step:,} tokens per step; {plan.run_dir}"

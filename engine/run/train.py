@@ -33,7 +33,6 @@ from ..report.metrics import MetricsLog, step_records
 from ..report.progress import ProgressView
 from ..report.summary import (
     SCHEMA_VERSION,
-    count_parameters,
     max_over_ranks,
     optimizer_state_bytes,
     peak_memory,
@@ -360,7 +359,7 @@ class _Run:
             "tokens": plan.training.steps * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / median["step"],
             **self.history,
-            "parameters": count_parameters(engine.module, engine.shape_of),
+            "parameters": engine.parameter_counts(),
             **({"matrices": engine.own_optimizer.coverage.summary()} if engine.own_optimizer is not None else {}),
             "bytes": {
                 **traffic_bytes(engine, reduced=reduced, gathered=gathered),

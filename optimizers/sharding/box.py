@@ -55,6 +55,30 @@ class Box:
             left = left % inner
         return found
 
+    def locate(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Where elements of the flattened parameter lie in the flattened box.
+
+        Args:
+            positions: int64 ``(n,)``.
+
+        Returns:
+            Their positions in the box, int64 ``(n,)``, and which of them are in it, bool ``(n,)``; those that are not
+            have any position.
+        """
+        found, is_inside = torch.zeros_like(positions), torch.ones_like(positions, dtype=torch.bool)
+        for dim in range(len(self.shape)):
+            index = positions // math.prod(self.shape[dim + 1 :]) % self.shape[dim] - self.offsets[dim]
+            is_inside &= (index >= 0) & (index < self.local[dim])
+            found += index * math.prod(self.local[dim + 1 :])
+        return found, is_inside
+
+    def overlaps(self, other: "Box") -> bool:
+        """Whether they share an element of the parameter."""
+        return all(
+            first < second + other.local[dim] and second < first + self.local[dim]
+            for dim, (first, second) in enumerate(zip(self.offsets, other.offsets, strict=True))
+        )
+
     def _position(self, local: int) -> int:
         found = 0
         for dim in range(len(self.shape)):

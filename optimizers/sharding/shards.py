@@ -51,6 +51,13 @@ class Shard:
         return runs[0][0] if runs else 0
 
     @property
+    def is_one_run(self) -> bool:
+        """Whether all its elements are neighbours in the flattened parameter: it has a :attr:`start` then."""
+        runs = self.runs()
+        next(runs, None)
+        return next(runs, None) is None
+
+    @property
     def position(self) -> int | Tensor:
         """The position of the first element within the flattened parameter; of every element, int64 ``(length,)``,
         where they are not neighbours in it. What hashes positions (rounding) takes either.

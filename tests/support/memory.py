@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from narrowgauge.engine.config.config import Config
 from narrowgauge.engine.config.optimizer_params import make_optimizer
-from narrowgauge.engine.report.summary import count_parameters
+from narrowgauge.engine.report.parameters import count_parameters
 from narrowgauge.engine.run.model import abstract_model, model_config
 from narrowgauge.optimizers.layers.selected_weight import SelectedWeight
 

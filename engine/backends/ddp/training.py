@@ -18,6 +18,7 @@ from ...checkpoint import weights
 from ...config.config import Batches
 from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
 from ...report.dense_traffic import dense_traffic, trained_when_dense
+from ...report.parameters import count_parameters
 from ..gradient_norm import gradient_norm
 from .traffic import DdpTraffic
 
@@ -179,6 +180,15 @@ class DdpTraining:
             for group in self._optimizer.param_groups
             for p in group["params"]
         ]
+
+    def saves(self, shard: Shard) -> bool:
+        return True
+
+    def trainable_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self._model.named_parameters() if p.requires_grad}
+
+    def parameter_counts(self) -> dict[str, int]:
+        return count_parameters(self._model)
 
     def parameter_groups(self) -> Mapping[str, int]:
         groups = self._optimizer.param_groups

@@ -20,6 +20,7 @@ from narrowgauge.optimizers.sharding.shards import Shard
 from ...checkpoint import weights
 from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
 from ...report.dense_traffic import dense_traffic, dense_traffic_zero3, trained_when_dense
+from ...report.parameters import count_parameters
 from .privates import gather_again, groups_of, is_persistent, is_sharded, own_shard
 from .shards import local_shards, masters_to_model
 from .traffic import TrafficCounter
@@ -116,6 +117,15 @@ class DeepSpeedTraining:
 
     def shards(self) -> Sequence[Shard]:
         return local_shards(self._deepspeed)
+
+    def saves(self, shard: Shard) -> bool:
+        return True
+
+    def trainable_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: self.shape_of(p) for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def parameter_counts(self) -> dict[str, int]:
+        return count_parameters(self.module, self.shape_of)
 
     def parameter_groups(self) -> Mapping[str, int]:
         groups = groups_of(self._deepspeed.optimizer)

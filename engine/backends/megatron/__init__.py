@@ -9,8 +9,9 @@ if TYPE_CHECKING:
 
     from ...config.config import Config
     from ...config.run_blocks import ModelBlock
-    from ...protocol import Schedule, TrainingEngine
+    from ...protocol import Schedule
     from .keys import MegatronKeys
+    from .training import MegatronTraining
 
 
 class MegatronBackend:
@@ -52,8 +53,10 @@ class MegatronBackend:
 
         return construct(block, model_config, config)
 
-    def build(self, config: "Config", model: "nn.Module", *, schedule: "Schedule | None") -> "TrainingEngine":
-        raise config.error("engine: megatron: it cannot train yet")
+    def build(self, config: "Config", model: "nn.Module", *, schedule: "Schedule | None") -> "MegatronTraining":
+        from .build import build
+
+        return build(config, model, schedule=schedule)
 
 
 BACKEND = MegatronBackend()

@@ -97,6 +97,10 @@ def _current_device() -> Any:
     return replaced(torch.cuda, current_device=lambda: torch.device("cpu"))
 
 
+def _waiting() -> Any:
+    return replaced(torch.cuda, synchronize=lambda *args, **kwargs: None)
+
+
 def _streams() -> Any:
     return replaced(
         torch.cuda,
@@ -223,6 +227,7 @@ PATCHES: dict[str, Patch] = {
     "devices": Patch(lambda: _CudaIsCpu(types=False), "tensors made on the device 'cuda'"),
     "types": Patch(lambda: _CudaIsCpu(devices=False), "the optimizers, which compare names of tensor types"),
     "backward": Patch(_backward_within_modes, "whatever backward computes again"),
+    "waiting": Patch(_waiting, "pipelines, which wait for what was sent"),
     "streams": Patch(_streams, "mixtures of experts"),
     "random_states": Patch(_random_states, "dropout and whatever backward computes again"),
     "router_product": Patch(_router_product, "routers in fp32"),

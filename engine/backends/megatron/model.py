@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes, vocab_parallel_cross_entropy
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
@@ -51,6 +51,10 @@ class StagedModel(nn.Module):
             expected = {name: parameter.shape for name, parameter in held.items()}
             assert found == expected, f"Megatron's parameters {found.items() ^ expected.items()}"
             self.held.append(held)
+        for parameter, tensor in self.local_parameters():
+            # Megatron marks what it draws itself; without a mark, the norm of gradients counts one rank's alone.
+            if parameter.cut is not None and not hasattr(tensor, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(tensor, True, parameter.cut, 1)
 
     def local_parameters(self) -> Iterator[tuple[LocalParameter, nn.Parameter]]:
         """All that were there when the model was built, in order: the same that are in ``held``."""

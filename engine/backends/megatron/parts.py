@@ -54,7 +54,7 @@ class LocalParameter:
         shape: of the process's tensor.
         parts: in ascending offset; what of the tensor is in none of them is padding of the vocabulary.
         is_expert: of an expert; its copies are on the ``expert_data`` ranks.
-        is_split: the ``tensor`` (or ``expert_tensor``) ranks hold different parts of it.
+        cut: the dimension along which the ``tensor`` (or ``expert_tensor``) ranks share it; None where each holds all.
         is_second: the head of a model whose head is its embedding: a copy.
     """
 
@@ -62,13 +62,13 @@ class LocalParameter:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     is_expert: bool = False
-    is_split: bool = False
+    cut: int | None = None
     is_second: bool = False
 
     def is_held_first_by(self, place: Place) -> bool:
         """Of the tensor-parallel ranks with the same values, one stands for all; data-parallel ones are not seen."""
         across = place.expert_tensor if self.is_expert else place.tensor
-        return not self.is_second and (self.is_split or across == 0)
+        return not self.is_second and (self.cut is not None or across == 0)
 
     @torch.no_grad()
     def fill(self, tensor: Tensor, name: str, weight: Tensor) -> None:
@@ -127,7 +127,7 @@ class _Cut:
         """Row-parallel: cut along the inputs."""
         rows, size = shape[0], shape[1] // self.layout.tensor
         box = Box(shape, (0, self.place.tensor * size), (rows, size))
-        return LocalParameter(name, box.local, (Part(hf_name, box),), is_split=True)
+        return LocalParameter(name, box.local, (Part(hf_name, box),), cut=1)
 
     def vocabulary(self, name: str, hf_name: str) -> LocalParameter:
         vocab, hidden = self.model.vocab, self.model.hidden
@@ -135,7 +135,7 @@ class _Cut:
         first = self.place.tensor * size
         num_real = max(0, min(size, vocab - first))
         box = Box((vocab, hidden), (min(first, vocab), 0), (num_real, hidden))
-        return LocalParameter(name, (size, hidden), (Part(hf_name, box),) if num_real else (), is_split=True)
+        return LocalParameter(name, (size, hidden), (Part(hf_name, box),) if num_real else (), cut=0)
 
     def qkv(self, name: str, hf_prefix: str, hf_suffix: str, inputs: tuple[int, ...]) -> LocalParameter:
         """Group after group of heads: its queries, its key, its value."""
@@ -148,7 +148,7 @@ class _Cut:
                 box = Box(whole, (group * rows, *(0 for _ in inputs)), (rows, *inputs))
                 boxes.append((f"{hf_prefix}{letter}_proj{hf_suffix}", box))
         parts = _in_a_row(boxes)
-        return LocalParameter(name, (sum(box.local[0] for _, box in boxes), *inputs), parts, is_split=True)
+        return LocalParameter(name, (sum(box.local[0] for _, box in boxes), *inputs), parts, cut=0)
 
     def gated(self, prefix: str, hf_prefix: str, width: int) -> Iterator[LocalParameter]:
         """A dense layer's two matrices; gate and up lie one after the other in each shard."""
@@ -160,7 +160,7 @@ class _Cut:
             )
             for name in ("gate", "up")
         ]
-        yield LocalParameter(f"{prefix}linear_fc1.weight", (2 * size, hidden), _in_a_row(boxes), is_split=True)
+        yield LocalParameter(f"{prefix}linear_fc1.weight", (2 * size, hidden), _in_a_row(boxes), cut=0)
         yield self.columns(f"{prefix}linear_fc2.weight", f"{hf_prefix}down_proj.weight", (hidden, width))
 
     def experts(self, hf_prefix: str) -> Iterator[LocalParameter]:
@@ -181,7 +181,7 @@ class _Cut:
                 for half in range(2)
             ]
             yield LocalParameter(
-                f"{prefix}linear_fc1.weight", (2 * size, model.hidden), _in_a_row(boxes), is_expert=True, is_split=True
+                f"{prefix}linear_fc1.weight", (2 * size, model.hidden), _in_a_row(boxes), is_expert=True, cut=0
             )
             box = Box(down, (expert, 0, first), (1, model.hidden, size))
             yield LocalParameter(
@@ -189,7 +189,7 @@ class _Cut:
                 (model.hidden, size),
                 (Part(f"{hf_prefix}experts.down_proj", box),),
                 is_expert=True,
-                is_split=True,
+                cut=1,
             )
         if model.shared_width:
             yield from self.gated("mlp.shared_experts.", f"{hf_prefix}shared_expert.", model.shared_width)

@@ -15,7 +15,7 @@ def check(config: Config) -> None:
     """See :meth:`narrowgauge.engine.protocol.Backend.check`."""
     if (reason := not_usable_because()) is not None:
         raise config.error(f"engine: megatron: {reason}")
-    if problems := ["engine: megatron: it cannot train yet", *_settings(config), *_optimizer(config)]:
+    if problems := [*_settings(config), *_optimizer(config)]:
         raise config.error(*problems)
 
 

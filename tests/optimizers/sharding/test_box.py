@@ -80,3 +80,21 @@ def test_how_many_runs_a_slice_is() -> None:
     """A column-parallel slice is one run of the flattened matrix; a row-parallel one is one for each row."""
     counts = {name: len(list(box.runs(0, box.local[0] * box.local[1]))) for name, box in BOXES.items()}
     assert counts == {"column-parallel": 1, "row-parallel": 7, "both": 4, "whole": 1}
+
+
+def test_positions_are_found_again_in_a_box_that_shares_some_of_them() -> None:
+    """A box of columns and a box of rows of one matrix, and a plane of a stack."""
+    for shape, one, other in (
+        ((6, 8), ((0, 4), (6, 4)), ((2, 0), (3, 8))),
+        ((3, 4, 5), ((1, 0, 2), (1, 4, 3)), ((0, 1, 0), (3, 2, 5))),
+    ):
+        whole = torch.arange(torch.tensor(shape).prod()).view(shape)
+        box, target = Box(shape, *one), Box(shape, *other)
+        slices = tuple(slice(first, first + size) for first, size in zip(*one, strict=True))
+        values = whole[slices].reshape(-1)
+        positions = target.positions(0, int(torch.tensor(target.local).prod()))
+        found, is_inside = box.locate(positions)
+        assert set(positions[is_inside].tolist()) == set(positions.tolist()) & set(values.tolist())
+        assert torch.equal(values[found[is_inside]], positions[is_inside])
+        assert box.overlaps(target)
+    assert not Box((6, 8), (0, 4), (6, 4)).overlaps(Box((6, 8), (0, 0), (6, 4)))

@@ -1,0 +1,76 @@
+"""A run's ``megatron`` engine from its configuration."""
+
+import warnings
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from torch import nn
+
+from ...config.config import Config
+from ...config.problems import within
+from ...protocol import Schedule
+from ...ranks.environment import process_rank
+from .draw import shapes_of
+from .keys import megatron_block
+from .masters import Masters
+from .model import StagedModel
+from .start import device
+from .training import MegatronTraining
+
+
+def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> MegatronTraining:
+    """See :meth:`narrowgauge.engine.protocol.Backend.build`."""
+    assert isinstance(model, StagedModel)
+    block = megatron_block(config)
+    model.to(device())
+    chunks = _wrap(model, config)
+    optimizer = _make_optimizer(config, model)
+    masters = Masters(chunks, distributed=block.distributed_optimizer, bf16=config.bf16)
+    masters.take_over(optimizer)
+    return MegatronTraining(
+        model,
+        chunks,
+        masters,
+        optimizer,
+        shapes=shapes_of(model.config),
+        lr_scheduler=schedule(optimizer) if schedule is not None else None,
+        batches=config.batches(model.layout.data),
+        gradient_clipping=config.parsed.gradient_clipping,
+        distributed=block.distributed_optimizer,
+    )
+
+
+def _wrap(model: StagedModel, config: Config) -> list[DistributedDataParallel]:
+    block, transformer = megatron_block(config), model.transformer
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=block.distributed_optimizer,
+        overlap_grad_reduce=block.overlap_grad_reduce,
+        overlap_param_gather=block.overlap_param_gather,
+    )
+    # Only the first chunk's gradients are waited for one after the other.
+    chunks = [
+        DistributedDataParallel(transformer, settings, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(model.chunks)
+    ]
+    transformer.finalize_model_grads_func = finalize_model_grads
+    if block.overlap_grad_reduce:
+        waiting: list[Any] = [chunk.no_sync for chunk in chunks]
+        transformer.no_sync_func = waiting if len(chunks) > 1 else waiting[0]
+    return chunks
+
+
+def _make_optimizer(config: Config, model: StagedModel) -> torch.optim.Optimizer:
+    block = config.parsed.optimizer
+    if block is None:
+        raise config.error("optimizer: expected this block, got none")
+    if config.unused_params() and process_rank() == 0:
+        warnings.warn(config.unused_params_note(), stacklevel=2)
+    arguments = config.engine_settings()["optimizer"].get("params", {})
+    arguments = {key: value for key, value in arguments.items() if key != "torch_adam"}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        return torch.optim.AdamW(trainable, **arguments)
+    except (ValueError, TypeError) as error:
+        raise config.error(within("optimizer.params", str(error))) from error

@@ -1,0 +1,120 @@
+"""Forward and backward over the stages of a pipeline, by Megatron's schedules, and forward alone."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from ...protocol import Phase
+from .model import StagedModel
+
+
+def loss_of(losses: Tensor) -> Tensor:
+    """The mean of next-token losses ``(batch, sequence)``; the last position has no next token."""
+    return losses[:, :-1].mean()
+
+
+def inputs_of(tokens: Tensor) -> dict[str, Any]:
+    """A chunk's arguments for a micro-batch of tokens ``(batch, sequence)``."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    labels = tokens.roll(-1, dims=1)
+    return {"input_ids": tokens, "position_ids": positions, "attention_mask": None, "labels": labels}
+
+
+def forward_backward(chunks: Sequence[nn.Module], micro_batches: Sequence[Tensor], phase: Phase) -> Tensor:
+    """Forwards and backwards of all micro-batches, and the reduction of gradients. Collective.
+
+    Args:
+        chunks: wrapped by Megatron's DistributedDataParallel.
+
+    Returns:
+        The sum of the mean losses, float64; the same on all stages.
+    """
+    first, *others = micro_batches
+    assert all(other.shape == first.shape for other in others)
+    turns = _Turns(phase)
+
+    def step(batches: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Any]:
+        with turns.forward():
+            return chunk(**inputs_of(next(batches))), _scaled
+
+    with turns.backward():
+        losses = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iter(micro_batches) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(micro_batches),
+            seq_length=first.shape[1],
+            micro_batch_size=first.shape[0],
+            forward_only=False,
+        )
+    total = torch.zeros((), dtype=torch.float64, device=first.device)
+    for loss in losses:
+        total += loss
+    return from_last_stage(total)
+
+
+def _scaled(losses: Tensor) -> tuple[Tensor, Tensor]:
+    loss = loss_of(losses)
+    # Megatron divides the first in place.
+    return loss, loss.detach().clone()
+
+
+def from_last_stage(tensor: Tensor) -> Tensor:
+    """The last stage's values, on all stages. Collective."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() > 1:
+        dist.broadcast(tensor, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return tensor
+
+
+@torch.no_grad()
+def forward(model: StagedModel, tokens: Tensor) -> Tensor:
+    """The mean loss of a micro-batch, through the stages one after the other; the same on all. Collective.
+
+    Megatron's interleaved schedule takes no fewer micro-batches than there are stages, so this is none of them.
+    """
+    layout, place, transformer = model.layout, model.place, model.transformer
+    length = tokens.shape[1] // (layout.tensor if layout.sequence_parallel else 1)
+    shape = (length, tokens.shape[0], transformer.hidden_size)
+    loss = torch.zeros((), dtype=torch.float32, device=tokens.device)
+    for number, chunk in enumerate(model.chunks):
+        chunk: Any
+        if not layout.is_first(place, number):
+            received = torch.empty(shape, dtype=transformer.params_dtype, device=tokens.device)
+            dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank())
+            chunk.set_input_tensor(received)
+        found = chunk(**inputs_of(tokens))
+        if layout.is_last(place, number):
+            loss = loss_of(found)
+        else:
+            dist.send(found.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
+    return from_last_stage(loss)
+
+
+class _Turns:
+    """The phase of a schedule: backward, but where it calls a forward."""
+
+    def __init__(self, phase: Phase) -> None:
+        self._phase, self._open = phase, ExitStack()
+
+    def _enter(self, name: str) -> None:
+        self._open.close()
+        self._open.enter_context(self._phase(name))
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        with self._open:
+            self._enter("backward")
+            yield
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        self._enter("forward")
+        yield
+        self._enter("backward")

@@ -1,0 +1,262 @@
+"""Megatron as :class:`narrowgauge.engine.protocol.TrainingEngine`."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from narrowgauge.offload import ActivationOffload
+from narrowgauge.optimizers import EngineOptimizer
+from narrowgauge.optimizers.sharding.shards import Shard
+
+from ...config.config import Batches
+from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
+from .groups import destroy_groups
+from .masters import Masters
+from .model import StagedModel
+from .parts import LocalParameter
+from .schedule import forward, forward_backward
+from .traffic import MegatronTraffic, gathered_bytes, reduced_bytes
+from .whole import Gathering, read_weights
+
+_CLIPPING_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class _Held(Shard):
+    """A shard with the parameter it is of."""
+
+    parameter: LocalParameter | None = None
+
+
+class MegatronTraining:
+    """A model that is cut over process ranks, and the optimizer that steps what each of them holds."""
+
+    def __init__(
+        self,
+        model: StagedModel,
+        chunks: Sequence[DistributedDataParallel],
+        masters: Masters,
+        optimizer: torch.optim.Optimizer,
+        *,
+        shapes: Mapping[str, tuple[int, ...]],
+        lr_scheduler: Any,
+        batches: Batches,
+        gradient_clipping: float,
+        distributed: bool,
+    ) -> None:
+        """
+        Args:
+            chunks: the model's, wrapped.
+            optimizer: steps the masters.
+            shapes: of all weights, by Hugging Face's names.
+            gradient_clipping: of the norm of all gradients; 0 for none.
+            distributed: masters and moments are cut over the data-parallel ranks.
+        """
+        self._model, self._chunks, self._masters, self._optimizer = model, chunks, masters, optimizer
+        self._shapes, self._lr_scheduler, self._batches = shapes, lr_scheduler, batches
+        self._clipping, self._distributed = gradient_clipping, distributed
+        self._device = next(model.parameters()).device
+        self._traffic = MegatronTraffic(chunks)
+        self._counters = {"global_steps": 0, "global_samples": 0, "skipped_steps": 0}
+        self._grad_norm: float | None = None
+        self._shards = [*self._make_shards()]
+
+    @property
+    def module(self) -> StagedModel:
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    @property
+    def own_optimizer(self) -> EngineOptimizer | None:
+        return self._optimizer if isinstance(self._optimizer, EngineOptimizer) else None
+
+    @property
+    def lr_scheduler(self) -> Any:
+        return self._lr_scheduler
+
+    @property
+    def data_parallel(self) -> ParallelGroup:
+        return ParallelGroup(self._model.place.data, self._model.layout.data, parallel_state.get_data_parallel_group())
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self._batches.accumulation_steps
+
+    @property
+    def activation_offload(self) -> ActivationOffload | None:
+        return None
+
+    @property
+    def traffic(self) -> MegatronTraffic:
+        return self._traffic
+
+    @property
+    def description(self) -> str:
+        return self._model.layout.describe()
+
+    @property
+    def zero_stage(self) -> int:
+        """The distributed optimizer cuts what ZeRO-1 cuts."""
+        return 1 if self._distributed else 0
+
+    @property
+    def forward_is_collective(self) -> bool:
+        return True
+
+    @property
+    def state_is_replicated(self) -> bool:
+        return False
+
+    def train_step(self, batches: Iterator[Tensor], phase: Phase) -> Tensor:
+        micro_batches = [next(batches).to(self._device, non_blocking=True) for _ in range(self.accumulation_steps)]
+        self._masters.forget_gradients()
+        loss_sum = forward_backward(self._chunks, micro_batches, phase)
+        with phase("optimizer"):
+            self._update()
+        return loss_sum
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Clip and step; a step with gradients that are not finite is left out on all ranks."""
+        norm = self._masters.collect_gradients()
+        self._grad_norm = norm
+        self._counters["global_steps"] += 1
+        self._counters["global_samples"] += self._batches.total
+        if not math.isfinite(norm):
+            self._counters["skipped_steps"] += 1
+            return
+        if 0.0 < self._clipping < norm + _CLIPPING_EPSILON:
+            scale = self._clipping / (norm + _CLIPPING_EPSILON)
+            for group in self._optimizer.param_groups:
+                for master in group["params"]:
+                    master.grad.mul_(scale)
+        self._optimizer.step()
+        if self._lr_scheduler is not None:
+            self._lr_scheduler.step()
+        self._masters.to_model()
+        self._masters.gather()
+
+    def evaluate(self, tokens: Tensor) -> Tensor:
+        with self._parameters_at_rest():
+            self._model.eval()
+            loss = forward(self._model, tokens.to(self._device))
+            self._model.train()
+        return loss
+
+    @contextmanager
+    def _parameters_at_rest(self) -> Iterator[None]:
+        """Whatever the next forward would still gather is gathered before, and no module asks for it inside."""
+        with ExitStack() as stack:
+            for chunk in self._chunks:
+                if chunk.use_forward_hook:
+                    chunk.disable_forward_pre_hook()
+                    stack.callback(chunk.enable_forward_pre_hook)
+            yield
+
+    def grad_norm(self) -> float | None:
+        return self._grad_norm
+
+    def shards(self) -> Sequence[Shard]:
+        return self._shards
+
+    def _make_shards(self) -> Iterator[Shard]:
+        for parameter, tensor in self._model.local_parameters():
+            master = self._masters.of(tensor)
+            if master is None:
+                continue
+            first, end = master.start, master.start + master.tensor.numel()
+            for part in parameter.parts:
+                begin, stop = max(first, part.offset), min(end, part.offset + part.numel)
+                if begin < stop:
+                    yield _Held(
+                        part.name,
+                        self._shapes[part.name],
+                        begin - part.offset,
+                        stop - begin,
+                        master.tensor,
+                        begin - first,
+                        part.box,
+                        parameter,
+                    )
+
+    def saves(self, shard: Shard) -> bool:
+        assert isinstance(shard, _Held)
+        assert shard.parameter is not None
+        place, parameter = self._model.place, shard.parameter
+        copy = place.expert_data if parameter.is_expert else place.data
+        return parameter.is_held_first_by(place) and (self._distributed or copy == 0)
+
+    def trainable_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def parameter_groups(self) -> Mapping[str, int]:
+        return dict.fromkeys(self._shapes, 0)
+
+    def parameter_counts(self) -> dict[str, int]:
+        total = sum(map(math.prod, self._shapes.values()))
+        return {"total": total, "dense": total, "compact": 0, "frozen": 0}
+
+    def shape_of(self, parameter: Tensor) -> tuple[int, ...]:
+        """Of what this rank holds: the parameters' names and shapes are not the weights'."""
+        return tuple(parameter.shape)
+
+    def gathered(self, parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def local_part(self, parameter: Tensor) -> tuple[Tensor, int]:
+        return parameter.detach(), 0
+
+    def before_save(self) -> None:
+        self._masters.gather(now=True)
+
+    def masters_to_model(self) -> None:
+        self._masters.to_model()
+        self._masters.gather(now=True)
+
+    def model_to_masters(self) -> None:
+        self._masters.from_model()
+
+    def after_load(self) -> None:
+        self._masters.gather(now=True)
+
+    def counters(self) -> dict[str, Any]:
+        return dict(self._counters)
+
+    def restore_counters(self, values: Mapping[str, Any]) -> None:
+        self._counters = {key: values[key] for key in self._counters}
+
+    def memory_layout(self) -> MemoryLayout:
+        has_masters = self._model.transformer.params_dtype is torch.bfloat16
+        return MemoryLayout(has_masters=has_masters, num_shares=self._model.layout.data if self._distributed else 1)
+
+    def dense_traffic(self, *, gathered: float) -> tuple[float, float]:
+        groups: list[Any] = [
+            group for chunk in self._chunks for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+        ]
+        return sum(map(reduced_bytes, groups)), sum(map(gathered_bytes, groups)) if self._distributed else 0.0
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return Gathering(self._model, self._shapes).weights()
+
+    def load_weights(self, source: WeightSource, *, rebuild_compact: bool) -> None:
+        read_weights(self._model, source, self._shapes)
+        if rebuild_compact:
+            self._masters.from_model()
+
+    def close(self) -> None:
+        self._traffic.detach()
+        destroy_groups()
