@@ -19,7 +19,8 @@ from narrowgauge.engine.backends.deepspeed.traffic import TrafficCounter
 from narrowgauge.engine.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from narrowgauge.engine.config.config import load_config
 from narrowgauge.engine.protocol import TrainingEngine
-from narrowgauge.engine.report.summary import count_parameters, optimizer_state_bytes
+from narrowgauge.engine.report.parameters import count_parameters
+from narrowgauge.engine.report.summary import optimizer_state_bytes
 from narrowgauge.optimizers import GaLore
 from narrowgauge.optimizers.layers.plain import plain_parameters
 from tests.support.mixture import TRANSPOSED, TinyMixture, is_compact, mixture, mixture_batch
