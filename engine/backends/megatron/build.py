@@ -56,7 +56,7 @@ def _wrap(model: StagedModel, config: Config) -> list[DistributedDataParallel]:
     ]
     transformer.finalize_model_grads_func = finalize_model_grads
     if block.overlap_grad_reduce:
-        waiting: list[Any] = [chunk.no_sync for chunk in chunks]
+        waiting: Any = [chunk.no_sync for chunk in chunks]
         transformer.no_sync_func = waiting if len(chunks) > 1 else waiting[0]
     return chunks
 

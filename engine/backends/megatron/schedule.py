@@ -67,7 +67,7 @@ def _scaled(losses: Tensor) -> tuple[Tensor, Tensor]:
 
 def from_last_stage(tensor: Tensor) -> Tensor:
     """The last stage's values, on all stages. Collective."""
-    group = parallel_state.get_pipeline_model_parallel_group()
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
     if group.size() > 1:
         dist.broadcast(tensor, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     return tensor

@@ -90,7 +90,8 @@ class MegatronTraining:
 
     @property
     def data_parallel(self) -> ParallelGroup:
-        return ParallelGroup(self._model.place.data, self._model.layout.data, parallel_state.get_data_parallel_group())
+        group: Any = parallel_state.get_data_parallel_group()
+        return ParallelGroup(self._model.place.data, self._model.layout.data, group)
 
     @property
     def accumulation_steps(self) -> int:

@@ -1,5 +1,7 @@
 """Slices of a matrix, as tensor parallelism cuts it, against the whole matrix."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,11 +90,11 @@ def test_positions_are_found_again_in_a_box_that_shares_some_of_them() -> None:
         ((6, 8), ((0, 4), (6, 4)), ((2, 0), (3, 8))),
         ((3, 4, 5), ((1, 0, 2), (1, 4, 3)), ((0, 1, 0), (3, 2, 5))),
     ):
-        whole = torch.arange(torch.tensor(shape).prod()).view(shape)
+        whole = torch.arange(math.prod(shape)).view(shape)
         box, target = Box(shape, *one), Box(shape, *other)
         slices = tuple(slice(first, first + size) for first, size in zip(*one, strict=True))
         values = whole[slices].reshape(-1)
-        positions = target.positions(0, int(torch.tensor(target.local).prod()))
+        positions = target.positions(0, math.prod(target.local))
         found, is_inside = box.locate(positions)
         assert set(positions[is_inside].tolist()) == set(positions.tolist()) & set(values.tolist())
         assert torch.equal(values[found[is_inside]], positions[is_inside])
