@@ -166,7 +166,9 @@ def test_only_gradients_of_idle_parameters_are_set_to_zero(
     block = 2 * (20 * 20 + 20)
     # One block is left out of each micro-batch: of the first, which is not of the second, or of the only one.
     (found,) = one_rank.run(zeroed_in_steps, zero, accumulation, 3)
-    assert set(found[1:]) == {block}
+    # Stage 1 sums micro-batches up on the device: what had a gradient in one of them is copied to the CPU once.
+    is_summed_before = zero["stage"] == 1 and accumulation > 1
+    assert set(found[1:]) == {0 if is_summed_before else block}
 
 
 def skip_one(optimizer: str, zero: dict[str, Any], poisoned_step: int) -> dict[str, Any]:
