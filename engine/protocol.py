@@ -170,6 +170,20 @@ class TrainingEngine(Protocol):
         """The whole shape of each trainable parameter, by global name, also of those other ranks hold."""
         ...
 
+    def subspace_state(self) -> dict[str, Any] | None:
+        """What :meth:`.EngineOptimizer.subspace_state` says of the layers of all ranks, as :meth:`before_save` found
+        it; None where the optimizer is not ours. Only rank 0 is asked.
+        """
+        ...
+
+    def load_subspace_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`subspace_state` gave, as far as it belongs here.
+
+        Raises:
+            ValueError: it was saved by another version, type or configuration; nothing has changed then.
+        """
+        ...
+
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of elements over all ranks; see :func:`narrowgauge.engine.report.parameters.count_parameters`."""
         ...

@@ -64,7 +64,7 @@ def _write_aside(engine: TrainingEngine, aside: Path, client_state: dict[str, An
         written = [write_optimizer(engine, aside)]
         if rank == 0:
             written += _write_state(engine, aside, client_state)
-            written += write_subspace(engine.own_optimizer, aside)
+            written += write_subspace(engine, aside)
         return [name for name in written if name is not None]
 
     together("save", prepare)
@@ -104,7 +104,7 @@ def load_checkpoint(
     checkpoint = together("load", lambda: _verify(whole_folder(folder), engine))
     state = checkpoint.state
     if optimizer_states:
-        together("load", lambda: load_subspace(engine.own_optimizer, checkpoint))
+        together("load", lambda: load_subspace(engine, checkpoint))
     together("load", lambda: _load_weights(engine, checkpoint, rebuild_compact=not optimizer_states))
     if optimizer_states:
         _say_other_rates(engine, checkpoint.folder, state["groups"])

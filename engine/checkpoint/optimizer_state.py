@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from narrowgauge.optimizers import EngineOptimizer, ShardedOptimizer
+from narrowgauge.optimizers import ShardedOptimizer
 from narrowgauge.optimizers.sharding.box import Box
 from narrowgauge.optimizers.sharding.shards import Shard, StatePiece
 
@@ -97,9 +97,9 @@ def _flats(engine: TrainingEngine) -> list[Tensor]:
     return list({id(shard.flat): shard.flat for shard in engine.shards()}.values())
 
 
-def write_subspace(own: EngineOptimizer | None, folder: Path) -> list[str]:
+def write_subspace(engine: TrainingEngine, folder: Path) -> list[str]:
     """Write what describes the subspaces; returns the names of the files."""
-    tensors = own.subspace_state().get("tensors") if own is not None else None
+    tensors = (engine.subspace_state() or {}).get("tensors")
     if not tensors:
         return []
     write_tensors(tensors, folder / "subspace.safetensors")
@@ -108,11 +108,11 @@ def write_subspace(own: EngineOptimizer | None, folder: Path) -> list[str]:
 
 def optimizer_numbers(engine: TrainingEngine) -> dict[str, Any]:
     """The optimizer's entries of ``state.json``: everything but tensors."""
-    own = engine.own_optimizer
+    subspace = engine.subspace_state()
     return {
         "scalars": _scalars(engine),
         "groups": [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups],
-        "subspace": {k: v for k, v in own.subspace_state().items() if k != "tensors"} if own is not None else None,
+        "subspace": {k: v for k, v in subspace.items() if k != "tensors"} if subspace is not None else None,
     }
 
 
@@ -136,13 +136,13 @@ def _scalars(engine: TrainingEngine) -> dict[str, dict[str, Any]]:
     return {name: found.get(name, by_group.get(group, {})) for name, group in groups.items()}
 
 
-def load_subspace(own: EngineOptimizer | None, checkpoint: Checkpoint) -> None:
+def load_subspace(engine: TrainingEngine, checkpoint: Checkpoint) -> None:
     """Restore what :func:`write_subspace` wrote.
 
     Raises:
         CheckpointError: it is another optimizer's; nothing has changed then.
     """
-    state, folder = checkpoint.state, checkpoint.folder
+    state, folder, own = checkpoint.state, checkpoint.folder, engine.own_optimizer
     if (state["subspace"] is None) != (own is None):
         kind = "an optimizer that is not narrowgauge's" if own is not None else "one of narrowgauge's optimizers"
         raise CheckpointError(f"{folder}: saved with {kind}")
@@ -153,7 +153,7 @@ def load_subspace(own: EngineOptimizer | None, checkpoint: Checkpoint) -> None:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     try:
-        own.load_subspace_state({**state["subspace"], "tensors": tensors})
+        engine.load_subspace_state({**state["subspace"], "tensors": tensors})
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 

@@ -76,8 +76,10 @@ class Grass(CompactOptimizer[GrassOptions]):
     def _convert(self, model: nn.Module, options: GrassOptions) -> Converted:
         targets = self._targets(model, find_compact_targets(model, options.target_modules), options)
         self._choice_of = {target.name: target.group for target in targets}
-        ranks = ranks_of(targets, rank=options.rank, density=options.density, budget=options.budget)
-        layers, full_rank = convert_selected(targets, ranks, self.rule, seed=options.seed)
+        ranks = ranks_of(
+            targets, rank=options.rank, density=options.density, budget=options.budget, strata=options.strata
+        )
+        layers, full_rank = convert_selected(targets, ranks, self.rule, seed=options.seed, strata=options.strata)
         self._local_shards = LocalShards(model)
         vocabulary = {target.name for target in targets if target.is_vocabulary}
         return Converted(layers, [name for name in full_rank if name not in vocabulary], vocabulary)
@@ -133,6 +135,7 @@ class Grass(CompactOptimizer[GrassOptions]):
                 refresh=self.num_refreshes,
                 name=self._choice_of[layer.name],
                 norms=norms.get(self._choice_of[layer.name]),
+                strata=self.options.strata,
             )
             for layer, dim in zip(self.layers, dims, strict=True)
         ]
@@ -201,7 +204,7 @@ class Grass(CompactOptimizer[GrassOptions]):
     def _check_subspace_state(self, state: dict[str, Any]) -> None:
         if state.get("side", self.options.side) != self.options.side:
             raise ValueError(f"Grass state: expected side {self.options.side!r}, got {state['side']!r}")
-        if self.rule.contiguous:
+        if self.rule.contiguous and self.options.strata == 1:
             for key, index in state.get("tensors", {}).items():
                 if index.numel() > 1 and not bool((index.diff() == 1).all()):
                     raise ValueError(

@@ -48,13 +48,17 @@ class SelectedTarget:
 
 
 def ranks_of(
-    targets: Sequence[SelectedTarget], *, rank: int | None, density: float | None, budget: int | None
+    targets: Sequence[SelectedTarget], *, rank: int | None, density: float | None, budget: int | None, strata: int = 1
 ) -> dict[str, int]:
     """The rank of each target, by name.
 
     Raises:
-        ValueError: a rank is above its layer's selected dimension, or the budget is too small.
+        ValueError: a rank is above its layer's selected dimension, the budget is too small, or ``strata`` does not
+            divide the dimension.
     """
+    if uneven := next((target for target in targets if target.dim % strata), None):
+        what = "columns (in_features)" if uneven.side == "columns" else "rows (out_features)"
+        raise ValueError(f"strata: expected a divisor of the {uneven.dim} {what} of {uneven.name!r}, got {strata}")
     if budget is not None:
         dims: dict[str, tuple[int, int]] = {}
         for target in targets:
@@ -67,7 +71,8 @@ def ranks_of(
         if rank is not None and target.is_vocabulary:
             ranks[target.name] = rank_of(target.dim, rank=None, density=min(1.0, rank / target.elements))
         else:
-            ranks[target.name] = rank_of(target.dim, rank=rank, density=density)
+            own = rank_of(target.dim // strata, rank=rank and rank // strata, density=density)
+            ranks[target.name] = own * strata
         if ranks[target.name] > target.dim:
             too_small.append(target)
     if too_small:
@@ -82,7 +87,7 @@ def ranks_of(
 
 
 def convert_selected(
-    targets: Sequence[SelectedTarget], ranks: dict[str, int], rule: SelectionRule, *, seed: int
+    targets: Sequence[SelectedTarget], ranks: dict[str, int], rule: SelectionRule, *, seed: int, strata: int = 1
 ) -> tuple[list[CompactLayer], list[str]]:
     """Convert the targets whose rank is below the selected dimension.
 
@@ -99,7 +104,9 @@ def convert_selected(
         if ranks[target.name] == target.dim:
             full.append(target.name)
             continue
-        index = select_index(rule, target.dim, ranks[target.name], seed=seed, refresh=0, name=target.group)
+        index = select_index(
+            rule, target.dim, ranks[target.name], seed=seed, refresh=0, name=target.group, strata=strata
+        )
         linear = target.module
         if rule.repeats:
             scales = replacement_scales(torch.ones(target.dim, dtype=torch.float64), index)
@@ -114,7 +121,7 @@ def convert_selected(
                 linear,
                 side=target.side,
                 index=index,
-                contiguous=rule.contiguous,
+                contiguous=rule.contiguous and strata == 1,
                 shared=copies.get(target.group),
             )
         layers.append(CompactLayer(target.name, module))

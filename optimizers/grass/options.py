@@ -59,6 +59,12 @@ class GrassOptions(CompactOptions):
         " the first process rank's gradient, formed there and not reduced",
     ] = "sketch"
     sketch_size: Annotated[int, COUNT, "the relative error of a norm is about ``1 / sqrt(2 * sketch_size)``"] = 32
+    strata: Annotated[
+        int,
+        COUNT,
+        "the same number of columns or rows is selected in each of so many equal blocks of a layer's. Tensor"
+        " parallelism that cuts the selected dimension over process ranks needs a multiple of their number",
+    ] = 1
     shared_inputs: Annotated[
         SharedInputs,
         Check("'siblings' or a list of lists of globs", _is_sharing),
@@ -108,10 +114,19 @@ class GrassOptions(CompactOptions):
         yield from self._conflicts_of_refresh()
         if self.repeats:
             yield from self._conflicts_of_repeats()
+        if self.strata > 1:
+            yield from self._conflicts_of_strata()
         if isinstance(self.shared_inputs, list) and self.side == "rows":
             yield f"shared_inputs: expected side 'columns' with {self.shared_inputs!r}, got side {self.side!r}"
         if self.moments == "carry" and self.base != "AdamW":
             yield f"moments: expected 'reset' with base {self.base!r}, got 'carry'"
+
+    def _conflicts_of_strata(self) -> Iterator[str]:
+        given = {"budget": self.budget is not None, "vocabulary": self.vocabulary != "dense", "selection": self.repeats}
+        for key in (key for key, is_given in given.items() if is_given):
+            yield f"strata: expected 1 with {key} {getattr(self, key)!r}, got {self.strata}"
+        if self.rank is not None and self.rank % self.strata:
+            yield f"strata: expected a divisor of rank {self.rank}, got {self.strata}"
 
     def _conflicts_of_refresh(self) -> Iterator[str]:
         if self.decay == "all" and self.refresh_interval is None and not self.repeats:

@@ -67,6 +67,11 @@ class CompactUnit:
         raise NotImplementedError
 
     @property
+    def stored_weight(self) -> Tensor:
+        """The parameter of the model that holds the weight."""
+        return self.weight
+
+    @property
     def weight_shape(self) -> tuple[int, int]:
         """``(m, n)``, also where an engine keeps only a part of the weight here."""
         m, n = whole_shape(self.weight)

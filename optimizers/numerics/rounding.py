@@ -40,13 +40,19 @@ def stochastic_round_(target: torch.Tensor, source: torch.Tensor, *, seed: int, 
 
 
 def add_(
-    weight: torch.Tensor, change: torch.Tensor, decay: float, *, seed: int, offset: int = 0, decay_last: bool = False
+    weight: torch.Tensor,
+    change: torch.Tensor,
+    decay: float,
+    *,
+    seed: int,
+    offset: int | torch.Tensor = 0,
+    decay_last: bool = False,
 ) -> None:
     """``weight = decay * weight + change`` in place, in bf16 with stochastic rounding.
 
     Args:
         change: in at least fp32, as many elements as ``weight``.
-        offset: position of the first element within the whole tensor, for a shard.
+        offset: position of the first element within the whole tensor, or of every element, for a shard.
         decay_last: ``decay * (weight + change)`` instead.
     """
     change = change.reshape(weight.shape)
@@ -62,11 +68,11 @@ def _add_to(weight: torch.Tensor, change: torch.Tensor, decay: float, decay_last
     return weight.add_(change).mul_(decay) if decay_last else weight.mul_(decay).add_(change)
 
 
-def decay_(weight: torch.Tensor, factor: float, *, seed: int, offset: int = 0) -> None:
+def decay_(weight: torch.Tensor, factor: float, *, seed: int, offset: int | torch.Tensor = 0) -> None:
     """Scale ``weight`` in place; in bf16 with stochastic rounding, where a factor near 1 would else be lost.
 
     Args:
-        offset: position of the first element within the whole tensor, for a shard.
+        offset: position of the first element within the whole tensor, or of every element, for a shard.
     """
     if factor == 1.0:
         return

@@ -90,16 +90,26 @@ SELECTION_RULES: dict[str, SelectionRule] = {
 
 
 def select_index(
-    rule: SelectionRule, dim: int, rank: int, *, seed: int, refresh: int, name: str, norms: Tensor | None = None
+    rule: SelectionRule,
+    dim: int,
+    rank: int,
+    *,
+    seed: int,
+    refresh: int,
+    name: str,
+    norms: Tensor | None = None,
+    strata: int = 1,
 ) -> Tensor:
     """The index of layer ``name`` for the ``refresh``-th subspace, int64 of shape ``(rank,)``, on the CPU.
 
     Args:
         norms: of the gradient's columns or rows, fp64 ``(dim,)``, on the CPU; without them the choice is uniform.
+        strata: as many are taken from each of so many equal blocks of neighbours; divides ``dim`` and ``rank``.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, refresh, name))
     if norms is None:
         norms = torch.ones(dim, dtype=torch.float64)
         if rule.uses_norms and not rule.repeats:
             rule = SELECTION_RULES["uniform"]
-    return rule.select(norms, rank, generator)
+    size, share = dim // strata, rank // strata
+    return torch.cat([rule.select(block, share, generator) + i * size for i, block in enumerate(norms.split(size))])

@@ -187,6 +187,13 @@ class DdpTraining:
     def trainable_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in self._model.named_parameters() if p.requires_grad}
 
+    def subspace_state(self) -> dict[str, Any] | None:
+        return self.own_optimizer.subspace_state() if self.own_optimizer is not None else None
+
+    def load_subspace_state(self, state: dict[str, Any]) -> None:
+        assert self.own_optimizer is not None
+        self.own_optimizer.load_subspace_state(state)
+
     def parameter_counts(self) -> dict[str, int]:
         return count_parameters(self._model)
 

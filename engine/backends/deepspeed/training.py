@@ -124,6 +124,13 @@ class DeepSpeedTraining:
     def trainable_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: self.shape_of(p) for name, p in self.module.named_parameters() if p.requires_grad}
 
+    def subspace_state(self) -> dict[str, Any] | None:
+        return self.own_optimizer.subspace_state() if self.own_optimizer is not None else None
+
+    def load_subspace_state(self, state: dict[str, Any]) -> None:
+        assert self.own_optimizer is not None
+        self.own_optimizer.load_subspace_state(state)
+
     def parameter_counts(self) -> dict[str, int]:
         return count_parameters(self.module, self.shape_of)
 

@@ -11,6 +11,7 @@ from ...config.config import Config
 from ...config.problems import within
 from ...protocol import Schedule
 from ...ranks.environment import process_rank
+from .compact.engine_part import CompactPart, make_own
 from .draw import shapes_of
 from .keys import megatron_block
 from .masters import Masters
@@ -24,9 +25,11 @@ def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> Meg
     assert isinstance(model, StagedModel)
     block = megatron_block(config)
     model.to(device())
+    own = make_own(config, model) if config.optimizer_options is not None else None
+    optimizer = own.optimizer if own is not None else _make_optimizer(config, model)
     chunks = _wrap(model, config)
-    optimizer = _make_optimizer(config, model)
     masters = Masters(chunks, distributed=block.distributed_optimizer, bf16=config.bf16)
+    compact = CompactPart(own, masters, overlaps=block.overlap_param_gather) if own is not None else None
     masters.take_over(optimizer)
     return MegatronTraining(
         model,
@@ -38,6 +41,7 @@ def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> Meg
         batches=config.batches(model.layout.data),
         gradient_clipping=config.parsed.gradient_clipping,
         distributed=block.distributed_optimizer,
+        compact=compact,
     )
 
 

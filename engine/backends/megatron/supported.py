@@ -6,6 +6,7 @@ from transformers import PretrainedConfig
 
 from ...config.config import Config
 from .architecture import architecture_of
+from .compact.supported import unsupported, unsupported_model
 from .fits import problems_of_layout
 from .installed import has_transformer_engine, not_usable_because
 from .keys import layout_of, megatron_block
@@ -61,9 +62,8 @@ def _settings(config: Config) -> Iterator[str]:
 
 
 def _optimizer(config: Config) -> Iterator[str]:
-    block = config.parsed.optimizer
-    if block is not None and config.optimizer_options is not None:
-        yield f"optimizer.type: expected AdamW with the megatron engine, got {block.type}: it is not supported yet"
+    if config.optimizer_options is not None:
+        yield from unsupported(config)
 
 
 def check_model(config: Config, model_config: PretrainedConfig, world_size: int) -> None:
@@ -80,3 +80,5 @@ def check_model(config: Config, model_config: PretrainedConfig, world_size: int)
     )
     if problems:
         raise config.error(*(f"megatron.{problem}" for problem in problems))
+    if config.optimizer_options is not None and (found := [*unsupported_model(config, architecture)]):
+        raise config.error(*found)

@@ -17,6 +17,8 @@ from narrowgauge.optimizers.sharding.shards import Shard
 
 from ...config.config import Batches
 from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
+from ...report.dense_traffic import trained_when_dense
+from .compact.engine_part import CompactPart
 from .groups import destroy_groups
 from .masters import Masters
 from .model import StagedModel
@@ -50,9 +52,11 @@ class MegatronTraining:
         batches: Batches,
         gradient_clipping: float,
         distributed: bool,
+        compact: CompactPart | None = None,
     ) -> None:
         """
         Args:
+            compact: where the optimizer is one of ours, what it has made of the model.
             chunks: the model's, wrapped.
             optimizer: steps the masters.
             shapes: of all weights, by Hugging Face's names.
@@ -61,7 +65,7 @@ class MegatronTraining:
         """
         self._model, self._chunks, self._masters, self._optimizer = model, chunks, masters, optimizer
         self._shapes, self._lr_scheduler, self._batches = shapes, lr_scheduler, batches
-        self._clipping, self._distributed = gradient_clipping, distributed
+        self._clipping, self._distributed, self._compact = gradient_clipping, distributed, compact
         self._device = next(model.parameters()).device
         self._traffic = MegatronTraffic(chunks)
         self._counters = {"global_steps": 0, "global_samples": 0, "skipped_steps": 0}
@@ -133,23 +137,31 @@ class MegatronTraining:
     @torch.no_grad()
     def _update(self) -> None:
         """Clip and step; a step with gradients that are not finite is left out on all ranks."""
+        compact = self._compact
+        if compact is not None:
+            compact.before_step()
         norm = self._masters.collect_gradients()
         self._grad_norm = norm
         self._counters["global_steps"] += 1
         self._counters["global_samples"] += self._batches.total
         if not math.isfinite(norm):
             self._counters["skipped_steps"] += 1
+            if compact is not None:
+                compact.own.forget_observed()
             return
         if 0.0 < self._clipping < norm + _CLIPPING_EPSILON:
             scale = self._clipping / (norm + _CLIPPING_EPSILON)
             for group in self._optimizer.param_groups:
                 for master in group["params"]:
                     master.grad.mul_(scale)
+        rates = [group["lr"] for group in self._optimizer.param_groups]
         self._optimizer.step()
         if self._lr_scheduler is not None:
             self._lr_scheduler.step()
         self._masters.to_model()
         self._masters.gather()
+        if compact is not None:
+            compact.own.after_step(rates)
 
     def evaluate(self, tokens: Tensor) -> Tensor:
         with self._parameters_at_rest():
@@ -175,7 +187,8 @@ class MegatronTraining:
         return self._shards
 
     def _make_shards(self) -> Iterator[Shard]:
-        for parameter, tensor in self._model.local_parameters():
+        held = [*self._model.local_parameters(), *(self._compact.parameters if self._compact is not None else ())]
+        for parameter, tensor in held:
             master = self._masters.of(tensor)
             if master is None:
                 continue
@@ -185,7 +198,7 @@ class MegatronTraining:
                 if begin < stop:
                     yield _Held(
                         part.name,
-                        self._shapes[part.name],
+                        part.box.shape,
                         begin - part.offset,
                         stop - begin,
                         master.tensor,
@@ -202,14 +215,24 @@ class MegatronTraining:
         return parameter.is_held_first_by(place) and (self._distributed or copy == 0)
 
     def trainable_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
+        return self._compact.trainable_shapes(self._shapes) if self._compact is not None else self._shapes
 
     def parameter_groups(self) -> Mapping[str, int]:
-        return dict.fromkeys(self._shapes, 0)
+        return self._compact.groups if self._compact is not None else dict.fromkeys(self._shapes, 0)
+
+    def subspace_state(self) -> dict[str, Any] | None:
+        return self._compact.subspace_state() if self._compact is not None else None
+
+    def load_subspace_state(self, state: dict[str, Any]) -> None:
+        assert self._compact is not None
+        self._compact.load_subspace_state(state)
 
     def parameter_counts(self) -> dict[str, int]:
         total = sum(map(math.prod, self._shapes.values()))
-        return {"total": total, "dense": total, "compact": 0, "frozen": 0}
+        trained = self.trainable_shapes()
+        dense = sum(math.prod(shape) for name, shape in trained.items() if name in self._shapes)
+        compact = sum(map(math.prod, trained.values())) - dense
+        return {"total": total, "dense": dense, "compact": compact, "frozen": total - dense}
 
     def shape_of(self, parameter: Tensor) -> tuple[int, ...]:
         """Of what this rank holds: the parameters' names and shapes are not the weights'."""
@@ -223,6 +246,8 @@ class MegatronTraining:
 
     def before_save(self) -> None:
         self._masters.gather(now=True)
+        if self._compact is not None:
+            self._compact.before_save()
 
     def masters_to_model(self) -> None:
         self._masters.to_model()
@@ -248,7 +273,12 @@ class MegatronTraining:
         groups: list[Any] = [
             group for chunk in self._chunks for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
         ]
-        return sum(map(reduced_bytes, groups)), sum(map(gathered_bytes, groups)) if self._distributed else 0.0
+        reduced = sum(map(reduced_bytes, groups))
+        gathered = sum(map(gathered_bytes, groups)) if self._distributed else 0.0
+        # As many times as many parameters would be reduced and gathered.
+        trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+        factor = sum(p.numel() for p in trained_when_dense(self._model)) / trained
+        return reduced * factor, gathered * factor
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         return Gathering(self._model, self._shapes).weights()
@@ -256,6 +286,8 @@ class MegatronTraining:
     def load_weights(self, source: WeightSource, *, rebuild_compact: bool) -> None:
         read_weights(self._model, source, self._shapes)
         if rebuild_compact:
+            if self._compact is not None:
+                self._compact.rebuild()
             self._masters.from_model()
 
     def close(self) -> None:

@@ -601,3 +601,16 @@ def test_a_compiled_embedding_trains_alike() -> None:
     wanted = twin.state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 6, "strata": 4}, "strata: expected a divisor of rank 6, got 4"),
+        ({"budget": 9000, "strata": 4}, "strata: expected 1 with budget 9000, got 4"),
+        ({"density": 0.5, "strata": 5}, r"strata: expected a divisor of the 32 columns \(in_features\) of .*, got 5"),
+    ],
+)
+def test_strata_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Grass(llama(), lr=1e-2, **options)

@@ -120,3 +120,13 @@ def test_the_norm_gives_less_variance_than_its_square_or_uniform() -> None:
 
 def test_seeds_differ_by_every_part() -> None:
     assert len({derive_seed(*parts) for parts in ((0, 1, "a"), (0, 1, "b"), (0, 2, "a"), (1, 1, "a"))}) == 4
+
+
+@pytest.mark.parametrize("rule", [name for name, rule in SELECTION_RULES.items() if not rule.repeats])
+def test_strata_take_as_many_from_each_block(rule: str) -> None:
+    for refresh in range(5):
+        index = draw(rule, refresh, rank=4, strata=2)
+        assert torch.bincount(index // 4, minlength=2).tolist() == [2, 2]
+        assert index.unique().numel() == 4
+        assert torch.equal(index, index.sort().values)
+        assert rule != "top" or index.tolist() == [1, 3, 4, 5]

@@ -1,0 +1,1 @@
+"""Column- and row-parallel linears of Megatron-core that train compact parameters."""

@@ -1,0 +1,49 @@
+"""What compact optimizers refuse under Megatron: before there is a process group."""
+
+from typing import Any
+
+import pytest
+
+from narrowgauge.engine.backends import backend_of
+from narrowgauge.engine.errors import ConfigError
+from tests.support.megatron_models import hf_config
+from tests.support.megatron_runs import run_config
+
+GRASS: dict[str, Any] = {"lr": 1e-2, "density": 0.25, "strata": 2}
+TP2: dict[str, Any] = {"tensor_parallel": 2}
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "strata": (TP2, {**GRASS, "strata": 1}, "strata: expected a multiple of megatron.tensor_parallel, 2, got 1"),
+    "budget": ({}, {"lr": 1e-2, "budget": 10_000}, "budget: expected None with the megatron engine, got 10000"),
+    "vocabulary": ({}, {**GRASS, "strata": 1, "vocabulary": "rows"}, "vocabulary: expected 'dense'"),
+    "carry": (TP2, {**GRASS, "moments": "carry"}, "moments: expected 'reset'"),
+    "local": (TP2, {**GRASS, "selection": "top", "statistics": "local"}, "statistics: expected 'sketch' or 'exact'"),
+    "repeats": ({}, {"lr": 1e-2, "density": 0.25, "selection": "multinomial_replacement"}, "selection: expected one"),
+    "adaptive": (
+        {"pipeline_parallel": 2},
+        {**GRASS, "selection": "top", "adaptive_refresh": 0.4},
+        "adaptive_refresh: expected None with megatron.pipeline_parallel, got 0.4",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_options_are_refused(case: str) -> None:
+    layout, params, message = CASES[case]
+    config = run_config("megatron", "llama", layout, optimizer={"type": "Grass", "params": params})
+    with pytest.raises(ConfigError) as caught:
+        backend_of("megatron").check(config)
+    assert f"optimizer.params.{message}" in str(caught.value)
+
+
+def test_optimizers_on_whole_gradients_are_refused() -> None:
+    config = run_config("megatron", "llama", {}, optimizer={"type": "Lars", "params": {"lr": 1e-2}})
+    with pytest.raises(ConfigError, match=r"optimizer\.type: expected Grass, GaLore or AdamW .* got Lars"):
+        backend_of("megatron").check(config)
+
+
+def test_mixtures_of_experts_are_refused() -> None:
+    config = run_config("megatron", "mixtral", {}, optimizer={"type": "Grass", "params": {**GRASS, "strata": 1}})
+    backend_of("megatron").check(config)
+    with pytest.raises(ConfigError, match=r"optimizer\.type: expected AdamW for mixtures of experts .* got Grass"):
+        backend_of("megatron").check_model(config, hf_config("mixtral"), 1)
