@@ -37,19 +37,23 @@ def make_own(config: Config, model: StagedModel) -> Made:
     block, options = config.parsed.optimizer, config.optimizer_options
     assert block is not None
     assert options is not None
-    tree = ModelTree(model)
+    tree, own, problem = ModelTree(model), None, None
     try:
         own = make_optimizer(block.type, tree, options, LocalBackend())
         tree.hand_over(own)
     except ValueError as error:
-        raise config.error(within("optimizer.params", str(error))) from error
+        problem = within("optimizer.params", str(error))
+    # A stage whose layers are not as they should be must not leave the others waiting.
+    if problems := [text for text in _of_all_ranks(problem) if text is not None]:
+        raise config.error(*dict.fromkeys(problems)).shared()
     assert isinstance(own, CompactOptimizer)
-    shapes = [{key: value for key, value in group.items() if key != "params"} for group in own.param_groups]
-    if any(other != shapes for other in _of_all_ranks(shapes)):
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in own.param_groups]
+    found = _of_all_ranks(groups)
+    if any(other != found[0] for other in found):
         raise config.error(
             "optimizer.params.param_groups: expected each to hold parameters of every stage of the pipeline, got one"
             " that some stages have none of"
-        )
+        ).shared()
     return Made(own, tree)
 
 

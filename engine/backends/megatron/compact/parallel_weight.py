@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from narrowgauge.optimizers.layers.compact import CompactWeight
 from narrowgauge.optimizers.layers.projected_weight import lift_rows, project
 from narrowgauge.optimizers.layers.registry import register
+from narrowgauge.optimizers.layers.selected_weight import read_selected
 from narrowgauge.optimizers.layers.unit import ProbeKind, Side
 from narrowgauge.optimizers.layers.watch import unwatch
 from narrowgauge.optimizers.numerics.rounding import add_, decay_
@@ -247,7 +248,7 @@ class SelectedParallelWeight(CompactParallelWeight):
         if self.side == "columns":
             chosen = self.local
             key: Hashable = ("columns", tuple(chosen.tolist()))
-            return Product(key, lambda x: x.index_select(-1, chosen), cut.outputs, cut)
+            return Product(key, lambda x: _columns(x, chosen), cut.outputs, cut)
         rows = self._selected_rows()
         return Product(_ALL, _all, lambda grad_y: grad_y.index_select(1, rows))
 
@@ -356,6 +357,11 @@ _ALL = ("all",)
 
 def _all(x: Tensor) -> Tensor:
     return x
+
+
+def _columns(x: Tensor, index: Tensor) -> Tensor:
+    """A copy of the selected columns, ``(..., r)``."""
+    return read_selected(x.reshape(-1, x.shape[-1]), index, None, dim=1).view(*x.shape[:-1], index.numel())
 
 
 register(ParallelWeight, selected=SelectedParallelWeight.convert, projected=ProjectedParallelWeight.convert)
