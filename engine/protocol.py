@@ -61,6 +61,23 @@ class MemoryLayout:
     num_shares: int
 
 
+@dataclass(frozen=True)
+class HeldByRank:
+    """What a process rank will hold before it has trained a step, without activations.
+
+    Attributes:
+        process_ranks: which: ``0-7``.
+        what: of the model: ``layers 0-3``.
+        parameters: number of elements.
+        bytes: by kind: parameters, gradients, masters, moments.
+    """
+
+    process_ranks: str
+    what: str
+    parameters: int
+    bytes: Mapping[str, int]
+
+
 class Traffic(Protocol):
     """Bytes this process rank has sent since :meth:`attach`, for reductions and for gathers."""
 
@@ -295,6 +312,12 @@ class Backend(Protocol):
 
         Raises:
             ConfigError: the layout does not fit this number of process ranks.
+        """
+        ...
+
+    def rehearse(self, config: "Config", model_config: "PretrainedConfig", world_size: int) -> Sequence[HeldByRank]:
+        """Build what each process rank would hold, without storage and in this process alone, after
+        :meth:`check_model`; nothing where the engine does not say.
         """
         ...
 

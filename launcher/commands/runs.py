@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from narrowgauge.engine.ranks.environment import process_rank
+from narrowgauge.engine.errors import UserError
+from narrowgauge.engine.ranks.environment import process_rank, world_size
 
 from ..output import make_console, show_libraries_less
 from .arguments import ConfigArgument, SetOption
@@ -15,8 +16,19 @@ def train(
     config: ConfigArgument,
     set_: SetOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new folder beside an existing run.")] = False,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Only check it, and print what each process rank would hold.")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option("--world-size", min=1, help="Of --validate: the number of process ranks.")
+    ] = None,
 ) -> None:
     """Train a model. Runs alone, under torchrun, and under deepspeed; resumes where its run folder has a checkpoint."""
+    if validate:
+        _validate(config, set_ or [], ranks or world_size())
+        return
+    if ranks is not None:
+        raise UserError("--world-size: expected --validate with it; a launcher says how many process ranks there are")
     from narrowgauge.engine.config.json_file import apply_overrides, read_json
     from narrowgauge.engine.files import local_path
     from narrowgauge.engine.run_folder import finished_summary
@@ -33,6 +45,13 @@ def train(
     from narrowgauge.engine.run.train import train as run
 
     run(config, overrides=set_ or [], fresh=fresh, console=make_console())
+
+
+def _validate(config: Path, overrides: list[str], ranks: int) -> None:
+    show_libraries_less()
+    from narrowgauge.engine.run.validate import validate
+
+    validate(config, world_size=ranks, overrides=overrides, console=make_console())
 
 
 def _show_finished(summary: dict[str, object], run_dir: str) -> None:

@@ -35,7 +35,10 @@ def test_what_needs_no_library_imports_none(word: str, expected: str) -> None:
 
 def test_every_configuration_has_a_name() -> None:
     found = packaged_configurations()
-    assert found.keys() == {"quickstart", *(f"8gpu/{path.stem}" for path in (ROOT / "configs" / "8gpu").glob("*.json"))}
+    in_folders = {
+        f"{name}/{path.stem}" for name in ("8gpu", "megatron") for path in (ROOT / "configs" / name).glob("*")
+    }
+    assert found.keys() == {"quickstart", "megatron-quickstart", *in_folders}
     for name, path in found.items():
         assert path.samefile(ROOT / "configs" / f"{name}.json")
 

@@ -3,13 +3,15 @@
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
     from torch import nn
     from transformers import PretrainedConfig
 
     from ...config.config import Config
     from ...config.run_blocks import ModelBlock
-    from ...protocol import Schedule
+    from ...protocol import HeldByRank, Schedule
     from .keys import DeepSpeedKeys
     from .training import DeepSpeedTraining
 
@@ -35,6 +37,10 @@ class DeepSpeedBackend:
 
     def data_parallel_size(self, config: "Config", world_size: int) -> int:
         return world_size
+
+    def rehearse(self, config: "Config", model_config: "PretrainedConfig", world_size: int) -> "Sequence[HeldByRank]":
+        """It does not say."""
+        return ()
 
     def prepare(self, config: "Config", console: "Console | None" = None) -> None:
         from .extensions import ensure_extensions

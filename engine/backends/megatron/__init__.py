@@ -3,13 +3,15 @@
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
     from torch import nn
     from transformers import PretrainedConfig
 
     from ...config.config import Config
     from ...config.run_blocks import ModelBlock
-    from ...protocol import Schedule
+    from ...protocol import HeldByRank, Schedule
     from .keys import MegatronKeys
     from .training import MegatronTraining
 
@@ -39,6 +41,11 @@ class MegatronBackend:
         from .keys import layout_of
 
         return layout_of(config, world_size).data
+
+    def rehearse(self, config: "Config", model_config: "PretrainedConfig", world_size: int) -> "Sequence[HeldByRank]":
+        from .rehearse import rehearse
+
+        return rehearse(config, model_config, world_size)
 
     def prepare(self, config: "Config", console: "Console | None" = None) -> None:
         """Nothing is compiled."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class _CudaIsCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if self._types and func is Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
+        if self._devices and func is Tensor.cuda:
+            return args[0]
         if self._devices:
             if "device" in kwargs:
                 kwargs["device"] = _cpu(kwargs["device"])
@@ -108,23 +110,6 @@ def _streams() -> Any:
         current_stream=lambda *args, **kwargs: _Stream(),
         stream=lambda stream: contextlib.nullcontext(),
     )
-
-
-@contextmanager
-def _backward_within_modes() -> Iterator[None]:
-    """``torch.autograd.backward`` is itself a function that a mode handles, and a mode is off in its own handler: what
-    backward computes again would find no CPU answer.
-    """
-    engine = torch.autograd._engine_run_backward  # pyright: ignore[reportPrivateImportUsage]
-
-    def run_backward(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(mode, _CudaIsCpu) for mode in _get_current_function_mode_stack()):
-            return engine(*args, **kwargs)
-        with _CudaIsCpu():
-            return engine(*args, **kwargs)
-
-    with replaced(torch.autograd, _engine_run_backward=run_backward):
-        yield
 
 
 @contextmanager
@@ -226,7 +211,6 @@ PATCHES: dict[str, Patch] = {
     "current_device": Patch(_current_device, "importing and building anything"),
     "devices": Patch(lambda: _CudaIsCpu(types=False), "tensors made on the device 'cuda'"),
     "types": Patch(lambda: _CudaIsCpu(devices=False), "the optimizers, which compare names of tensor types"),
-    "backward": Patch(_backward_within_modes, "whatever backward computes again"),
     "waiting": Patch(_waiting, "pipelines, which wait for what was sent"),
     "streams": Patch(_streams, "mixtures of experts"),
     "random_states": Patch(_random_states, "dropout and whatever backward computes again"),

@@ -1,7 +1,5 @@
 """The process groups of a layout: Megatron's, checked against the positions that this engine computes itself."""
 
-from datetime import timedelta
-
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
@@ -45,6 +43,3 @@ def destroy_groups() -> None:
     """Let go of Megatron's process groups, if there are any."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-
-
-TIMEOUT = timedelta(minutes=_TIMEOUT_MINUTES)

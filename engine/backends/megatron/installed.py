@@ -1,5 +1,6 @@
 """Whether megatron-core is installed, in a version that this engine knows. Light to import."""
 
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -19,6 +20,11 @@ def not_usable_because() -> str | None:
     if not Version(OLDEST) <= Version(found) < Version(BELOW):
         return f"{expected}, got {found}: {_EXTRA}"
     return None
+
+
+def show_its_warnings_less() -> None:
+    """Megatron warns of every package that it would rather have, in each process."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
 
 def has_transformer_engine() -> bool:

@@ -103,17 +103,12 @@ class Layout(Sizes):
         return place.pipeline == self.pipeline - 1 and chunk == self.chunks - 1
 
     def describe(self) -> str:
-        """``TP2 PP2 DP4``, without what is 1."""
-        parts = [
-            ("TP", self.tensor),
-            ("PP", self.pipeline),
-            ("VPP", self.chunks),
-            ("EP", self.expert),
-            ("ETP", self.expert_tensor if self.expert_tensor != self.tensor else 1),
-            ("DP", self.data),
-        ]
-        sequence = " SP" if self.sequence_parallel else ""
-        return " ".join(f"{name}{size}" for name, size in parts if size > 1 or name == "DP") + sequence
+        """``TP2 PP2 DP4``, without what is 1 and what is told by the rest."""
+        parts = [("TP", self.tensor), ("PP", self.pipeline), ("VPP", self.chunks), ("EP", self.expert)]
+        names = [f"{name}{size}" for name, size in parts if size > 1]
+        if self.expert_tensor != self.tensor:
+            names.append(f"ETP{self.expert_tensor}")
+        return " ".join([*names, f"DP{self.data}", *(["SP"] if self.sequence_parallel else [])])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from ...config.config import Config
 from .architecture import architecture_of
 from .compact.supported import unsupported, unsupported_model
 from .fits import problems_of_layout
-from .installed import has_transformer_engine, not_usable_because
+from .installed import has_transformer_engine, not_usable_because, show_its_warnings_less
 from .keys import layout_of, megatron_block
 
 
@@ -16,6 +16,7 @@ def check(config: Config) -> None:
     """See :meth:`narrowgauge.engine.protocol.Backend.check`."""
     if (reason := not_usable_because()) is not None:
         raise config.error(f"engine: megatron: {reason}")
+    show_its_warnings_less()
     if problems := [*_settings(config), *_optimizer(config)]:
         raise config.error(*problems)
 

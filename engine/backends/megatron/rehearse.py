@@ -1,0 +1,81 @@
+"""What each process rank of a layout would hold: its model, built on the meta device in a group of its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PretrainedConfig
+
+from ...config.config import Config
+from ...protocol import HeldByRank
+from . import cpu
+from .architecture import architecture_of
+from .groups import destroy_groups, make_groups
+from .keys import layout_of, megatron_block
+from .model import StagedModel, transformer_config
+
+_FP32 = 4
+
+
+def rehearse(config: Config, model_config: PretrainedConfig, world_size: int) -> list[HeldByRank]:
+    """See :meth:`narrowgauge.engine.protocol.Backend.rehearse`; one entry for each stage of the pipeline."""
+    layout = layout_of(config, world_size)
+    cpu.install()
+    found = []
+    size = layout.tensor * layout.data
+    for stage in range(layout.pipeline):
+        first = stage * size
+        with _group_of(first, world_size):
+            model = _build(config, model_config, world_size)
+            found.append(_held(model, config, f"{first}-{first + size - 1}" if size > 1 else str(first)))
+            destroy_groups()
+    return found
+
+
+@contextmanager
+def _group_of(process_rank: int, world_size: int) -> Iterator[None]:
+    """A process group whose other members do not exist: its collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=process_rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _build(config: Config, model_config: PretrainedConfig, world_size: int) -> StagedModel:
+    layout, data = layout_of(config, world_size), config.parsed.data
+    sequence_length = data.sequence_length if data is not None else model_config.max_position_embeddings
+    place = make_groups(layout, seed=0)
+    architecture = architecture_of(model_config, sequence_length)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    transformer = transformer_config(architecture, layout, megatron_block(config), dtype)
+    with torch.device("meta"):
+        return StagedModel(model_config, architecture, layout, place, transformer, sequence_length)
+
+
+def _held(model: StagedModel, config: Config, process_ranks: str) -> HeldByRank:
+    layout, distributed = model.layout, megatron_block(config).distributed_optimizer
+    parameters = shares = size = 0
+    for parameter, tensor in model.local_parameters():
+        copies = layout.expert_data if parameter.is_expert and layout.splits_experts else layout.data
+        parameters, size = parameters + tensor.numel(), size + tensor.nbytes
+        shares += -(-tensor.numel() // copies) if distributed else tensor.numel()
+    sizes = {
+        "parameters": size,
+        "gradients": _FP32 * parameters,
+        "masters": _FP32 * shares if config.bf16 else 0,
+        "moments": 2 * _FP32 * shares,
+    }
+    return HeldByRank(process_ranks, _what(model), parameters, sizes)
+
+
+def _what(model: StagedModel) -> str:
+    layout, place, parts = model.layout, model.place, []
+    for chunk in range(layout.chunks):
+        layers = layout.layers_of(place, chunk, model.architecture.num_layers)
+        parts += ["embedding"] if layout.is_first(place, chunk) else []
+        parts.append(f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}")
+        parts += ["head"] if layout.is_last(place, chunk) else []
+    return ", ".join(parts)

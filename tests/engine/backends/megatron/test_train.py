@@ -1,0 +1,72 @@
+"""``narrowgauge train`` with the ``megatron`` engine: a run that is resumed in another layout, and its export."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from narrowgauge.engine.config.config import load_config
+from tests.support import forked
+from tests.support.command import ROOT, losses, tiny_config
+
+ADAMW = {"type": "AdamW", "params": {"lr": 0.005}}
+
+
+def changed(config: Path, **changes: Any) -> Path:
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    return config
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_in_another_layout_and_exported(corpus: Path, tmp_path: Path) -> None:
+    """Two stages for four steps, then two ranks per matrix; ``ddp`` on one rank says what is expected."""
+    folders = [tmp_path / name for name in ("megatron", "ddp")]
+    for folder in folders:
+        folder.mkdir()
+    training = {"steps": 6, "eval_sequences": 5, "checkpoint_interval": 4}
+    common = {"training": training, "optimizer": ADAMW, "zero_optimization": {"stage": 0}}
+    config = tiny_config(corpus, folders[1], engine="ddp", **common)
+    assert forked.run("train", str(config)).returncode == 0
+    layouts = [{"pipeline_parallel": 2}, {"tensor_parallel": 2, "sequence_parallel": True}]
+    config = tiny_config(corpus, folders[0], engine="megatron", megatron=layouts[0], **common)
+    first = forked.run("train", str(config), "--set", "training.steps=4", ranks=2)
+    assert first.returncode == 0, first.stderr
+    assert "AdamW at PP2 DP1 on 2 ranks" in first.stdout.replace("\n", " ")
+    second = forked.run("train", str(changed(config, megatron=layouts[1])), ranks=2)
+    assert second.returncode == 0, second.stderr
+    assert "resumed after step 4" in second.stdout.replace("\n", " ")
+    found, expected = losses(folders[0] / "run"), losses(folders[1] / "run")
+    assert len(found) == 6
+    assert found == pytest.approx(expected, abs=2e-6)
+    one, other = (json.loads((folder / "run" / "summary.json").read_text()) for folder in folders)
+    assert one["eval_loss"] == pytest.approx(other["eval_loss"], abs=2e-6)
+    assert one["parameters"] == other["parameters"]
+    for folder in folders:
+        assert forked.run("export", str(folder / "run"), str(folder / "model")).returncode == 0
+    exported, plain = (load_file(folder / "model" / "model.safetensors") for folder in folders)
+    assert exported.keys() == plain.keys()
+    assert all(torch.allclose(exported[name], plain[name], rtol=0, atol=2e-5) for name in plain)
+    assert AutoModelForCausalLM.from_pretrained(folders[0] / "model").config.model_type == "llama"
+
+
+@pytest.mark.slow
+def test_the_first_steps_of_the_quickstart(tmp_path: Path) -> None:
+    words = ["training.steps=6", "training.checkpoint_interval=null", f"logging.run_dir={tmp_path}/run"]
+    words += ["training.eval_sequences=8", "training.lr_schedule=null"]
+    changes = [word for change in words for word in ("--set", change)]
+    result = forked.run("train", "megatron-quickstart", *changes, ranks=4)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_loss"] < summary["eval_loss_first"] - 0.5
+    assert 1e6 < summary["parameters"]["total"] < 2e6
+
+
+def test_the_quickstart_is_what_the_page_says() -> None:
+    config: Any = load_config(ROOT / "configs" / "megatron-quickstart.json")
+    assert config.bf16
+    assert config.parsed.megatron.tensor_parallel == config.parsed.megatron.pipeline_parallel == 2
+    assert config.parsed.launch.processes_per_node == 4
