@@ -49,11 +49,18 @@ def test_a_patch_is_needed(megatron_ranks: MegatronPool, patch: str) -> None:
         assert failure is not None
 
 
-def test_nothing_is_left_of_them() -> None:
-    before = (torch.cuda.current_device, torch.cuda.Stream, torch.distributed.all_gather, torch.cuda.synchronize)
-    with cpu.cpu_support():
-        assert torch.zeros(1, device="cuda").device.type == "cpu"
-        assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
-    assert torch.zeros(1).type() == "torch.FloatTensor"
-    found = (torch.cuda.current_device, torch.cuda.Stream, torch.distributed.all_gather, torch.cuda.synchronize)
-    assert found == before
+def what_is_left() -> tuple[str, str, str, bool]:
+    cpu.uninstall()
+    try:
+        before = (torch.cuda.current_device, torch.cuda.Stream, torch.distributed.all_gather, torch.cuda.synchronize)
+        with cpu.cpu_support():
+            made, told = torch.zeros(1, device="cuda").device.type, torch.zeros(1).type()
+        after = (torch.cuda.current_device, torch.cuda.Stream, torch.distributed.all_gather, torch.cuda.synchronize)
+        return made, told, torch.zeros(1).type(), before == after
+    finally:
+        cpu.install()
+
+
+def test_nothing_is_left_of_them(megatron_ranks: MegatronPool) -> None:
+    found = megatron_ranks.run(what_is_left, ranks=1)
+    assert found == [("cpu", "torch.cuda.FloatTensor", "torch.FloatTensor", True)]
