@@ -69,7 +69,7 @@ class HeldByRank:
         process_ranks: which: ``0-7``.
         what: of the model: ``layers 0-3``.
         parameters: number of elements.
-        bytes: by kind: parameters, gradients, masters, moments.
+        bytes: by kind: parameters and, as far as it is known ahead, gradients, masters, moments.
     """
 
     process_ranks: str

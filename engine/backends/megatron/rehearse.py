@@ -62,6 +62,9 @@ def _held(model: StagedModel, config: Config, process_ranks: str) -> HeldByRank:
         copies = layout.expert_data if parameter.is_expert and layout.splits_experts else layout.data
         parameters, size = parameters + tensor.numel(), size + tensor.nbytes
         shares += -(-tensor.numel() // copies) if distributed else tensor.numel()
+    if config.optimizer_options is not None:
+        # What a compact optimizer trains is known when its layers are.
+        return HeldByRank(process_ranks, _what(model), parameters, {"parameters": size})
     sizes = {
         "parameters": size,
         "gradients": _FP32 * parameters,
