@@ -1,4 +1,4 @@
-"""Writes the tables of options in these pages from the code: ``python docs/tables.py``.
+"""Writes the tables in these pages from the code: ``python docs/tables.py``.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; :data:`TABLES` says what is in it.
 """
@@ -57,7 +57,22 @@ def optimizer_options(name: str) -> str:
     return markdown(rows)
 
 
+def families() -> str:
+    """What the sweep over transformers' causal language models has found."""
+    record = json.loads((DOCS / "families.json").read_text())
+    lines = ["| `model_type` | compact | |", "|---|---|---|"]
+    for family, found in record.items():
+        if "share" in found:
+            lines.append(f"| `{family}` | {found['share']:.2f} | |")
+        else:
+            ((kind, reason),) = found.items()
+            said = {"refused": "refused", "untried": "not tried"}[kind]
+            lines.append(f"| `{family}` | | {said}: {reason.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "families": families,
     "offload options": offload_options,
     **{f"{name} options": partial(optimizer_options, name) for name in OPTIMIZERS},
 }

@@ -68,8 +68,9 @@ class _Drawing:
 
     @contextmanager
     def _kept(self, name: str, module: nn.Module) -> Iterator[None]:
-        """Within it the parameters that are tied to another module's are not drawn for this one."""
-        tied = [p for key, p in module.named_parameters(recurse=False) if _join(name, key) in self._tied]
+        """Within it parameters that are tied to another module's are not drawn for this one, or for one below it."""
+        named = module.named_parameters(remove_duplicate=False)
+        tied = list(dict.fromkeys(p for key, p in named if _join(name, key) in self._tied))
         for parameter in tied:
             setattr(parameter, _KEEP, True)
         try:

@@ -40,7 +40,8 @@ def model_config(block: ModelBlock, *, vocab_size: int | None, sequence_length: 
             f"model: expected a vocab_size of at least the tokenizer's {vocab_size}, got {config.vocab_size}"
         )
     context = getattr(config, "max_position_embeddings", None)
-    if context is not None and context < sequence_length:
+    # XLNet says -1 for no limit.
+    if context is not None and 0 < context < sequence_length:
         raise UserError(f"data.sequence_length: expected at most the model's {context} tokens, got {sequence_length}")
     return config
 
@@ -93,6 +94,9 @@ def _known(model_type: Any, where: str) -> PretrainedConfig:
         return AutoConfig.for_model(model_type)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where}.model_type: {model_type!r} is not a model type of transformers") from error
+    except Exception as error:
+        # Of types whose own defaults do not hold, or need another package.
+        raise UserError(f"{where}: {model_type}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _make(known: PretrainedConfig, settings: dict[str, Any], vocab_size: int | None, where: str) -> PretrainedConfig:
@@ -120,12 +124,46 @@ def abstract_model(config: PretrainedConfig) -> nn.Module:
     """The model without storage, to check options and count parameters before anything is allocated.
 
     Raises:
-        UserError: transformers cannot build it.
+        UserError: transformers cannot build it, or it would see the tokens that it has to predict.
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"model: transformers cannot build this {config.model_type}: {type(error).__name__}: {one_line(error)}"
         ) from error
+    if config.model_type in _NOT_SHIFTED:
+        raise UserError(
+            f"model: transformers trains a {config.model_type} to repeat the token that it is given, not to predict the"
+            " next one: expected another model type"
+        )
+    for key, (bidirectional, causal) in _DIRECTIONS.items():
+        if getattr(model.config, key, causal) == bidirectional:
+            raise UserError(
+                f"model.config.{key}: expected {json.dumps(causal)}, got {json.dumps(bidirectional)}:"
+                f" {config.model_type} would see the tokens that it has to predict"
+            )
+    return model
+
+
+# Whose loss compares each token's output with that token: decoders for translation, whose labels come shifted.
+_NOT_SHIFTED = {
+    "bart",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "cpmant",
+    "marian",
+    "mbart",
+    "mvp",
+    "pegasus",
+    "plbart",
+    "prophetnet",
+    "trocr",
+    "whisper",
+    "xlm",
+    "xlnet",
+}
+# What models have that are trained on masked tokens too, as BERT is: its value then, and for causal language models.
+_DIRECTIONS = {"is_decoder": (False, True), "use_bidirectional_attention": (True, False)}

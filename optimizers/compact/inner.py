@@ -25,6 +25,21 @@ def make_base(groups: Sequence[dict[str, Any]], options: CompactOptions) -> torc
     return torch.optim.AdamW(groups, **adam, foreach=options.foreach, fused=options.fused)
 
 
+def forget_moments_(base: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Moments and step count of one tensor as they are before its first step."""
+    if isinstance(base, torch.optim.AdamW):
+        for value in state.values():
+            value.zero_()
+    else:
+        # Made anew by the next step.
+        state.clear()
+
+
+def has_dense_state(base: torch.optim.Optimizer) -> bool:
+    """Whether it keeps its moments as :func:`dense_state` has them."""
+    return not hasattr(base, "name2qmap")
+
+
 def dense_state(state: dict[str, Any]) -> dict[str, Any]:
     """The state of one tensor with 8-bit moments in fp32 and without what belongs to their form; others as they are."""
     if "qmap1" not in state:

@@ -15,7 +15,7 @@ from ..layers.watch import watch_layers
 from ..layers.wrappers import refuse_wrapped
 from ..param_groups import build_groups
 from .backend import LocalBackend, SubspaceBackend
-from .inner import dense_state, make_base, quantize_state_
+from .inner import dense_state, forget_moments_, has_dense_state, make_base, quantize_state_
 from .options import CompactOptions
 
 OptionsT = TypeVar("OptionsT", bound=CompactOptions)
@@ -289,21 +289,15 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         for group in self.param_groups:
             if group["kind"] == "compact":
                 for tensor in self.backend.state_tensors(group):
-                    state = self.state.get(tensor, {})
-                    if isinstance(self._base, torch.optim.AdamW):
-                        for value in state.values():
-                            value.zero_()
-                    else:
-                        # Made anew by the next step.
-                        state.clear()
+                    forget_moments_(self._base, self.state.get(tensor, {}))
 
     def dense_state(self, flat: Tensor) -> dict[str, Any]:
         """As in every optimizer; 8-bit moments in fp32."""
         return dense_state(self.state.get(flat, {}))
 
     def expect_dense_state(self, flat: Tensor) -> None:
-        if self.options.base == "AdamW8bit":
-            # Its moments are not dense, and if they had just been forgotten when it was saved, there are none to read.
+        if not has_dense_state(self._base):
+            # If moments had just been forgotten when it was saved, there are none to read.
             self.state.pop(flat, None)
 
     def accept_dense_state(self, flat: Tensor) -> None:
@@ -312,7 +306,7 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         8-bit moments are quantised anew: those of a resumed run differ from the saved ones by the rounding that every
         step does anyway. ``state_dict`` keeps them bit for bit.
         """
-        if self.options.base == "AdamW8bit":
+        if not has_dense_state(self._base):
             quantize_state_(self._base, self.state[flat])
 
     def subspace_bytes(self) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 _SIZES: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size",), 320),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 320),
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim", "lru_width"), 64
     ),
@@ -25,6 +25,8 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "state_size"), 8),
     **dict.fromkeys(("mamba_d_state", "mamba_n_heads", "linear_key_head_dim", "linear_value_head_dim"), 8),
     "linear_num_value_heads": 4,
+    # Of models that else are trained on masked tokens.
+    "is_decoder": True,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -35,10 +37,27 @@ _SIZES: dict[str, Any] = {
 }
 
 
-def small(family: str) -> PretrainedConfig:
-    """A family's configuration with all its sizes small."""
+# What the sizes above do not fit.
+_OF_FAMILY: dict[str, dict[str, Any]] = {
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+}
+
+
+def sizes_of(family: str) -> dict[str, Any]:
+    """Keys of a family's configuration that make it small."""
     kind = type(AutoConfig.for_model(family))
     names = {*kind().to_dict(), *kind.attribute_map}
     # A size that has two names is told under its own.
     sizes = {key: value for key, value in _SIZES.items() if key in names and key not in kind.attribute_map}
-    return AutoConfig.for_model(family, **sizes)
+    if "qk_rope_head_dim" in names:
+        # Latent attention: every head has its own keys, and only a part of each is rotated.
+        sizes |= {"num_key_value_heads": 4, **({"head_dim": sizes["qk_rope_head_dim"]} if "head_dim" in names else {})}
+    return sizes | _OF_FAMILY.get(family, {})
+
+
+def small(family: str) -> PretrainedConfig:
+    """A family's configuration with all its sizes small."""
+    return AutoConfig.for_model(family, **sizes_of(family))

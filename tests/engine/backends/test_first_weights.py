@@ -11,6 +11,8 @@ from narrowgauge.engine.backends import backend_of
 from narrowgauge.engine.config.config import load_config
 from narrowgauge.engine.config.run_blocks import ModelBlock
 from narrowgauge.optimizers.numerics.seeds import derive_seed
+from tests.support.families import small
+from tests.support.family_record import recorded
 from tests.support.ranks import RankPool
 
 SIZES = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 4}
@@ -31,7 +33,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+# The first GPT's matrices are drawn where they are made, which no seed of a module's reaches.
+OTHERS = sorted({name for name, found in recorded().items() if "share" in found} - FAMILIES.keys() - {"openai-gpt"})
+
+
 def config_of(family: str) -> Any:
+    if family not in FAMILIES:
+        return small(family)
     settings = {"model_type": family, **FAMILIES[family]}
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
@@ -61,7 +69,7 @@ def built(family: str, engine: str, stage: int = 0) -> dict[str, Tensor]:
 def by_transformers(family: str) -> dict[str, Tensor]:
     """transformers' own initialization of a whole model, told a seed before each module."""
     config = config_of(family)
-    tied, config.tie_word_embeddings = config.tie_word_embeddings, False
+    tied, config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False), False
     model: Any = AutoModelForCausalLM.from_config(config)
     names = {id(module): name for name, module in model.named_modules()}
 
@@ -75,15 +83,21 @@ def by_transformers(family: str) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if not (tied and name == "lm_head.weight")}
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_they_are_the_models_own(family: str) -> None:
     """Parents were drawn before their children, which undid what they had written: the scaled outputs of GPT-2, the
     time steps of Mamba; and a tied embedding was drawn by the rule for the head.
     """
     found, expected = built(family, "ddp"), by_transformers(family)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+    if family in FAMILIES:
+        assert found.keys() == expected.keys()
+    # What is tied goes by one of its names in each.
+    with torch.device("meta"):
+        tied = getattr(AutoModelForCausalLM.from_config(config_of(family)), "all_tied_weights_keys", {})
+    both = (found.keys() & expected.keys()) - set(tied)
+    assert len(both) >= len(found) - 2
+    for name in both:
+        assert torch.equal(found[name], expected[name]), name
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

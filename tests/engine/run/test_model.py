@@ -130,6 +130,13 @@ def test_the_text_model_of_a_composite_is_trained(family: str, expected: str) ->
         ({"model_type": "qwen2_vl", "text_config": {}}, r"'qwen2_vl_text' is not a causal language model"),
         ({"model_type": "musicgen"}, r"musicgen is made of several models, none of which is a causal"),
         ({"model_type": "t5"}, r"'t5' is not a causal language model"),
+        ({"model_type": "bert"}, r"model\.config\.is_decoder: expected true, got false: bert would see the tokens"),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, r"use_bidirectional_attention: expected false"),
+        (
+            {"model_type": "gemma4_assistant"},
+            r"gemma4_assistant: StrictDataclass.* hidden_size_per_layer_input must be 0",
+        ),
+        ({"model_type": "bart"}, r"trains a bart to repeat the token that it is given"),
         ({"model_type": "lama"}, r"'lama' is not a model type of transformers"),
         ({**SMALL, "model_type": "llama", "num_attention_heads": 5}, r"hidden size .*\(32\).* heads \(5\)|32.*5"),
     ],
@@ -138,6 +145,11 @@ def test_models_that_cannot_be_trained_are_named_in_one_line(settings: dict[str,
     with pytest.raises(UserError, match=message) as raised:
         check_model(ModelBlock(config=settings))
     assert "\n" not in str(raised.value)
+
+
+def test_bert_as_a_decoder_is_taken() -> None:
+    """It was taken as it is: trained on tokens that it sees, its loss went to zero."""
+    check_model(ModelBlock(config={**SMALL, "model_type": "bert", "is_decoder": True}))
 
 
 def test_a_preset_whose_heads_no_longer_fit_is_named_in_one_line() -> None:
