@@ -28,7 +28,7 @@ _MAY_CHANGE = re.compile(
     r"training\.(steps|eval_interval|eval_sequences|checkpoint_interval|keep_checkpoints|hang_timeout|sample_prompt|sample_tokens)"
     r"|logging\..*|launch(\..*)?|data\.(cache_dir|num_workers)|zero_optimization(\..*)?|train_micro_batch_size_per_gpu"
     r"|train_batch_size|gradient_accumulation_steps|model\.gradient_checkpointing|activation_offload(\..*)?"
-    r"|engine|steps_per_print|wall_clock_breakdown|comms_logger\..*"
+    r"|engine|megatron(\..*)?|steps_per_print|wall_clock_breakdown|comms_logger\..*"
 )
 
 
