@@ -130,13 +130,13 @@ def compact_class(compact: type[CompactModule], plain: type[nn.Module]) -> Any:
     return type(f"{compact.__name__}Of{plain.__name__}", (compact, plain), members)
 
 
-def _reduce_made(self: CompactWeight) -> Any:
+def _reduce_made(self: CompactModule) -> Any:
     """For pickle and copy, which find a class by the module that it stands in."""
-    compact = next(base for base in type(self).__bases__ if issubclass(base, CompactWeight))
+    compact = next(base for base in type(self).__bases__ if issubclass(base, CompactModule))
     return _new_made, (compact, self.plain), self.__dict__.copy()
 
 
-def _new_made(compact: type[CompactWeight], plain: type[nn.Module]) -> Any:
+def _new_made(compact: type[CompactModule], plain: type[nn.Module]) -> Any:
     made = compact_class(compact, plain)
     return made.__new__(made)
 

@@ -1,6 +1,7 @@
 """Stacked experts as compact units: outputs, gradients, and training against a second statement of Grass."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -164,6 +165,24 @@ def test_to_the_outside_it_is_the_plain_module() -> None:
     assert set(experts._parameters) == {"gate_up_proj", "down_proj"}
     assert all(p.requires_grad for p in model.parameters())
     torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-12, atol=1e-12)
+
+
+def test_it_can_be_copied_and_pickled() -> None:
+    """The class that is made for the experts of a family stands in no module, where pickle looked for it."""
+    _, compact = experts_pair("mixtral")
+    inputs = inputs_of("mixtral")
+    compact(*inputs).square().sum().backward()
+    pickled: Any = pickle.loads(pickle.dumps(compact))  # noqa: S301
+    for copied in (copy.deepcopy(compact), pickled):
+        assert type(copied) is type(compact)
+        copied.zero_grad()
+        copied(*inputs).square().sum().backward()
+        for name, parameter in compact.named_parameters():
+            own = copied.get_parameter(name)
+            assert own is not parameter
+            if parameter.grad is not None:
+                assert own.grad is not None
+                assert torch.equal(own.grad, parameter.grad), name
 
 
 def test_a_state_is_resumed() -> None:
