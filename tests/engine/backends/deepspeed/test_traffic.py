@@ -13,6 +13,9 @@ from tests.support.models import token_batch
 from tests.support.ranks import RankPool
 from tests.support.zero import ds_config, finish, make_engine, train_step
 
+# The kernel counts what all processes of the machine send.
+pytestmark = pytest.mark.alone
+
 # Large enough that headers and flags are small change: 1.6 M parameters, of which 1.57 M in the matrices.
 SIZES = {"width": 256, "hidden": 512, "blocks": 3, "bias": False}
 STEPS = 4
