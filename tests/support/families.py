@@ -32,7 +32,9 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     # Dropout is drawn otherwise where ranks share a batch.
     **dict.fromkeys(("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"), 0.0),
-    **dict.fromkeys(("activation_dropout", "resid_dropout", "embd_dropout", "attn_dropout", "ffn_dropout"), 0.0),
+    **dict.fromkeys(
+        ("activation_dropout", "residual_dropout", "resid_dropout", "embd_dropout", "attn_dropout", "ffn_dropout"), 0.0
+    ),
     **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "layerdrop", "classifier_dropout"), 0.0),
 }
 
