@@ -35,7 +35,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
             "param_groups": [{"params": ["*layernorm*", "*gate_proj*"], "weight_decay": 0.0}],
         },
     },
-    "full": {"type": "Grass", "params": {**BASE, "density": 1.0, "matrix_lr_scale": 0.5}},
+    "full": {"type": "Grass", "params": {**COLUMNS, "density": 1.0, "matrix_lr_scale": 0.5}},
     "galore": {"type": "GaLore", "params": {**BASE, "rank": 4}},
     "galore-left": {"type": "GaLore", "params": {**BASE, "rank": 4, "side": "left", "projector": "power"}},
     "galore-right": {"type": "GaLore", "params": {**BASE, "density": 0.25, "side": "right", "moments": "reset"}},
@@ -103,7 +103,7 @@ def test_a_layout_equals_one_process_of_ddp(
     )
     for number, (found, evaluation, whole) in enumerate(results):
         assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in steps], abs=1e-6)
-        assert [norm for _, norm in found] == pytest.approx([norm for _, norm in steps], rel=1e-5)
+        assert [norm for _, norm in found] == pytest.approx([norm for _, norm in steps], rel=5e-5)
         assert evaluation == pytest.approx(evaluated, abs=1e-6)
         if number == 0:
             assert worst(whole, weights) < 2e-5
