@@ -27,7 +27,7 @@ def run_config(engine: str, family: str, layout: dict[str, Any] | None = None, *
             "train_batch_size": NUM_SEQUENCES,
             "train_micro_batch_size_per_gpu": MICRO_BATCH,
             "gradient_clipping": 0.2,
-            # With the usual epsilon Adam makes whole steps of gradients that are rounding noise: a key's bias has no other.
+            # With the usual epsilon Adam makes whole steps of rounding noise: a key's bias has no other gradient.
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4}},
             "model": {"config": model_block(family)},
             "data": {"sequence_length": LENGTH},
