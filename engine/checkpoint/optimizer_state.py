@@ -263,11 +263,14 @@ def _state_tensor(optimizer: torch.optim.Optimizer, shard: Shard, key: str) -> T
 
 
 def _set_scalar(optimizer: torch.optim.Optimizer, shard: Shard, key: str, number: Mapping[str, Any]) -> None:
-    value = number["value"]
-    if number["dtype"] is not None:
+    value, dtype = number["value"], number["dtype"]
+    if dtype is None and key == "step" and isinstance(optimizer, torch.optim.Adam):
+        # DeepSpeed's Adam counts in plain numbers, torch's in tensors only.
+        dtype = "float32"
+    if dtype is not None:
         groups = optimizer.param_groups
         group = next((g for g in groups if any(p is shard.flat for p in g["params"])), optimizer.defaults)
         on_device = group.get("fused") or group.get("capturable")
         device = shard.flat.device if on_device else "cpu"
-        value = torch.tensor(value, dtype=getattr(torch, number["dtype"]), device=device)
+        value = torch.tensor(value, dtype=getattr(torch, dtype), device=device)
     optimizer.state[shard.flat][key] = value
