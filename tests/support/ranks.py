@@ -28,6 +28,7 @@ class RankPool:
         self._world_size = world_size
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self._port: socket.socket | None = None
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call a module-level function on all ranks; returns what each returned, in rank order."""
@@ -60,9 +61,10 @@ class RankPool:
     def _start(self) -> None:
         context = server()
         rendezvous = tempfile.mktemp(prefix="narrowgauge-ranks-")  # noqa: S306 (the store makes the file)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # Kept: no other pool of the machine gets its port.
+        self._port = socket.socket()
+        self._port.bind(("127.0.0.1", 0))
+        port = self._port.getsockname()[1]
         for rank in range(self._world_size):
             own, other = context.Pipe()
             args = (rank, self._world_size, rendezvous, port, other)
@@ -77,6 +79,8 @@ class RankPool:
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
+        if self._port is not None:
+            self._port.close()
 
 
 def _serve(rank: int, world_size: int, rendezvous: str, port: int, pipe: Connection) -> None:
