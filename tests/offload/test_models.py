@@ -405,6 +405,7 @@ def test_compact_columns_write_only_the_selected_columns(
 
         layers = {layer.name: layer.module for layer in optimizer.layers}
         for name, layer in layers.items():
+            assert isinstance(layer, nn.Module)
             layer.register_forward_pre_hook(partial(keep, name))
         with spy.listen() as written:
             compact_bytes = written_by_step(model, batch, offload)

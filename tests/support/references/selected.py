@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from narrowgauge.optimizers import Grass
 from narrowgauge.optimizers.layers.projected_linear import ProjectedLinear
 from narrowgauge.optimizers.layers.selected_weight import SelectedWeight
+from narrowgauge.optimizers.layers.unit import CompactUnit
 
 
-def projection(module: nn.Module) -> Tensor:
+def projection(module: CompactUnit) -> Tensor:
     """``P`` of a compact layer, dense."""
     if isinstance(module, SelectedWeight):
         index, scales, dim = module.index, torch.ones(module.index.numel()), module.weight_shape[module.dim]
