@@ -13,11 +13,12 @@ from ...config.blocks import Block, Flag
 from ...config.engine_keys import EngineKeys
 from ...config.optimizer_params import our_only
 from ...config.problems import unknown_names
+from ...config.without_deepspeed import Bf16Block, off_only, others_optimizer
 from ...errors import did_you_mean
 
 
-def _refuse(reason: str) -> AfterValidator:
-    """For a setting of DeepSpeed's that this engine does not have: allowed where it is off, or says nothing."""
+def _not_offloaded(reason: str) -> AfterValidator:
+    """For DeepSpeed's offloading: allowed where it names no device."""
 
     def check(value: Any) -> Any:
         device = value.get("device", "none") if isinstance(value, dict) else value
@@ -28,14 +29,10 @@ def _refuse(reason: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-class Bf16Block(Block):
-    enabled: Flag = False
-
-
 class Fp16Block(Block):
     model_config = ConfigDict(extra="allow")
 
-    enabled: Annotated[Flag, _refuse("expected false with the ddp engine, which scales no losses; use bf16")] = False
+    enabled: Annotated[Flag, off_only("expected false with the ddp engine, which scales no losses; use bf16")] = False
 
 
 class ZeroBlock(Block):
@@ -43,9 +40,9 @@ class ZeroBlock(Block):
 
     model_config = ConfigDict(extra="allow")
 
-    stage: Annotated[int, _refuse("expected 0 with the ddp engine, which shards nothing")] = 0
-    offload_optimizer: Annotated[Any, _refuse("the ddp engine keeps the optimizer's state on its device")] = None
-    offload_param: Annotated[Any, _refuse("the ddp engine keeps the parameters on its device")] = None
+    stage: Annotated[int, off_only("expected 0 with the ddp engine, which shards nothing")] = 0
+    offload_optimizer: Annotated[Any, _not_offloaded("the ddp engine keeps the optimizer's state on its device")] = None
+    offload_param: Annotated[Any, _not_offloaded("the ddp engine keeps the parameters on its device")] = None
 
 
 class DdpKeys(EngineKeys):
@@ -54,23 +51,21 @@ class DdpKeys(EngineKeys):
     bf16: Bf16Block | None = None
     fp16: Fp16Block | None = None
     zero_optimization: ZeroBlock | None = None
-    scheduler: Annotated[Any, _refuse("the ddp engine has none; use training.lr_schedule")] = None
+    scheduler: Annotated[Any, off_only("the ddp engine has none; use training.lr_schedule")] = None
     steps_per_print: int | float | None = None
     """Of DeepSpeed's own log, which this engine does not write."""
 
     @classmethod
     def problems_in(cls, raw: Mapping[str, Any]) -> list[str]:
-        optimizer = raw.get("optimizer")
-        if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
+        found = others_optimizer(raw)
+        if found is None:
             return []
-        name, params = optimizer["type"], optimizer.get("params", {})
-        if name in OPTIMIZERS:
-            return []
+        name, keys = found
         try:
             allowed = {*inspect.signature(torch_optimizer(name)).parameters, "torch_adam"} - {"params"}
         except ValueError as error:
             return [f"optimizer.type: {error}"]
-        own = [key for key in params if key not in our_only()] if isinstance(params, dict) else []
+        own = [key for key in keys if key not in our_only()]
         return unknown_names("optimizer.params", name, own, allowed)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict
+from pydantic import ConfigDict
 
 from narrowgauge.optimizers import OPTIMIZERS
 
@@ -12,31 +12,17 @@ from ...config.config import Config
 from ...config.engine_keys import EngineKeys
 from ...config.optimizer_params import our_only
 from ...config.problems import unknown_names
+from ...config.without_deepspeed import Bf16Block, off_only, others_optimizer
 from ...errors import did_you_mean
 from .layout import Layout, Sizes
 
 ADAMW = frozenset({"lr", "betas", "eps", "weight_decay", "torch_adam"})
 
 
-def _refuse(reason: str) -> AfterValidator:
-    """For a setting that this engine does not have: allowed where it is off, or says nothing."""
-
-    def check(value: Any) -> Any:
-        if value not in (None, False, 0):
-            raise ValueError(reason)
-        return value
-
-    return AfterValidator(check)
-
-
-class Bf16Block(Block):
-    enabled: Flag = False
-
-
 class Fp16Block(Block):
     model_config = ConfigDict(extra="allow")
 
-    enabled: Annotated[Flag, _refuse("expected false with the megatron engine, which scales no losses; use bf16")] = (
+    enabled: Annotated[Flag, off_only("expected false with the megatron engine, which scales no losses; use bf16")] = (
         False
     )
 
@@ -46,7 +32,7 @@ class ZeroBlock(Block):
 
     stage: Annotated[
         int,
-        _refuse("expected 0 with the megatron engine; megatron.distributed_optimizer shards masters and moments"),
+        off_only("expected 0 with the megatron engine; megatron.distributed_optimizer shards masters and moments"),
     ] = 0
 
 
@@ -102,22 +88,20 @@ class MegatronKeys(EngineKeys):
     bf16: Bf16Block | None = None
     fp16: Fp16Block | None = None
     zero_optimization: ZeroBlock | None = None
-    scheduler: Annotated[Any, _refuse("the megatron engine has none; use training.lr_schedule")] = None
+    scheduler: Annotated[Any, off_only("the megatron engine has none; use training.lr_schedule")] = None
     steps_per_print: int | float | None = None
     """Of DeepSpeed's own log, which this engine does not write."""
 
     @classmethod
     def problems_in(cls, raw: Mapping[str, Any]) -> list[str]:
-        optimizer = raw.get("optimizer")
-        if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
+        found = others_optimizer(raw)
+        if found is None:
             return []
-        name, params = optimizer["type"], optimizer.get("params", {})
-        if name in OPTIMIZERS:
-            return []
+        name, keys = found
         if name.lower() not in ("adam", "adamw"):
             known = sorted({*OPTIMIZERS, "AdamW"})
             return [f"optimizer.type: expected one of {known}, got {name!r}{did_you_mean(name, known)}"]
-        own = [key for key in params if key not in our_only() or key in ADAMW] if isinstance(params, dict) else []
+        own = [key for key in keys if key not in our_only() or key in ADAMW]
         return unknown_names("optimizer.params", name, own, ADAMW)
 
 

@@ -323,3 +323,10 @@ def test_ready_configurations_hold() -> None:
 def test_gradients_are_clipped_as_deepspeed_does_where_the_file_says_nothing(engine: str, stage: int) -> None:
     config = load_config({**BASE, "engine": engine, "zero_optimization": {"stage": stage}})
     assert config.parsed.gradient_clipping == GRADIENT_CLIPPING_DEFAULT == 1.0
+
+
+@pytest.mark.parametrize("engine", ["ddp", "megatron"])
+def test_a_scheduler_of_deepspeeds_is_refused_where_it_would_not_act(engine: str) -> None:
+    """The ddp engine took it for an offloading block without a device, and trained at a constant rate."""
+    with pytest.raises(ConfigError, match=r"scheduler: .*use training\.lr_schedule"):
+        load_config({**BASE, "engine": engine, "scheduler": {"type": "WarmupLR", "params": {}}})
