@@ -5,13 +5,14 @@ import multiprocessing
 import os
 import signal
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tests.support.ranks import answers
 
 SIZE = 4
 _TIMEOUT = 240.0
@@ -34,20 +35,7 @@ class MegatronPool:
         rendezvous = tempfile.mktemp(prefix="narrowgauge-megatron-")  # noqa: S306 (the store makes the file)
         for pipe in self._pipes[:ranks]:
             pipe.send((function.__module__, function.__qualname__, args, kwargs, ranks, rendezvous))
-        results: list[Any] = [None] * ranks
-        waiting, deadline = set(range(ranks)), time.monotonic() + _TIMEOUT
-        while waiting:
-            for rank in sorted(waiting):
-                if self._pipes[rank].poll(0.01):
-                    failed, value = self._receive(rank)
-                    if failed:
-                        self.close()
-                        raise AssertionError(f"rank {rank} failed:\n{value}")
-                    results[rank] = value
-                    waiting.discard(rank)
-            if time.monotonic() > deadline:
-                self.close()
-                raise AssertionError(f"ranks {sorted(waiting)} did not return within {_TIMEOUT} s")
+        results = answers(self._pipes[:ranks], self._receive, self.close, seconds=_TIMEOUT)
         with suppress(OSError):
             os.unlink(rendezvous)
         return results

@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -36,21 +36,7 @@ class RankPool:
             self._start()
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__qualname__, args, kwargs))
-        results: list[Any] = [None] * self._world_size
-        waiting, deadline = set(range(self._world_size)), time.monotonic() + _TIMEOUT
-        while waiting:
-            for rank in sorted(waiting):
-                if self._pipes[rank].poll(0.01):
-                    failed, value = self._receive(rank)
-                    if failed:
-                        self.close()
-                        raise AssertionError(f"rank {rank} failed:\n{value}")
-                    results[rank] = value
-                    waiting.discard(rank)
-            if time.monotonic() > deadline:
-                self.close()
-                raise AssertionError(f"ranks {sorted(waiting)} did not return within {_TIMEOUT} s")
-        return results
+        return answers(self._pipes, self._receive, self.close, seconds=_TIMEOUT)
 
     def _receive(self, rank: int) -> tuple[bool, Any]:
         try:
@@ -81,6 +67,35 @@ class RankPool:
         self._processes, self._pipes = [], []
         if self._port is not None:
             self._port.close()
+
+
+def answers(
+    pipes: Sequence[Connection],
+    receive: Callable[[int], tuple[bool, Any]],
+    close: Callable[[], None],
+    *,
+    seconds: float,
+) -> list[Any]:
+    """What the ranks at the other ends return, in rank order; the first that fails, or the time, ends all of them.
+
+    Args:
+        receive: whether a rank failed, and what it sent.
+    """
+    results: list[Any] = [None] * len(pipes)
+    waiting, deadline = set(range(len(pipes))), time.monotonic() + seconds
+    while waiting:
+        for rank in sorted(waiting):
+            if pipes[rank].poll(0.01):
+                failed, value = receive(rank)
+                if failed:
+                    close()
+                    raise AssertionError(f"rank {rank} failed:\n{value}")
+                results[rank] = value
+                waiting.discard(rank)
+        if time.monotonic() > deadline:
+            close()
+            raise AssertionError(f"ranks {sorted(waiting)} did not return within {seconds} s")
+    return results
 
 
 def _serve(rank: int, world_size: int, rendezvous: str, port: int, pipe: Connection) -> None:
