@@ -30,7 +30,7 @@ from .gradients import mend_updates
 from .keys import FORCED
 from .loading import follow_loads
 from .offload import attach_offload
-from .privates import configure_python_gc, release_destroyed_groups
+from .privates import configure_python_gc, forget_autocast, keep_autocast, release_destroyed_groups
 from .schedules import momentum_note, per_group_rates, take_torch_schedule
 from .subspace import GatherOnceBackend
 from .supported import check_installed, check_offload_supported, check_supported
@@ -103,6 +103,7 @@ def initialize(
             settings = checked.engine_settings()
             make_schedule = take_torch_schedule(checked, settings)
             arguments["lr_scheduler"] = lr_scheduler or make_schedule
+            forget_autocast()
             try:
                 made = deepspeed.initialize(
                     config=settings,
@@ -113,6 +114,7 @@ def initialize(
                 )
             except (AssertionError, TypeError) as error:
                 raise checked.error(f"refused by DeepSpeed: {error}").shared() from error
+            keep_autocast(made[0])
             mend_updates(made[0])
             follow_loads(made[0])
             warn_of_fp32(checked, made[0])
@@ -187,6 +189,7 @@ def _make_engine(
     make_schedule = take_torch_schedule(config, settings)
     arguments["lr_scheduler"] = arguments["lr_scheduler"] or make_schedule
     init_distributed(dist_init_required)
+    forget_autocast()
     engine = Engine(
         args=None,
         optimizer=optimizer,
@@ -196,6 +199,7 @@ def _make_engine(
         **arguments,
     )
     configure_python_gc(engine)
+    keep_autocast(engine)
     mend_updates(engine)
     follow_loads(engine)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm
+from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -112,6 +113,22 @@ def set_grad_norm(engine: DeepSpeedEngine, norm: float) -> None:
     """What ``engine.get_global_grad_norm`` returns."""
     own: Any = engine
     own._global_grad_norm = norm
+
+
+def forget_autocast() -> None:
+    """Before an engine is made: DeepSpeed notes for the whole process that some engine has used ``torch_autocast``, and
+    every later one under ZeRO took its scaler of gradients and their dtypes between ranks.
+    """
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+
+
+def keep_autocast(engine: DeepSpeedEngine) -> None:
+    """After it is made: it reduces gradients as it was made to, whatever engines follow."""
+    wrapper: Any = engine.optimizer
+    if not hasattr(wrapper, "get_param_comm_dtype"):
+        return
+    dtype = torch_autocast.get_comm_dtype if torch_autocast.is_autocast_initialized() else None
+    vars(wrapper)["get_param_comm_dtype"] = dtype or (lambda parameter: wrapper.communication_data_type)
 
 
 def loss_scale(engine: DeepSpeedEngine) -> Tensor:

@@ -242,3 +242,31 @@ def test_the_norm_with_fp16_autocast_is_that_of_the_gradients(one_rank: RankPool
     """It was 65536 times as large: that of the scaled loss."""
     for told, expected in one_rank.run(autocast_norms, 1e-3)[0]:
         assert told == pytest.approx(expected, rel=2e-2)
+
+
+def losses_beside_autocast(stage: int) -> list[list[float]]:
+    """Of engines in fp32 made before any with ``torch_autocast``, kept while one is made, and made after it."""
+    zero = {"stage": stage, "reduce_bucket_size": 500}
+    clipped = {"gradient_clipping": 0.01}
+    first = make_engine("AdamW", zero, 1, **clipped)
+    alone = [micro_step(first, number) for number in range(4)]
+    finish(first)
+    kept = make_engine("AdamW", zero, 1, **clipped)
+    autocast = make_engine("AdamW", zero, 1, torch_autocast={"enabled": True, "dtype": "float16"})
+    found = [alone, [micro_step(kept, number) for number in range(4)]]
+    finish(kept)
+    finish(autocast)
+    later = make_engine("AdamW", zero, 1, **clipped)
+    found.append([micro_step(later, number) for number in range(4)])
+    finish(later)
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_an_engine_with_autocast_changes_no_other_of_the_process(one_rank: RankPool, stage: int) -> None:
+    """DeepSpeed keeps that there was one for the whole process: an engine in fp32 that came later scaled its gradients
+    by 65536 and clipped them by the norm of that, and its second loss was 3.86 for 3.70.
+    """
+    (found,) = one_rank.run(losses_beside_autocast, stage)
+    assert found[1] == found[0]
+    assert found[2] == found[0]
