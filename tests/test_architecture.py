@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.command import ROOT
 
-FLOORS = {"launcher": 2, "engine": 1, "optimizers": 0, "offload": 0}
+FLOORS = {"launcher": 2, "integrations": 2, "engine": 1, "optimizers": 0, "offload": 0}
 # ZeRO-3's attributes on parameters, the wrappers' flat groups, and any import of the package.
 DEEPSPEED = re.compile(r"\bds_\w+|_hp_mapping|bit16_groups|fp16_groups|^\s*(?:from|import) deepspeed", re.MULTILINE)
 MEGATRON = re.compile(r"^\s*(?:from|import) megatron", re.MULTILINE)

@@ -1,12 +1,15 @@
 """The scripts of ``examples/`` run, and say what they promise."""
 
+import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support import forked
 from tests.support.command import BIN, ROOT, environment
 
 EXAMPLES = ROOT / "examples"
@@ -44,6 +47,32 @@ def test_zero(tmp_path: Path) -> None:
     printed = output_of([sys.executable, str(EXAMPLES / "zero.py"), str(tmp_path / "saved")], tmp_path)
     first, last = figures(r"loss (\S+) -> (\S+) after 10 steps", printed)
     assert float(last) < float(first)
+
+
+def losses_of_script(script: Path, config: Path, ranks: int) -> tuple[str, ...]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # What a launcher sets, which forks for several ranks do themselves.
+    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = (str(script), "--deepspeed", "--deepspeed_config", str(config))
+    done = forked.python(*words, ranks=ranks, cwd=ROOT, **(single if ranks == 1 else {}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return figures(r"(?s)epoch 1: loss (\S+).*epoch 2: loss (\S+)", done.stdout)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_script_for_deepspeed_changes_its_import_and_nothing_else(tmp_path: Path, ranks: int) -> None:
+    ours = EXAMPLES / "deepspeed_script.py"
+    own = tmp_path / "script.py"
+    own.write_text(ours.read_text().replace("from narrowgauge.integrations import deepspeed", "import deepspeed"))
+    with_grass = EXAMPLES / "deepspeed_script.json"
+    settings = json.loads(with_grass.read_text())
+    with_adamw = tmp_path / "adamw.json"
+    with_adamw.write_text(json.dumps({**settings, "optimizer": {"type": "AdamW", "params": {"lr": 3e-3}}}))
+    assert losses_of_script(ours, with_adamw, ranks) == losses_of_script(own, with_adamw, ranks)
+    first, last = losses_of_script(ours, with_grass, ranks)
+    assert float(last) < 0.8 * float(first)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.command import ROOT, environment
 
-FOLDERS = ("configs", "engine", "launcher", "offload", "optimizers", "slurm")
+FOLDERS = ("configs", "engine", "integrations", "launcher", "offload", "optimizers", "slurm")
 
 
 def run(*words: str, cwd: Path, **extra: str) -> str:

@@ -1,10 +1,10 @@
 """``initialize``: as ``deepspeed.initialize``, with compact optimizers beside DeepSpeed's own."""
 
+import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.partition_parameters import restore_init_context, sh
 from torch import nn
 
 from narrowgauge.optimizers import EngineOptimizer
+from narrowgauge.optimizers.options import Options
 
 from ...config.config import Config, load_config
 from ...config.optimizer_params import make_optimizer
@@ -23,6 +24,7 @@ from ...config.problems import within
 from ...offload.attach import make_offload_together
 from ...ranks.agreement import make_process_group
 from ...ranks.environment import ensure_environment, process_rank
+from .call import ConfigLike, args_of, check_trained, config_of, group_by
 from .engine import Engine
 from .extensions import ensure_extensions
 from .fp32 import warn_of_fp32
@@ -40,16 +42,19 @@ _Made = tuple[Any, Any, Any, Any]
 
 
 def initialize(
-    *,
-    model: nn.Module,
-    config: str | Path | Mapping[str, Any] | Config,
-    training_data: torch.utils.data.Dataset[Any] | None = None,
+    args: Any = None,
+    model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | Callable[..., Any] | None = None,
     model_parameters: Any = None,
+    training_data: torch.utils.data.Dataset[Any] | None = None,
     lr_scheduler: Any = None,
+    distributed_port: int | None = None,
     mpu: Any = None,
     dist_init_required: bool | None = None,
     collate_fn: Callable[..., Any] | None = None,
+    config: ConfigLike | None = None,
+    mesh_param: tuple[int, int] | None = None,
+    config_params: ConfigLike | None = None,
 ) -> tuple[Any, Any, Any, Any]:
     """Make an engine from a model and a DeepSpeed configuration.
 
@@ -59,10 +64,15 @@ def initialize(
     before a process group exists.
 
     Args:
+        args: with ``deepspeed_config``, a JSON file, in the place of ``config``; ``local_rank`` must be the launcher's.
         model: not yet wrapped; may have been built under ``deepspeed.zero.Init``.
-        config: a JSON file or a dict; blocks of ``narrowgauge train`` in it are ignored.
         optimizer: a client optimizer instead of the configuration's; may be one of ours made from this model.
-        model_parameters: for DeepSpeed's own optimizers; ours take ``optimizer.params.param_groups``.
+        model_parameters: parameters, or groups of them with options of their own. With our optimizers those that are
+            left out are frozen, and a warning names them.
+        distributed_port: the rendezvous' port where the launcher set no ``MASTER_PORT``.
+        config: a JSON file or a dict; blocks of ``narrowgauge train`` in it are ignored.
+        mesh_param: DeepSpeed's data-parallel and sequence-parallel sizes; the second is 1 with our optimizers.
+        config_params: an older name of ``config``.
         training_data, lr_scheduler, mpu, dist_init_required, collate_fn: as in ``deepspeed.initialize``.
 
     An ``"activation_offload"`` block keeps what the engine's forwards save for backward on NVMe (see
@@ -76,10 +86,16 @@ def initialize(
         UserError: the process ranks' configurations differ.
         ValueError: the optimizer's options do not fit the model.
     """
-    checked = config if isinstance(config, Config) else load_config(config)
+    found = config_of(args, config, config_params)
+    checked = found if isinstance(found, Config) else load_config(found)
+    if not isinstance(model, nn.Module):
+        raise checked.error(f"model: expected an nn.Module, got {model!r}")
     check_installed(checked)
+    args = args_of(args)
     if lr_scheduler is None and (note := momentum_note(checked.raw)) is not None and process_rank() == 0:
         warnings.warn(note, stacklevel=2)
+    if distributed_port is not None:
+        os.environ.setdefault("MASTER_PORT", str(distributed_port))
     ensure_environment()
     client = optimizer if isinstance(optimizer, EngineOptimizer) else None
     ours = client is not None or checked.optimizer_options is not None
@@ -90,6 +106,7 @@ def initialize(
             f"optimizer: the {type(client).__name__} that was passed to initialize was made from another model"
         )
     arguments = {
+        "args": args,
         "model": model,
         "training_data": training_data,
         "lr_scheduler": lr_scheduler,
@@ -110,6 +127,7 @@ def initialize(
                     optimizer=optimizer,
                     model_parameters=model_parameters,
                     mpu=mpu,
+                    mesh_param=mesh_param,
                     **arguments,
                 )
             except (AssertionError, TypeError) as error:
@@ -120,11 +138,16 @@ def initialize(
             warn_of_fp32(checked, made[0])
             return attach(made)
     check_supported(checked, model, mpu, client=client)
-    if model_parameters is not None:
-        raise checked.error("model_parameters: our optimizers take optimizer.params.param_groups instead")
+    if mesh_param is not None and mesh_param[1] != 1:
+        raise checked.error(f"mesh_param: expected a sequence-parallel size of 1 with our optimizers, got {mesh_param}")
+    options = checked.optimizer_options
+    if model_parameters is not None and client is not None:
+        check_trained(checked, model, client, model_parameters)
+    elif model_parameters is not None and options is not None:
+        options = group_by(checked, model, model_parameters, options)
     shutdown_init_context()
     try:
-        own = client or _make_optimizer(model, checked)
+        own = client or _make_optimizer(model, checked, options)
         with _offload_for(checked, model) as attach:
             return attach(_make_engine(checked, own, **arguments))
     finally:
@@ -168,8 +191,8 @@ def init_distributed(dist_init_required: bool | None = None) -> None:
         deepspeed.init_distributed(dist_backend=backend, dist_init_required=dist_init_required, verbose=False)
 
 
-def _make_optimizer(model: nn.Module, config: Config) -> EngineOptimizer:
-    options, block = config.optimizer_options, config.parsed.optimizer
+def _make_optimizer(model: nn.Module, config: Config, options: Options | None) -> EngineOptimizer:
+    block = config.parsed.optimizer
     assert options is not None
     assert block is not None
     under_zero_init = any(hasattr(p, "ds_id") for p in model.parameters())
@@ -191,7 +214,6 @@ def _make_engine(
     init_distributed(dist_init_required)
     forget_autocast()
     engine = Engine(
-        args=None,
         optimizer=optimizer,
         config=settings,
         config_class=DeepSpeedConfig(settings),
