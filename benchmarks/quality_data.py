@@ -3,6 +3,7 @@
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from narrowgauge.engine.config.run_blocks import DataBlock
-from narrowgauge.engine.data.packed import PackedTokens, RankSampler, training_loader
+from narrowgauge.engine.data.loader import RankSampler, training_loader
+from narrowgauge.engine.data.packed import PackedTokens
 from narrowgauge.engine.data.prepare import prepare_data
 
 _SMALL_TEXT = ("argparse", "ast", "calendar", "configparser", "csv", "datetime", "difflib", "heapq", "inspect")
@@ -83,8 +85,7 @@ class Text:
     def batches(self, task: Task) -> Iterator[Tensor]:
         """The batches of all steps, int64 ``(batch, length)``, in an order that only depends on the seed."""
         sampler = RankSampler(
-            num_samples=len(self.train),
-            seed=task.seed,
+            partial(self.train.order, seed=task.seed),
             first_step=0,
             last_step=task.steps,
             micro_batch_size=task.batch,
@@ -92,7 +93,9 @@ class Text:
             rank=0,
             world_size=1,
         )
-        return iter(training_loader(self.train, sampler, 0))
+        for batch in training_loader(self.train, sampler, 0):
+            assert isinstance(batch, Tensor)
+            yield batch
 
     def evaluation(self, task: Task) -> Iterator[Tensor]:
         """The validation batches, int64 ``(batch, length)``; the last may have fewer samples."""

@@ -18,6 +18,8 @@ from narrowgauge.offload import ActivationOffload
 from narrowgauge.optimizers import EngineOptimizer
 from narrowgauge.optimizers.sharding.shards import Shard
 
+from .micro_batch import Batch
+
 if TYPE_CHECKING:
     from rich.console import Console
     from torch.optim.lr_scheduler import LRScheduler
@@ -146,22 +148,22 @@ class TrainingEngine(Protocol):
     @property
     def state_is_replicated(self) -> bool: ...
 
-    def train_step(self, batches: Iterator[Tensor], phase: Phase) -> Tensor:
+    def train_step(self, batches: Iterator[Batch], phase: Phase) -> Tensor:
         """One optimizer step over ``accumulation_steps`` micro-batches. Collective.
 
         Args:
-            batches: int64 tokens ``(micro-batch, sequence length)``, on any device.
+            batches: on any device; the loss of each is multiplied by its weight.
             phase: entered around each forward, backward and optimizer call.
 
         Returns:
-            The sum of the micro-batches' mean losses on this rank, a float64 scalar on ``device``; the same on all
-            ranks that have the same rank in ``data_parallel``.
+            The sum of the micro-batches' mean losses on this rank, weighted, a float64 scalar on ``device``; the same
+            on all ranks that have the same rank in ``data_parallel``.
         """
         ...
 
-    def evaluate(self, tokens: Tensor) -> Tensor:
-        """The mean loss on a micro-batch, without gradients and dropout; float32 scalar. Collective where
-        ``forward_is_collective``.
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The mean loss over the learned tokens of a micro-batch, without gradients and dropout; float32 scalar.
+        Collective where ``forward_is_collective``.
         """
         ...
 

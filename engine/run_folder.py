@@ -25,7 +25,7 @@ _SHARED_PATIENCE = 30.0
 # What may change between the parts of one run: how far it goes, how it is watched, where its bytes lie, and how it is
 # spread over ranks.
 _MAY_CHANGE = re.compile(
-    r"training\.(steps|eval_interval|eval_sequences|checkpoint_interval|keep_checkpoints|hang_timeout|sample_prompt|sample_tokens)"
+    r"training\.(steps|epochs|eval_interval|eval_sequences|checkpoint_interval|keep_checkpoints|hang_timeout|sample_prompt|sample_tokens)"
     r"|logging\..*|launch(\..*)?|data\.(cache_dir|num_workers)|zero_optimization(\..*)?|train_micro_batch_size_per_gpu"
     r"|train_batch_size|gradient_accumulation_steps|model\.gradient_checkpointing|activation_offload(\..*)?"
     r"|engine|megatron(\..*)?|steps_per_print|wall_clock_breakdown|comms_logger\..*"

@@ -12,9 +12,9 @@ from rich.table import Table
 from narrowgauge.engine.config.config import Config, load_config
 from narrowgauge.engine.config.launch_block import LaunchBlock
 from narrowgauge.engine.errors import UserError
-from narrowgauge.engine.files import local_path
+from narrowgauge.engine.files import local_path, read_json
 from narrowgauge.engine.report.metrics import start_records, step_records
-from narrowgauge.engine.run_folder import SUMMARY
+from narrowgauge.engine.run_folder import CONFIG, SUMMARY
 
 SCRIPTS = ("pretrain", "finetune_1node", "sweep")
 
@@ -76,7 +76,7 @@ def show_status(config: Path, overrides: Sequence[str], console: Console) -> Non
     table = Table(show_header=False)
     last = records[-1] if records else None
     step = last["step"] if last is not None else 0
-    table.add_row("step", f"{step} of {checked.parsed.training.steps}")
+    table.add_row("step", f"{step} of {checked.parsed.training.steps or _steps_of(run_dir)}")
     if last is not None:
         table.add_row("loss", f"{last['loss']:.4f}")
         table.add_row("tokens/s", f"{last.get('tokens_per_second', 0):,.0f}")
@@ -85,6 +85,14 @@ def show_status(config: Path, overrides: Sequence[str], console: Console) -> Non
     state = "finished" if (run_dir / SUMMARY).is_file() else _job_state(job) if job else "not known: not a SLURM job"
     table.add_row("state", f"{state} (job {job})" if job else state)
     console.print(table)
+
+
+def _steps_of(run_dir: Path) -> int | str:
+    """How many steps a run's epochs are, as it has found."""
+    try:
+        return read_json(run_dir / CONFIG)["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "?"
 
 
 def _run_dir(config: Config) -> Path:

@@ -125,6 +125,8 @@ def _is_type_name(key: str) -> bool:
 def _names_at(schema: type[BaseModel], path: Sequence[Any]) -> set[str]:
     """The keys allowed in the object at ``path``."""
     for key in path:
+        if isinstance(key, int):
+            continue
         field = next((f for name, f in schema.model_fields.items() if key in (name, f.alias)), None)
         inner = _model_in(field.annotation) if field is not None else None
         if inner is None:

@@ -29,22 +29,47 @@ class ModelBlock(StrictBlock):
         return self
 
 
+class SourceBlock(StrictBlock):
+    """One source of training data; the path alone stands for one without a name or weight."""
+
+    path: str
+    """A file, a glob, or a folder that ``datasets`` has saved."""
+    name: str | None = Field(default=None, min_length=1)
+    """What tables and messages call it; default the path."""
+    weight: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """Its share of the samples, relative to the other sources'; all of them have one or none has, and then each sample
+    comes once per epoch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
 class DataBlock(StrictBlock):
     """What it is trained on."""
 
-    train: Literal["stdlib"] | list[str] = "stdlib"
+    train: Literal["stdlib"] | list[SourceBlock] = "stdlib"
     """``stdlib``: the source files of the running Python's standard library. Otherwise plain text files, Megatron
-    ``.bin``/``.idx``
-    pairs (named by either or by their common prefix), or globs of them."""
-    validation: list[str] | None = None
-    """As ``train``; without it ``validation_fraction`` of the training text is held out."""
+    ``.bin``/``.idx`` pairs (named by either or by their common prefix), or globs of them; or records: JSON, JSON Lines,
+    Parquet, folders of ``datasets``."""
+    validation: list[SourceBlock] | None = None
+    """As ``train``; without it ``validation_fraction`` of the training text, or of the records, is held out."""
     validation_fraction: float = Field(0.02, gt=0.0, lt=1.0)
+    format: Literal["text", "messages", "prompt_completion", "alpaca"] | None = None
+    """Of records; default what their columns say."""
+    packing: Flag = False
+    """Several records in a sample, none of which sees another; else each is padded."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What happens to records of more than ``sequence_length`` tokens; those of ``text`` are cut into several."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """A file with a chat template, in place of the tokenizer's."""
     tokenizer: str | None = None
     """A Hugging Face tokenizer folder or a sentencepiece ``.model``; without it one is trained on the text."""
     vocab_size: Count = 4096
     """Of the tokenizer that is trained."""
     sequence_length: int = Field(512, gt=1)
-    """Tokens per sample; documents are packed, with an end token after each."""
+    """Tokens per sample, of records at most; documents are packed, with an end token after each."""
     cache_dir: str = "~/.cache/narrowgauge"
     num_workers: int = Field(1, ge=0)
 
@@ -63,7 +88,10 @@ class ScheduleBlock(StrictBlock):
 class TrainingBlock(StrictBlock):
     """How long, and what happens on the way."""
 
-    steps: Count
+    steps: Count | None = None
+    """Optimizer steps of the run; this or ``epochs``."""
+    epochs: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """Times that all training samples are seen, up to a whole step."""
     seed: int = 0
     lr_schedule: ScheduleBlock | None = None
     eval_interval: Count | None = None
@@ -78,6 +106,12 @@ class TrainingBlock(StrictBlock):
     sample_prompt: str | None = None
     """Text the trained model continues at the end of the run."""
     sample_tokens: Count = 64
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingBlock":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"expected one of 'steps' and 'epochs', got {'none' if self.steps is None else 'both'}")
+        return self
 
 
 class LoggingBlock(StrictBlock):

@@ -1,18 +1,16 @@
-"""Packed samples and the loader that feeds a process rank."""
+"""Samples cut from streams of tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ..errors import DataError
-from ..ranks.preemption import ignore_stop_signals
 from .order import sample_order
-from .workers import WorkerContext
 
 
 class PackedTokens(Dataset[torch.Tensor]):
@@ -39,6 +37,22 @@ class PackedTokens(Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @property
+    def tokens_per_sample(self) -> float:
+        return float(self._length)
+
+    def order(self, places: npt.ArrayLike, seed: int) -> npt.NDArray[np.int64]:
+        """See :func:`.sample_order`."""
+        return sample_order(places, len(self), seed)
+
+    def micro_batch(self, samples: Sequence[int]) -> torch.Tensor:
+        """Int64 tokens ``(samples, sequence length)``."""
+        return torch.stack([self[sample] for sample in samples])
+
+    def evaluation_batch(self, places: Sequence[int]) -> torch.Tensor:
+        """As :meth:`micro_batch`, of the samples in their order in the streams."""
+        return self.micro_batch(places)
+
     def __getitem__(self, sample: int) -> torch.Tensor:
         stream = int(np.searchsorted(self._ends, sample, side="right"))
         within = sample - (int(self._ends[stream - 1]) if stream else 0)
@@ -49,51 +63,3 @@ class PackedTokens(Dataset[torch.Tensor]):
                 f"{path}: expected tokens below the model's vocab_size, {self._vocab_size}, got {chunk.max()}"
             )
         return torch.from_numpy(chunk)
-
-
-class RankSampler(Sampler[list[int]]):
-    """The samples of one process rank, micro-batch by micro-batch.
-
-    A step takes the next ``train_batch_size`` places of the global order, whatever the number of ranks, so a run can
-    be continued at any step on any of them.
-    """
-
-    def __init__(
-        self,
-        *,
-        num_samples: int,
-        seed: int,
-        first_step: int,
-        last_step: int,
-        micro_batch_size: int,
-        accumulation_steps: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._num_samples, self._seed = num_samples, seed
-        self._steps = range(first_step, last_step)
-        self._micro_batch_size, self._accumulation_steps = micro_batch_size, accumulation_steps
-        self._rank, self._world_size = rank, world_size
-
-    def __len__(self) -> int:
-        return len(self._steps) * self._accumulation_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = self._micro_batch_size
-        for step in self._steps:
-            for micro_batch in range(self._accumulation_steps):
-                first = ((step * self._accumulation_steps + micro_batch) * self._world_size + self._rank) * size
-                yield sample_order(np.arange(first, first + size), self._num_samples, self._seed).tolist()
-
-
-def training_loader(dataset: PackedTokens, sampler: RankSampler, num_workers: int) -> DataLoader[torch.Tensor]:
-    """A loader that reads ahead in worker processes, so that training does not wait for it."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        multiprocessing_context=WorkerContext() if num_workers else None,
-        prefetch_factor=8 if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_stop_signals,
-    )

@@ -1,6 +1,6 @@
-"""From ``data`` in the configuration to packed samples, through a cache keyed by content."""
+"""From documents of text and token files to streams of tokens, through a cache keyed by content."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..config.run_blocks import DataBlock
+from ..config.run_blocks import DataBlock, SourceBlock
 from ..errors import DataError
 from ..files import local_path
 from .cache import FORMAT, build_once, cache_key
 from .corpus import content_hash, expand, is_token_prefix, read_pieces, stdlib_files, token_prefix
 from .holdout import Holdout
+from .packed import PackedTokens
 from .plain_text import check_plain_text
 from .tokenizer import load_tokenizer, sentencepiece_hash, tokenizer_hash, train_tokenizer, wrap_sentencepiece
 from .tokens import TokenFile, write_tokens
@@ -22,6 +23,7 @@ from .tokens import TokenFile, write_tokens
 _BATCH_PIECES = 64
 # Of the share asked for: how far a document's bound may be from it.
 _TOLERANCE = 0.1
+OF_RECORDS = ("format", "packing", "too_long", "chat_template")
 Streams = list[tuple[Path, npt.NDArray[Any]]]
 
 
@@ -41,6 +43,15 @@ class PreparedData:
     vocab_size: int | None
     fingerprint: str
 
+    def samples(self, sequence_length: int, vocab_size: int) -> tuple[PackedTokens, PackedTokens]:
+        """For training and validation, of a model with this vocabulary."""
+        train, validation = (PackedTokens(side, sequence_length, vocab_size) for side in (self.train, self.validation))
+        return train, validation
+
+    def counts(self) -> dict[str, Any]:
+        """Nothing is cut off, and there is one source."""
+        return {}
+
 
 def prepare_data(block: DataBlock, notify: Callable[[str], None] = lambda text: None) -> PreparedData:
     """Find the data, train the tokenizer and tokenize if that has not been done for this content.
@@ -52,13 +63,13 @@ def prepare_data(block: DataBlock, notify: Callable[[str], None] = lambda text: 
     Raises:
         DataError: files are missing, empty, damaged or of mixed kinds, or the cache cannot be written.
     """
-    cache = local_path(block.cache_dir, "data.cache_dir")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"data.cache_dir: {cache} cannot be made: {error}") from error
-    files = stdlib_files() if block.train == "stdlib" else expand(block.train, "data.train")
-    validation = expand(block.validation, "data.validation") if block.validation is not None else []
+    cache = made_cache(block)
+    for key in OF_RECORDS:
+        if key in block.model_fields_set:
+            raise DataError(f"data.{key}: expected records (JSON, Parquet, datasets) as data.train with it, got others")
+    files = stdlib_files() if block.train == "stdlib" else expand(_paths(block.train, "data.train"), "data.train")
+    held_out = _paths(block.validation or [], "data.validation")
+    validation = expand(held_out, "data.validation") if block.validation is not None else []
     kinds = {is_token_prefix(path) for path in files + validation}
     if kinds == {True, False}:
         raise DataError("data: token files (.bin/.idx) and text files are mixed; one kind is allowed")
@@ -69,6 +80,28 @@ def prepare_data(block: DataBlock, notify: Callable[[str], None] = lambda text: 
             for path in named:
                 check_plain_text(path, key)
     return _prepare_text(block, cache, files, validation, notify)
+
+
+def made_cache(block: DataBlock) -> Path:
+    """The cache's folder.
+
+    Raises:
+        DataError: it cannot be made.
+    """
+    cache = local_path(block.cache_dir, "data.cache_dir")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"data.cache_dir: {cache} cannot be made: {error}") from error
+    return cache
+
+
+def _paths(sources: Sequence[SourceBlock], key: str) -> list[str]:
+    for number, source in enumerate(sources):
+        for name in ("name", "weight"):
+            if getattr(source, name) is not None:
+                raise DataError(f"{key}.{number}.{name}: only sources of records have one, {source.path!r} is none")
+    return [source.path for source in sources]
 
 
 def _prepare_tokens(block: DataBlock, cache: Path, files: list[Path], validation: list[Path]) -> PreparedData:
@@ -85,7 +118,7 @@ def _prepare_tokens(block: DataBlock, cache: Path, files: list[Path], validation
         if not held_out:
             valid.append((file.bin_path, file.tokens[end:]))
     content = content_hash([Path(f"{p}{end}") for p in prefixes + held_out for end in (".idx", ".bin")], cache)
-    tokenizer, _ = _own_tokenizer(block, cache) if block.tokenizer is not None else (None, None)
+    tokenizer, _ = own_tokenizer(block, cache) if block.tokenizer is not None else (None, None)
     vocab_size = len(load_tokenizer(tokenizer)) if tokenizer is not None else None
     # Where files are named for validation, nothing is split, and runs of the first version go on.
     version = 1 if held_out else FORMAT
@@ -114,15 +147,12 @@ def _prepare_text(
     if next(pieces(files), None) is None:
         raise DataError(f"data.train: expected text, got {len(files)} empty files")
     if block.tokenizer is not None:
-        folder, tokenizer = _own_tokenizer(block, cache)
+        folder, tokenizer = own_tokenizer(block, cache)
     else:
-
-        def learn(target: Path) -> None:
-            notify(f"training a tokenizer of {block.vocab_size} pieces on {len(files)} text files")
-            train_tokenizer(lambda: (text for text, _ in pieces(files)), block.vocab_size, target)
-
-        folder = build_once(cache / "tokenizers" / cache_key("sentencepiece-bpe", content, block.vocab_size), learn)
-        tokenizer = load_tokenizer(folder)
+        notify_of = partial(notify, f"training a tokenizer of {block.vocab_size} pieces on {len(files)} text files")
+        folder, tokenizer = trained_tokenizer(
+            block, cache, content, lambda: (text for text, _ in pieces(files)), notify_of
+        )
     fraction = None if validation else block.validation_fraction
     key = cache_key("tokens", content, tokenizer_hash(tokenizer), fraction, embedded)
 
@@ -150,7 +180,25 @@ def _prepare_text(
     return PreparedData(streams[0], streams[1], folder, len(tokenizer), key)
 
 
-def _own_tokenizer(block: DataBlock, cache: Path) -> tuple[Path, Any]:
+def trained_tokenizer(
+    block: DataBlock, cache: Path, content: str, read: Callable[[], Iterable[str]], notify: Callable[[], None]
+) -> tuple[Path, Any]:
+    """The folder of a tokenizer that is trained on the text, and the tokenizer.
+
+    Args:
+        content: a hash of the text.
+        notify: called where it is trained.
+    """
+
+    def learn(target: Path) -> None:
+        notify()
+        train_tokenizer(read, block.vocab_size, target)
+
+    folder = build_once(cache / "tokenizers" / cache_key("sentencepiece-bpe", content, block.vocab_size), learn)
+    return folder, load_tokenizer(folder)
+
+
+def own_tokenizer(block: DataBlock, cache: Path) -> tuple[Path, Any]:
     """The folder of the user's tokenizer, and the tokenizer."""
     assert block.tokenizer is not None
     source = local_path(block.tokenizer, "data.tokenizer")

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from ..config.redaction import redact
+from ..data.layout import describe
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..files import naming, write_json
@@ -48,6 +49,7 @@ def write_head(engine: TrainingEngine, plan: Plan, first_step: int, tokens_per_s
         "train_batch_size": plan.batches.total,
         "train_micro_batch_size_per_gpu": plan.batches.micro,
         "gradient_accumulation_steps": plan.batches.accumulation_steps,
+        "steps": plan.steps,
         "resolved": redact(plan.config.parsed.model_dump(mode="json", exclude_unset=False, exclude_none=True)),
         "model": model_block(engine),
         "data_fingerprint": plan.prepared.fingerprint,
@@ -58,6 +60,8 @@ def write_head(engine: TrainingEngine, plan: Plan, first_step: int, tokens_per_s
         f"{parameters:,} parameters, {plan.config.raw['optimizer']['type']} at {engine.description} on"
         f" {ranks} rank{'s' if ranks > 1 else ''}, {tokens_per_step:,} tokens per step; {plan.run_dir}"
     )
+    for name, counts in plan.prepared.counts().items():
+        logger.info(f"{name}: {describe(counts)}")
     if plan.prepared.tokenizer is not None:
         _write_tokenizer(plan)
 

@@ -1,6 +1,7 @@
 """What a run is about to do, checked on every process rank before there is a process group."""
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,8 +19,8 @@ from ..config.optimizer_params import make_optimizer
 from ..config.problems import within
 from ..config.redaction import redact
 from ..config.run_blocks import DataBlock, LoggingBlock, ModelBlock, TrainingBlock
-from ..data.packed import PackedTokens
-from ..data.prepare import PreparedData, prepare_data
+from ..data.loader import Samples
+from ..data.run_data import Prepared, prepare
 from ..errors import UserError
 from ..files import local_path
 from ..offload.attach import check_offload
@@ -27,6 +28,7 @@ from ..ranks.agreement import agree
 from ..ranks.environment import process_rank, world_size
 from ..run_folder import RunLock, check_same_run, check_shared, check_writable, folder_beside
 from .model import abstract_model, check_model, model_config
+from .packable import check_packing
 from .sample import check_prompt
 
 logger = logging.getLogger(__name__)
@@ -42,9 +44,10 @@ class Plan:
     training: TrainingBlock
     logging: LoggingBlock
     batches: Batches
-    prepared: PreparedData
-    train_data: PackedTokens
-    eval_data: PackedTokens
+    prepared: Prepared
+    train_data: Samples
+    eval_data: Samples
+    steps: int
     model_config: PretrainedConfig
     run_dir: Path
 
@@ -99,7 +102,8 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     assert parsed.logging is not None
     backend = backend_of(parsed.engine)
     backend.check(config)
-    _check_schedule(config, parsed.training)
+    if parsed.training.steps is not None:
+        _check_schedule(config, parsed.training, parsed.training.steps)
     batches = config.batches(backend.data_parallel_size(config, world_size()))
     run_dir = local_path(parsed.logging.run_dir, "logging.run_dir")
     if fresh:
@@ -109,10 +113,11 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         check_writable(run_dir)
         check_same_run(run_dir, config.raw, batches.total)
     check_model(parsed.model)
-    prepared = prepare_data(parsed.data, logger.info)
+    prepared = prepare(parsed.data, logger.info)
     described = model_config(parsed.model, vocab_size=prepared.vocab_size, sequence_length=parsed.data.sequence_length)
     backend.check_model(config, described, world_size())
     abstract = abstract_model(described)
+    check_packing(parsed.data, described)
     options = config.optimizer_options
     if options is not None and parsed.optimizer is not None:
         if isinstance(options, CompactOptions):
@@ -125,10 +130,12 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     check_offload(config)
     if parsed.training.sample_prompt is not None:
         check_prompt(parsed.training.sample_prompt, prepared.tokenizer)
-    train_data, eval_data = (
-        PackedTokens(streams, parsed.data.sequence_length, described.vocab_size)
-        for streams in (prepared.train, prepared.validation)
-    )
+    train_data, eval_data = prepared.samples(parsed.data.sequence_length, described.vocab_size)
+    steps = parsed.training.steps
+    if steps is None:
+        assert parsed.training.epochs is not None
+        steps = math.ceil(parsed.training.epochs * len(train_data) / batches.total)
+        _check_schedule(config, parsed.training, steps)
     return Plan(
         config,
         parsed.model,
@@ -139,13 +146,14 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         prepared,
         train_data,
         eval_data,
+        steps,
         described,
         run_dir,
     )
 
 
-def _check_schedule(config: Config, training: TrainingBlock) -> None:
-    schedule, steps = training.lr_schedule, training.steps
+def _check_schedule(config: Config, training: TrainingBlock, steps: int) -> None:
+    schedule = training.lr_schedule
     if schedule is None:
         return
     if schedule.type == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > steps:

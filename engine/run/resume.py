@@ -54,10 +54,10 @@ def _check_state(state: dict[str, Any], step: int, folder: Path, plan: Plan) -> 
             f"{folder}: the run was trained on other data than data.train names now, or split by another version; use"
             " --fresh or another logging.run_dir"
         ).shared()
-    if step > plan.training.steps:
+    if step > plan.steps:
         raise UserError(
             f"training.steps: expected at least the {step} steps that {plan.run_dir} has been trained for,"
-            f" got {plan.training.steps}; use --fresh or another logging.run_dir"
+            f" got {plan.steps}; use --fresh or another logging.run_dir"
         ).shared()
 
 

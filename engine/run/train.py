@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from ..backends import backend_of
 from ..checkpoint.checkpoint import save_checkpoint
 from ..checkpoint.retention import Retention
 from ..config.json_file import digest
-from ..data.packed import RankSampler, training_loader
+from ..data.loader import RankSampler, training_loader
 from ..errors import DataError, UserError
 from ..files import finite, write_json
+from ..micro_batch import Batch
 from ..offload.meter import OffloadMeter, summarize_offload
 from ..protocol import TrainingEngine
 from ..ranks.agreement import agree
@@ -115,7 +117,7 @@ class _Run:
         self.doing = "the start"
         self.is_first_rank = process_rank() == 0
         self.timer, self.data_wait = PhaseTimer(), 0.0
-        self.tokens_per_step = plan.batches.total * plan.data.sequence_length
+        self.tokens_per_step = round(plan.batches.total * plan.train_data.tokens_per_sample)
         self.watchdog: Watchdog
         self.engine: TrainingEngine
         self.offload_meter = OffloadMeter(None)
@@ -141,7 +143,7 @@ class _Run:
         if self.is_first_rank:
             metrics = MetricsLog(plan.run_dir, first_step=first_step, tensorboard=plan.logging.tensorboard)
             while_it_trains.callback(metrics.close)
-        with ProgressView(self.console, first_step=first_step, num_steps=plan.training.steps) as view:
+        with ProgressView(self.console, first_step=first_step, num_steps=plan.steps) as view:
             self._loop(first_step, view if self.is_first_rank else None, metrics)
         while_it_trains.close()
         self._finish()
@@ -168,16 +170,15 @@ class _Run:
         return backend.build(
             plan.config,
             model,
-            schedule=make_schedule(schedule, plan.training.steps) if schedule is not None else None,
+            schedule=make_schedule(schedule, plan.steps) if schedule is not None else None,
         )
 
     def _loop(self, first_step: int, view: ProgressView | None, metrics: MetricsLog | None) -> None:
         plan, training = self.plan, self.plan.training
         sampler = RankSampler(
-            num_samples=len(plan.train_data),
-            seed=training.seed,
+            partial(plan.train_data.order, seed=training.seed),
             first_step=first_step,
-            last_step=training.steps,
+            last_step=plan.steps,
             micro_batch_size=plan.batches.micro,
             accumulation_steps=plan.batches.accumulation_steps,
             rank=self.engine.data_parallel.rank,
@@ -188,13 +189,13 @@ class _Run:
         self.stop.begin()
         if first_step == 0:
             self.history["eval_loss_first"] = self._evaluate(0, view, metrics)
-        for step in range(first_step + 1, training.steps + 1):
+        for step in range(first_step + 1, plan.steps + 1):
             record = self._step(step, waited_for)
-            if metrics is not None and (step % plan.logging.interval == 0 or step == training.steps):
+            if metrics is not None and (step % plan.logging.interval == 0 or step == plan.steps):
                 self._record(metrics, step, record)
             if view is not None:
                 view.update(step, loss=record["loss"], lr=record["lr"], tokens_per_second=record["tokens_per_second"])
-            last = step == training.steps
+            last = step == plan.steps
             if last or (training.eval_interval and step % training.eval_interval == 0):
                 self.history["eval_loss"] = self._evaluate(step, view, metrics)
             is_due = last or (training.checkpoint_interval and step % training.checkpoint_interval == 0)
@@ -202,10 +203,10 @@ class _Run:
                 self._save(step)
             if self.must_stop and not last:
                 raise Preempted(
-                    f"asked to end: saved after step {step} of {training.steps}; the same command goes on from there"
+                    f"asked to end: saved after step {step} of {plan.steps}; the same command goes on from there"
                 )
 
-    def _step(self, step: int, batches: Iterator[torch.Tensor]) -> dict[str, Any]:
+    def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
         engine, plan = self.engine, self.plan
         # A pure function of the step, so that a resumed run draws the same dropout.
         torch.manual_seed(derive_seed(plan.training.seed, "step", step, process_rank()))
@@ -263,7 +264,7 @@ class _Run:
     def _folder_is_gone(self) -> UserError:
         return UserError(f"logging.run_dir: {self.plan.run_dir} was deleted or replaced while the run was going on")
 
-    def _watch(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    def _watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, with the time that the step waits for them."""
         batches = iter(batches)
         while True:
@@ -355,8 +356,9 @@ class _Run:
             "config_sha256": digest(plan.config.raw),
             "world_size": world_size(),
             "zero_stage": engine.zero_stage,
-            "steps": plan.training.steps,
-            "tokens": plan.training.steps * self.tokens_per_step,
+            "steps": plan.steps,
+            "tokens": plan.steps * self.tokens_per_step,
+            **({"data": counts} if (counts := plan.prepared.counts()) else {}),
             "tokens_per_second": self.tokens_per_step / median["step"],
             **self.history,
             "parameters": engine.parameter_counts(),

@@ -11,6 +11,7 @@ from ..backends import backend_of
 from ..config.config import Batches, Config, load_config
 from ..protocol import HeldByRank
 from .model import check_model, model_config
+from .packable import check_packing
 
 _GIB = 1 << 30
 
@@ -51,6 +52,7 @@ def _check(config: Config, world_size: int) -> tuple[Batches, Sequence[HeldByRan
     vocab_size = parsed.data.vocab_size if parsed.data.tokenizer is None else None
     described = model_config(parsed.model, vocab_size=vocab_size, sequence_length=parsed.data.sequence_length)
     backend.check_model(config, described, world_size)
+    check_packing(parsed.data, described)
     return batches, backend.rehearse(config, described, world_size)
 
 

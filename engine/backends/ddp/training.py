@@ -16,6 +16,7 @@ from narrowgauge.optimizers.sharding.shards import Shard
 
 from ...checkpoint import weights
 from ...config.config import Batches
+from ...micro_batch import Batch, micro_batch_of
 from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
 from ...report.dense_traffic import dense_traffic, trained_when_dense
 from ...report.parameters import count_parameters
@@ -117,13 +118,13 @@ class DdpTraining:
     def state_is_replicated(self) -> bool:
         return True
 
-    def train_step(self, batches: Iterator[Tensor], phase: Phase) -> Tensor:
+    def train_step(self, batches: Iterator[Batch], phase: Phase) -> Tensor:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         for number in range(self.accumulation_steps):
-            tokens = next(batches).to(self._device, non_blocking=True)
+            batch = micro_batch_of(next(batches)).to(self._device)
             with self._reduced(number == self.accumulation_steps - 1):
                 with phase("forward"), self._offload or nullcontext():
-                    loss = (self._wrapper or self._model)(input_ids=tokens, labels=tokens).loss
+                    loss = (self._wrapper or self._model)(**batch.inputs()).loss * batch.weight
                 with phase("backward"):
                     (loss / self.accumulation_steps).backward()
             loss_sum += loss.detach()
@@ -164,10 +165,9 @@ class DdpTraining:
         self._optimizer.zero_grad()
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor) -> Tensor:
-        tokens = tokens.to(self._device)
+    def evaluate(self, batch: Batch) -> Tensor:
         self._model.eval()
-        loss = self._model(input_ids=tokens, labels=tokens).loss
+        loss = self._model(**micro_batch_of(batch).to(self._device).inputs()).loss
         self._model.train()
         return loss
 

@@ -18,6 +18,7 @@ from narrowgauge.optimizers.layers.shape import whole_shape
 from narrowgauge.optimizers.sharding.shards import Shard
 
 from ...checkpoint import weights
+from ...micro_batch import Batch, micro_batch_of
 from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
 from ...report.dense_traffic import dense_traffic, dense_traffic_zero3, trained_when_dense
 from ...report.parameters import count_parameters
@@ -88,13 +89,13 @@ class DeepSpeedTraining:
     def state_is_replicated(self) -> bool:
         return self.zero_stage == 0
 
-    def train_step(self, batches: Iterator[Tensor], phase: Phase) -> Tensor:
+    def train_step(self, batches: Iterator[Batch], phase: Phase) -> Tensor:
         engine = self._deepspeed
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         for _ in range(self.accumulation_steps):
-            tokens = next(batches).to(engine.device, non_blocking=True)
+            batch = micro_batch_of(next(batches)).to(engine.device)
             with phase("forward"):
-                loss = engine(input_ids=tokens, labels=tokens).loss
+                loss = engine(**batch.inputs()).loss * batch.weight
             with phase("backward"):
                 engine.backward(loss)
             with phase("optimizer"):
@@ -103,11 +104,10 @@ class DeepSpeedTraining:
         return loss_sum
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor) -> Tensor:
+    def evaluate(self, batch: Batch) -> Tensor:
         engine = self._deepspeed
-        tokens = tokens.to(engine.device)
         engine.eval()
-        loss = engine(input_ids=tokens, labels=tokens).loss
+        loss = engine(**micro_batch_of(batch).to(engine.device).inputs()).loss
         engine.train()
         return loss
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from transformers import PretrainedConfig
 
 from ...config.config import Config
+from ...data.examples import names_records
 from .architecture import architecture_of
 from .compact.supported import unsupported, unsupported_model
 from .fits import problems_of_layout
@@ -57,6 +58,11 @@ def _settings(config: Config) -> Iterator[str]:
         yield (
             "training.sample_prompt: the megatron engine does not generate; narrowgauge export writes a folder for"
             " transformers"
+        )
+    if parsed.data is not None and names_records(parsed.data):
+        yield (
+            "data.train: expected text or token files with the megatron engine, which learns all tokens of samples of"
+            " one length, got records; use the deepspeed or ddp engine"
         )
     if config.offload() is not None:
         yield "activation_offload: not supported with the megatron engine yet; use megatron.recompute"

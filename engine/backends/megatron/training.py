@@ -16,6 +16,7 @@ from narrowgauge.optimizers import EngineOptimizer
 from narrowgauge.optimizers.sharding.shards import Shard
 
 from ...config.config import Batches
+from ...micro_batch import Batch
 from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
 from ...report.dense_traffic import trained_when_dense
 from .compact.engine_part import CompactPart
@@ -35,6 +36,12 @@ class _Held(Shard):
     """A shard with the parameter it is of."""
 
     parameter: LocalParameter | None = None
+
+
+def _tokens_of(batch: Batch) -> Tensor:
+    # Records are refused before anything is built.
+    assert isinstance(batch, Tensor)
+    return batch
 
 
 class MegatronTraining:
@@ -126,8 +133,8 @@ class MegatronTraining:
     def state_is_replicated(self) -> bool:
         return False
 
-    def train_step(self, batches: Iterator[Tensor], phase: Phase) -> Tensor:
-        micro_batches = [next(batches).to(self._device, non_blocking=True) for _ in range(self.accumulation_steps)]
+    def train_step(self, batches: Iterator[Batch], phase: Phase) -> Tensor:
+        micro_batches = [_tokens_of(next(batches)).to(self._device) for _ in range(self.accumulation_steps)]
         self._masters.forget_gradients()
         loss_sum = forward_backward(self._chunks, micro_batches, phase)
         with phase("optimizer"):
@@ -163,10 +170,10 @@ class MegatronTraining:
         if compact is not None:
             compact.own.after_step(rates)
 
-    def evaluate(self, tokens: Tensor) -> Tensor:
+    def evaluate(self, batch: Batch) -> Tensor:
         with self._parameters_at_rest():
             self._model.eval()
-            loss = forward(self._model, tokens.to(self._device))
+            loss = forward(self._model, _tokens_of(batch).to(self._device))
             self._model.train()
         return loss
 

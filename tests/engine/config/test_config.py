@@ -99,7 +99,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_right_one(misspelt: str, right
         ),
         ('scheduler={"type": "WarmLR"}', "scheduler.type: 'WarmLR' is not a known schedule; did you mean 'WarmupLR'?"),
         ("data.train=3", "data.train: expected 'stdlib', got 3"),
-        ("training={}", "training.steps: expected this key, got none"),
+        ("training={}", "training: expected one of 'steps' and 'epochs', got none"),
         (
             'training={"steps": 3, "lr_schedule": {"type": "cos"}}',
             "training.lr_schedule.type: expected 'constant', 'cosine' or 'wsd', got \"cos\"",

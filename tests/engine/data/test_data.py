@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import struct
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 
 from narrowgauge.engine.config.run_blocks import DataBlock
 from narrowgauge.engine.data.corpus import content_hash, expand, read_pieces, stdlib_files
+from narrowgauge.engine.data.loader import RankSampler, training_loader
 from narrowgauge.engine.data.order import sample_order
-from narrowgauge.engine.data.packed import PackedTokens, RankSampler, training_loader
+from narrowgauge.engine.data.packed import PackedTokens
 from narrowgauge.engine.data.prepare import prepare_data
 from narrowgauge.engine.data.tokenizer import load_tokenizer
 from narrowgauge.engine.data.tokens import TokenFile, write_tokens
@@ -54,8 +56,7 @@ def samples_of(world_size: int, first_step: int, last_step: int) -> list[list[in
     steps: list[list[int]] = [[] for _ in range(last_step - first_step)]
     for rank in range(world_size):
         sampler = RankSampler(
-            num_samples=50,
-            seed=2,
+            partial(sample_order, num_samples=50, seed=2),
             first_step=first_step,
             last_step=last_step,
             micro_batch_size=8 // (2 * world_size),
@@ -370,8 +371,7 @@ def test_training_does_not_wait_for_a_loader_that_keeps_up_on_average() -> None:
     """Reading a batch takes 0.2 s, a step a little more: read ahead, the second hides the first."""
     data = SlowTokens([(Path("a"), np.arange(1000))], sequence_length=4, vocab_size=1000)
     sampler = RankSampler(
-        num_samples=len(data),
-        seed=0,
+        partial(sample_order, num_samples=len(data), seed=0),
         first_step=0,
         last_step=12,
         micro_batch_size=2,
