@@ -141,8 +141,8 @@ def _sources(blocks: Sequence[SourceBlock], key: str, block: DataBlock, cache: P
         for path in source.paths:
             if not holds_records(path):
                 raise DataError(
-                    f"{source.key}: {path}: expected records (.jsonl, .json, .parquet, folders of datasets), as other sources"
-                    " have, got another kind of file"
+                    f"{source.key}: {path}: expected records (.jsonl, .json, .parquet, folders of datasets), as other"
+                    " sources have, got another kind of file"
                 )
     weighted = [source for source in found if source.weight is not None]
     if key == "data.validation" and weighted:
