@@ -80,7 +80,7 @@ def trl_rows(dataset: list[dict[str, Any]], tokenizer: Path, folder: Path, **opt
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     datasets.disable_progress_bars()
-    sizes = {"vocab_size": 320, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes: Any = {"vocab_size": 320, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes))
     arguments = trl.SFTConfig(
         output_dir=str(folder), max_length=64, report_to="none", use_cpu=True, bf16=False, **options
@@ -198,7 +198,7 @@ def test_what_is_not_learned_has_no_gradient_at_the_logits(prepared: Any, tmp_pa
     for packing in (False, True):
         batch = prepared(path, validation=[str(path)], packing=packing).train.micro_batch([0, 1, 2])
         torch.manual_seed(0)
-        sizes = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        sizes: Any = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
         model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, use_cache=False, **sizes))
         found = model(**batch.inputs())
         found.logits.retain_grad()
