@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from narrowgauge.engine.config.run_blocks import DataBlock
+from narrowgauge.engine.config.run_blocks import DataBlock, SourceBlock
 from narrowgauge.engine.data.loader import RankSampler, training_loader
 from narrowgauge.engine.data.packed import PackedTokens
 from narrowgauge.engine.data.prepare import prepare_data
@@ -72,9 +72,13 @@ class Text:
     def __init__(self, task: Task) -> None:
         """Train the tokenizer and tokenize, or take what the cache holds."""
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = "stdlib" if task.text == "stdlib" else [str(root / f"{name}.py") for name in _SMALL_TEXT]
+        small = [SourceBlock(path=str(root / f"{name}.py")) for name in _SMALL_TEXT]
         block = DataBlock(
-            train=files, vocab_size=task.vocab, sequence_length=task.length, validation_fraction=0.02, num_workers=0
+            train="stdlib" if task.text == "stdlib" else small,
+            vocab_size=task.vocab,
+            sequence_length=task.length,
+            validation_fraction=0.02,
+            num_workers=0,
         )
         prepared = prepare_data(block, print)
         self.fingerprint = prepared.fingerprint
