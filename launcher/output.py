@@ -45,6 +45,8 @@ def show_libraries_less() -> None:
     # torch announces renamed collectives at every call of DeepSpeed's.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").addFilter(lambda record: not record.getMessage().startswith(_KNOWN))
+    # At import, of a product that no run here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     threading.excepthook = _say_of_thread
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from narrowgauge.offload.backends.deepspeed_build import prefer_own_ninja
-from tests.support.cases import mark_the_rest_slow
+from tests.support.cases import mark_others_slow, mark_the_rest_slow
 from tests.support.ranks import RankPool
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,6 +21,7 @@ _ALONE = [Path(__file__).parent / name for name in ("cluster", "engine/ranks", "
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_the_rest_slow(items)
+    mark_others_slow(items)
     for item in items:
         if any(item.path.is_relative_to(folder) for folder in _ALONE):
             item.add_marker(pytest.mark.alone)

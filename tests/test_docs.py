@@ -16,12 +16,18 @@ OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md",
 OTHERS += [ROOT / "benchmarks" / "results" / "README.md", *sorted((ROOT / "docs" / "decisions").glob("*.md"))]
 
 
+# Runs of narrowgauge train, of which other tests have many.
+SLOW = {"train.md-1", "megatron.md-1"}
+
+
 def examples(heading: str) -> list[object]:
     """The fenced blocks that begin with ``heading``, each named by page and number."""
     found = []
     for page in PAGES:
         blocks = re.findall(rf"^```{heading}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-        found += [pytest.param(block, id=f"{page.name}-{number}") for number, block in enumerate(blocks, 1)]
+        for number, block in enumerate(blocks, 1):
+            name = f"{page.name}-{number}"
+            found.append(pytest.param(block, id=name, marks=[pytest.mark.slow] * (name in SLOW)))
     return found
 
 

@@ -13,6 +13,7 @@ from ..config.config import Config
 from ..config.run_blocks import ModelBlock
 from ..errors import UserError, one_line
 from ..files import local_path
+from ..lora.adapters import add_adapters, quantization_of
 from .first_weights import Whole, draw_weights, undrawn
 
 
@@ -32,27 +33,36 @@ def build_model(
         whole: within it parameters are whole, and what is written to them stays; for parameters that are sharded.
     """
     dtype = torch.bfloat16 if config.bf16 else torch.float32
+    seed = config.parsed.training.seed if config.parsed.training is not None else 0
+    lora = config.parsed.lora
     if block.path is not None:
-        model = from_folder(block.path, model_config, dtype)
+        model = from_folder(block.path, model_config, dtype, quantization_of(lora, dtype))
     else:
-        seed = config.parsed.training.seed if config.parsed.training is not None else 0
         # For what no rule draws: its constructor did.
         torch.manual_seed(derive_seed(seed, "weights"))
         with undrawn():
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
         draw_weights(model, seed, whole)
+    if lora is not None:
+        add_adapters(model, lora, seed=seed)
     model.config.use_cache = False
     if block.gradient_checkpointing != "none":
         reentrant = block.gradient_checkpointing == "reentrant"
         # Renamed in transformers 5; the old name warns there.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": reentrant})
+        if lora is not None and reentrant:
+            # The reentrant form has no backward where no input of a block needs a gradient.
+            model.enable_input_require_grads()
     model.train()
     return model
 
 
-def from_folder(path: str, model_config: PretrainedConfig, dtype: torch.dtype) -> Any:
+def from_folder(path: str, model_config: PretrainedConfig, dtype: torch.dtype, quantization: Any = None) -> Any:
     """A model with its weights from a folder.
+
+    Args:
+        quantization: transformers' configuration of it; None for the weights as they are.
 
     Raises:
         UserError: they cannot be read, or are not all the model has: transformers would draw the others.
@@ -66,6 +76,7 @@ def from_folder(path: str, model_config: PretrainedConfig, dtype: torch.dtype) -
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **({} if quantization is None else {"quantization_config": quantization}),
         )
     except (torch.OutOfMemoryError, MemoryError, torch.distributed.DistError):
         raise

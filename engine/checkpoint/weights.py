@@ -12,6 +12,7 @@ from narrowgauge.optimizers.layers.compact import compact_units
 from narrowgauge.optimizers.layers.plain import plain_parameters
 
 from ..files import naming
+from ..lora.adapters import frozen_base
 from ..protocol import TrainingEngine, WeightSource
 from .contents import check_finite, write_tensors
 from .files import Checkpoint
@@ -27,11 +28,15 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def whole_weights(engine: TrainingEngine) -> Iterator[tuple[str, Tensor]]:
-    """``TrainingEngine.whole_weights`` of an engine whose model has Hugging Face's names and layout."""
+    """``TrainingEngine.whole_weights`` of an engine whose model has Hugging Face's names and layout; with adapters
+    only what is trained.
+    """
+    left_out = frozen_base(engine.module)
     for name, parameter in plain_parameters(engine.module):
-        with engine.gathered([parameter]):
-            yield name, parameter
-    yield from _buffers(engine.module)
+        if name not in left_out:
+            with engine.gathered([parameter]):
+                yield name, parameter
+    yield from ((name, buffer) for name, buffer in _buffers(engine.module) if name not in left_out)
 
 
 def save_weights(engine: TrainingEngine, folder: Path | None) -> tuple[list[str], str | None]:
@@ -133,7 +138,9 @@ class WeightFiles:
 @torch.no_grad()
 def load_weights(engine: TrainingEngine, source: WeightSource, *, rebuild_compact: bool) -> None:
     """``TrainingEngine.load_weights`` of an engine whose model has Hugging Face's names and layout."""
-    targets = [*plain_parameters(engine.module), *_buffers(engine.module)]
+    left_out = frozen_base(engine.module)
+    everything = [*plain_parameters(engine.module), *_buffers(engine.module)]
+    targets = [(name, tensor) for name, tensor in everything if name not in left_out]
     for name, tensor in targets:
         expected, found = engine.shape_of(tensor), source.shape(name)
         if found != expected:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from .blocks import Count, Flag, StrictBlock
 from .launch_block import LaunchBlock
+from .lora_block import LoraBlock
 from .offload_block import ActivationOffloadBlock
 
 
@@ -130,6 +131,7 @@ class RunBlocks(StrictBlock):
     """A folder of :mod:`narrowgauge.engine.backends`."""
     activation_offload: ActivationOffloadBlock | None = None
     model: ModelBlock | None = None
+    lora: LoraBlock | None = None
     data: DataBlock | None = None
     training: TrainingBlock | None = None
     logging: LoggingBlock | None = None

@@ -32,3 +32,11 @@ def others_optimizer(raw: Mapping[str, Any]) -> tuple[str, list[str]] | None:
         return None
     name, params = optimizer["type"], optimizer.get("params", {})
     return None if name in OPTIMIZERS else (name, list(params) if isinstance(params, dict) else [])
+
+
+def adam_arguments(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of torch's AdamW in the place of DeepSpeed's: its ``weight_decay`` is 0 by default, torch's is
+    0.01; with ``torch_adam`` DeepSpeed takes torch's own.
+    """
+    arguments = {key: value for key, value in params.items() if key != "torch_adam"}
+    return arguments if params.get("torch_adam") else {"weight_decay": 0.0, **arguments}

@@ -4,24 +4,31 @@ import json
 import logging
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import Checkpoint, find_checkpoints, verify_files
 from ..checkpoint.values import decode
 from ..checkpoint.weights import INDEX_NAME
+from ..config.lora_block import LoraBlock
 from ..errors import CheckpointError, UserError
 from ..files import read_json
 from ..run_folder import CHECKPOINTS, CONFIG, TOKENIZER
+from .export_adapters import write_adapter, write_merged
+from .model import abstract_model
+from .model_folder import check_record, config_of_folder
 
 logger = logging.getLogger(__name__)
 
 
-def export_run(run_dir: Path, folder: Path, *, step: int | None = None) -> Path:
-    """Write the model of a checkpoint, its configuration and its tokenizer to ``folder``.
+def export_run(run_dir: Path, folder: Path, *, step: int | None = None, merge: bool = False) -> Path:
+    """Write the model of a checkpoint, its configuration and its tokenizer to ``folder``; of a run with ``lora`` the
+    adapter.
 
     Args:
         step: which checkpoint; the newest by default.
+        merge: of a run with ``lora``, the whole model with the adapter merged into it.
 
     Returns:
         The checkpoint's folder.
@@ -37,6 +44,9 @@ def export_run(run_dir: Path, folder: Path, *, step: int | None = None) -> Path:
         raise UserError(f"{run_dir}: no checkpoint of step {step}; there are {sorted(checkpoints)}")
     source = checkpoints[step if step is not None else max(checkpoints)]
     checkpoint = verify_files(source)
+    adapters = decode(checkpoint.state["client_state"].get("adapters"), {})
+    if merge and adapters is None:
+        raise UserError(f"{run_dir}: expected a run with lora to merge, got one that trained its whole model")
     model = _model_block(checkpoint, run_dir / CONFIG)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already exists and is not an empty folder")
@@ -50,17 +60,37 @@ def export_run(run_dir: Path, folder: Path, *, step: int | None = None) -> Path:
         aside.chmod(0o755)
         if (run_dir / TOKENIZER).is_dir():
             shutil.copytree(run_dir / TOKENIZER, aside, dirs_exist_ok=True)
-        index = [source / INDEX_NAME] if INDEX_NAME in checkpoint.names else []
-        for path in [*checkpoint.tensors("model"), *index]:
-            shutil.copyfile(path, aside / path.name)
-        (aside / "config.json").write_text(json.dumps(model, indent=2) + "\n")
+        if adapters is None:
+            _copy_model(checkpoint, model, aside)
+        else:
+            _write_adapters(checkpoint, adapters, aside, merge=merge)
         if folder.exists():
             folder.rmdir()
         aside.rename(folder)
+    except UserError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     except (OSError, ValueError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{folder}: cannot be written: {error}") from error
     return source
+
+
+def _copy_model(checkpoint: Checkpoint, model: dict[str, Any], folder: Path) -> None:
+    index = [checkpoint.folder / INDEX_NAME] if INDEX_NAME in checkpoint.names else []
+    for path in [*checkpoint.tensors("model"), *index]:
+        shutil.copyfile(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(model, indent=2) + "\n")
+
+
+def _write_adapters(checkpoint: Checkpoint, adapters: dict[str, Any], folder: Path, *, merge: bool) -> None:
+    block, base = LoraBlock(**adapters["lora"]), adapters["base"]
+    if merge:
+        check_record(base, str(checkpoint.folder))
+    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) if merge else nullcontext(folder) as own:
+        write_adapter(checkpoint, block, abstract_model(config_of_folder(base["path"])), base["path"], Path(own))
+        if merge:
+            write_merged(Path(own), base["path"], folder)
 
 
 def _model_block(checkpoint: Checkpoint, config: Path) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 import json
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ..checkpoint.files import checksum
 from ..errors import UserError, one_line
 from ..files import local_path
 
@@ -42,7 +45,7 @@ def config_of_folder(path: str) -> PretrainedConfig:
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"model.path: {folder} holds a {config.model_type}, which is no causal language model")
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         _check_weights(file)
     return config
 
@@ -67,7 +70,33 @@ def _hint(path: str) -> str:
     return f"; nothing is downloaded: fetch a model from the hub first (hf download {path} --local-dir FOLDER)"
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def record_of_folder(path: str) -> dict[str, Any]:
+    """What tells a model's folder from another: where it is, and the size and checksum of its files of weights."""
+    folder = local_path(path, "model.path").resolve()
+    return {"path": str(folder), "files": {file.name: checksum(file) for file in weight_files(folder)}}
+
+
+def check_record(record: Mapping[str, Any], where: str) -> None:
+    """Check that the folder of :func:`record_of_folder` still holds what it held.
+
+    Raises:
+        UserError: it is gone, or has other weights.
+    """
+    folder = Path(record["path"])
+    for name, expected in record["files"].items():
+        if not (folder / name).is_file() or checksum(folder / name) != expected:
+            found = "other contents" if (folder / name).is_file() else "nothing"
+            raise UserError(
+                f"{where}: its adapters belong to the weights of {folder / name}, where there is now {found}"
+            )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights of a Hugging Face folder.
+
+    Raises:
+        UserError: there are none, or an index names one that is not there.
+    """
     found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise UserError(f"model.path: {folder} holds no weights (model.safetensors or pytorch_model.bin, or an index)")

@@ -23,6 +23,7 @@ from ..data.loader import Samples
 from ..data.run_data import Prepared, prepare
 from ..errors import UserError
 from ..files import local_path
+from ..lora.adapters import add_adapters, check_lora
 from ..offload.attach import check_offload
 from ..ranks.agreement import agree
 from ..ranks.environment import process_rank, world_size
@@ -104,6 +105,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     backend.check(config)
     if parsed.training.steps is not None:
         _check_schedule(config, parsed.training, parsed.training.steps)
+    check_lora(config)
     batches = config.batches(backend.data_parallel_size(config, world_size()))
     run_dir = local_path(parsed.logging.run_dir, "logging.run_dir")
     if fresh:
@@ -118,6 +120,8 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     backend.check_model(config, described, world_size())
     abstract = abstract_model(described)
     check_packing(parsed.data, described)
+    if parsed.lora is not None:
+        add_adapters(abstract, parsed.lora, seed=None)
     options = config.optimizer_options
     if options is not None and parsed.optimizer is not None:
         if isinstance(options, CompactOptions):

@@ -1,6 +1,7 @@
 """Where a run goes on: its newest checkpoint that holds, and what says that one is missing."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,28 @@ from ..checkpoint.files import find_checkpoints
 from ..errors import CheckpointError, UserError
 from ..protocol import TrainingEngine
 from ..ranks.environment import process_rank
+from ..ranks.together import together
 from ..report.metrics import step_records
 from ..run_folder import CHECKPOINTS, METRICS
+from .model_folder import record_of_folder
 from .plan import Plan
 
 logger = logging.getLogger(__name__)
 
 
-def resume(engine: TrainingEngine, plan: Plan) -> tuple[int, dict[str, Any]]:
+def adapters_record(plan: Plan) -> dict[str, Any] | None:
+    """What the adapters of a run belong to, for its checkpoints: they hold no weights of the model below."""
+    block, path = plan.config.parsed.lora, plan.model.path
+    if block is None or path is None:
+        return None
+    return {"lora": block.model_dump(), "base": record_of_folder(path)}
+
+
+def resume(engine: TrainingEngine, plan: Plan, adapters: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
     """Continue from the newest checkpoint that holds. Collective.
+
+    Args:
+        adapters: :func:`adapters_record`, on process rank 0.
 
     Returns:
         The step it was written after, and the history it was saved with; 0 and nothing where there is none.
@@ -41,6 +55,8 @@ def resume(engine: TrainingEngine, plan: Plan) -> tuple[int, dict[str, Any]]:
                 logger.warning(f"{error}; trying the checkpoint before it")
             continue
         _check_state(state, step, folder, plan)
+        if plan.config.parsed.lora is not None:
+            together("load", partial(_check_adapters, state, adapters, folder))
         _follow_schedule(engine.lr_scheduler)
         if process_rank() == 0:
             logger.info(f"resumed after step {step} from {folder}")
@@ -59,6 +75,20 @@ def _check_state(state: dict[str, Any], step: int, folder: Path, plan: Plan) -> 
             f"training.steps: expected at least the {step} steps that {plan.run_dir} has been trained for,"
             f" got {plan.steps}; use --fresh or another logging.run_dir"
         ).shared()
+
+
+def _check_adapters(state: dict[str, Any], adapters: dict[str, Any] | None, folder: Path) -> None:
+    saved = state.get("adapters")
+    if adapters is None:
+        return
+    if saved is None or saved["base"]["files"] != adapters["base"]["files"]:
+        raise UserError(f"{folder}: its adapters belong to other weights than model.path holds now")
+    if saved["lora"] != adapters["lora"]:
+        changed = sorted(key for key in adapters["lora"] if adapters["lora"][key] != saved["lora"].get(key))
+        raise UserError(
+            f"{folder}: lora.{changed[0]}: expected {saved['lora'][changed[0]]!r} as before, got"
+            f" {adapters['lora'][changed[0]]!r}"
+        )
 
 
 def _say_what_is_lost(run_dir: Path) -> None:

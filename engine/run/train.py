@@ -46,7 +46,7 @@ from ..run_folder import CHECKPOINTS, METRICS, SUMMARY, RunLock
 from .evaluate import evaluate
 from .head import model_block, write_head
 from .plan import Plan, plan_together
-from .resume import resume
+from .resume import adapters_record, resume
 from .sample import try_sample
 from .schedule import make_schedule
 
@@ -122,15 +122,18 @@ class _Run:
         self.engine: TrainingEngine
         self.offload_meter = OffloadMeter(None)
         self.retention = Retention(plan.run_dir / CHECKPOINTS, plan.training.keep_checkpoints)
+        # Of a run that trains adapters, on process rank 0.
+        self.adapters: dict[str, Any] | None = None
         self.history: dict[str, Any] = {"loss_first": None, "loss_last": None, "eval_loss_first": None}
 
     def execute(self) -> None:
         plan = self.plan
         self.engine = self._make_engine()
         self.closing.callback(self.engine.close)
+        self.adapters = adapters_record(plan) if self.is_first_rank else None
         self.offload_meter = OffloadMeter(self.engine.activation_offload)
         self.watchdog.beat("loading the checkpoint")
-        first_step, history = resume(self.engine, plan)
+        first_step, history = resume(self.engine, plan, self.adapters)
         self.history.update(history)
         if self.is_first_rank:
             if first_step:
@@ -310,6 +313,7 @@ class _Run:
             "data_fingerprint": self.plan.prepared.fingerprint,
             "history": self.history,
             "model": model_block(self.engine),
+            **({"adapters": self.adapters} if self.adapters is not None else {}),
         }
         save_checkpoint(self.engine, folder / f"step-{step}", state)
         if self.is_first_rank:

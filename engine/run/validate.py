@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ..backends import backend_of
 from ..config.config import Batches, Config, load_config
+from ..lora.adapters import check_lora
 from ..protocol import HeldByRank
 from .model import check_model, model_config
 from .packable import check_packing
@@ -46,6 +47,7 @@ def _check(config: Config, world_size: int) -> tuple[Batches, Sequence[HeldByRan
     assert parsed.data is not None
     backend = backend_of(parsed.engine)
     backend.check(config)
+    check_lora(config)
     batches = config.batches(backend.data_parallel_size(config, world_size))
     check_model(parsed.model)
     # The tokenizer's, where it is trained on the data, is not known before.

@@ -87,10 +87,13 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     folder: Annotated[Path, typer.Argument(help="Where the Hugging Face model goes; made if it does not exist.")],
     step: Annotated[int | None, typer.Option(help="The checkpoint to take; default the newest.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA run's adapter into its model.")] = False,
 ) -> None:
-    """Write a trained model as a Hugging Face folder that AutoModelForCausalLM.from_pretrained loads."""
+    """Write a trained model as a Hugging Face folder that AutoModelForCausalLM.from_pretrained loads; of a LoRA run its
+    adapter, for peft.
+    """
     show_libraries_less()
     from narrowgauge.engine.run.export import export_run
 
-    source = export_run(run, folder, step=step)
+    source = export_run(run, folder, step=step, merge=merge)
     make_console().print(f"{source} -> {folder}", highlight=False)

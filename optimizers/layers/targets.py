@@ -11,7 +11,7 @@ from .compact import compact_units
 from .experts import StackedMatrices
 from .find_experts import find_experts
 from .registry import is_target
-from .unfit import READ, REPLACED, unfit_layers
+from .unfit import ADAPTER, READ, REPLACED, unfit_layers
 from .unit import CompactUnit
 
 
@@ -52,7 +52,7 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, 
     Args:
         patterns: globs over module names (``"*.mlp.*_proj"``); None takes every linear inside a transformer block,
             that is below an element of an ``nn.ModuleList`` or ``nn.Sequential`` and is called (see
-            :func:`.unfit_layers`). Adapters are left alone.
+            :func:`.unfit_layers`), and is no adapter's.
 
     Raises:
         ValueError: a pattern, or the default, matches nothing, or a pattern matches a layer whose ``forward`` was
@@ -89,8 +89,8 @@ def _find(
         replaced = [name for name, why in unfit.items() if why == REPLACED]
         if replaced:
             raise ValueError(f"target_modules: {replaced[0]}: {REPLACED}")
-        # Who names a layer knows that it is called.
-        unfit = {name: why for name, why in unfit.items() if why != READ}
+        # Who names a layer knows that it is called, or that it is an adapter's.
+        unfit = {name: why for name, why in unfit.items() if why not in (ADAPTER, READ)}
     matched = {name: m for name, m in matched.items() if name not in unfit}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     targets = {name: m for name, m in matched.items() if m.weight.requires_grad and uses[id(m.weight)] == 1}

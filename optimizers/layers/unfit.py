@@ -18,13 +18,14 @@ def unfit_layers(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str
         if "forward" in module.__dict__:
             found[name] = REPLACED
         elif name.startswith(adapters):
-            found[name] = "an adapter's, which is small already"
+            found[name] = ADAPTER
         elif own in _only_read(type(model.get_submodule(parent))):
             found[name] = READ
     return found
 
 
 REPLACED = "its forward was replaced on the instance, as accelerate's hooks do: make the optimizer before them"
+ADAPTER = "an adapter's, which is small already"
 READ = "its weight is read without calling it"
 
 

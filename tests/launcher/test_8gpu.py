@@ -128,6 +128,7 @@ def shrunk(config: Config, inputs: Path, corpus: Path, folder: Path) -> dict[str
     return changes
 
 
+@pytest.mark.quick("llama-7b-pretrain-offload")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in EXPECTED]
 )
@@ -233,6 +234,7 @@ def test_the_table_of_memory_is_what_the_modules_give() -> None:
     assert dict(re.findall(r"`([\w-]+)` writes up to ([\d.]+) TiB", PAGE.read_text())) == written
 
 
+@pytest.mark.quick("llama-1b-pretrain", "llama-13b-finetune")
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_bytes_per_token_are_what_the_page_says(name: str) -> None:
     """37 or 38 times the hidden size in a layer, 13 times the vocabulary in head and loss."""

@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.launcher.conftest import Call
 from tests.support.command import run, tiny_config
 
 SECRET = "hf_q7Zw2kd81"  # noqa: S105
 
 
+@pytest.mark.slow
 def test_they_are_in_no_output_and_no_file(call: Call, corpus: Path, tmp_path: Path) -> None:
     launch = {
         "processes_per_node": 1,

@@ -60,6 +60,7 @@ def train(backend: str, use: ActivationOffload | None, steps: int) -> tuple[list
     return [*losses, *(parameter.detach() for parameter in model.parameters())], counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.quick("eager")
 @pytest.mark.parametrize(
     "backend",
     [

@@ -42,6 +42,26 @@ def mark_the_rest_slow(items: Sequence[pytest.Item]) -> None:
                 member.add_marker(pytest.mark.slow)
 
 
+def mark_others_slow(items: Sequence[pytest.Item]) -> None:
+    """Carries out ``@pytest.mark.quick(*names)``: of a parametrised test the cases of other names are slow.
+
+    Raises:
+        ValueError: a name is none of the cases', where all of them are there.
+    """
+    tests: dict[str, list[Any]] = {}
+    for item in items:
+        if item.get_closest_marker("quick") is not None:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for test, members in tests.items():
+        quick = {name for mark in members[0].iter_markers("quick") for name in mark.args}
+        found = {member.callspec.id for member in members}
+        if len(found) > 1 and quick - found:
+            raise ValueError(f"{test}: no case is named {sorted(quick - found)[0]!r}; there are {sorted(found)}")
+        for member in members:
+            if member.callspec.id not in quick:
+                member.add_marker(pytest.mark.slow)
+
+
 def _axes(item: Any) -> dict[str, str]:
     """The value on each axis; arguments that one ``parametrize`` sets together are one axis."""
     names = [mark.args[0] for mark in item.iter_markers("parametrize")]

@@ -1,5 +1,6 @@
 """Process ranks with Megatron for tests: four forks of one import, in a gloo group of as many as a call asks for."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -79,6 +80,8 @@ def _serve_all(pipes: tuple[Connection, ...], telling: Connection) -> None:
     for name in ("model", "masters", "training", "construct", "build"):
         with suppress(ImportError):
             importlib.import_module(f"narrowgauge.engine.backends.megatron.{name}")
+    gc.collect()
+    gc.freeze()  # as in tests/support/preloaded.py
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_serve, args=(rank, pipes)) for rank in range(len(pipes))]
     for process in processes:

@@ -14,6 +14,7 @@ from narrowgauge.optimizers.sharding.communicator import one_for_all
 from ...config.config import Config
 from ...config.optimizer_params import make_optimizer
 from ...config.problems import within
+from ...config.without_deepspeed import adam_arguments
 from ...offload.attach import make_offload_together
 from ...protocol import Schedule
 from ...ranks.agreement import make_process_group
@@ -71,8 +72,8 @@ def _make_optimizer(config: Config, model: nn.Module, traffic: DdpTraffic) -> to
         if config.unused_params() and process_rank() == 0:
             warnings.warn(config.unused_params_note(), stacklevel=2)
         arguments = config.engine_settings()["optimizer"].get("params", {})
-        arguments = {key: value for key, value in arguments.items() if key != "torch_adam"}
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        return torch_optimizer(block.type)(trainable, **arguments)
+        kind = torch_optimizer(block.type)
+        arguments = adam_arguments(arguments) if kind is torch.optim.AdamW else arguments
+        return kind([p for p in model.parameters() if p.requires_grad], **arguments)
     except (ValueError, TypeError) as error:
         raise config.error(within("optimizer.params", str(error))) from error

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...config.config import Config
 from ...config.problems import within
+from ...config.without_deepspeed import adam_arguments
 from ...protocol import Schedule
 from ...ranks.environment import process_rank
 from .compact.engine_part import CompactPart, make_own
@@ -72,9 +73,8 @@ def _make_optimizer(config: Config, model: StagedModel) -> torch.optim.Optimizer
     if config.unused_params() and process_rank() == 0:
         warnings.warn(config.unused_params_note(), stacklevel=2)
     arguments = config.engine_settings()["optimizer"].get("params", {})
-    arguments = {key: value for key, value in arguments.items() if key != "torch_adam"}
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        return torch.optim.AdamW(trainable, **arguments)
+        return torch.optim.AdamW(trainable, **adam_arguments(arguments))
     except (ValueError, TypeError) as error:
         raise config.error(within("optimizer.params", str(error))) from error

@@ -154,6 +154,7 @@ def check_step(ranks: RankPool, family: str, stage: int, folder: Path) -> None:
     assert torch.equal(logits_of(exported), logits_of(trained))
 
 
+@pytest.mark.quick("gpt2-3", "llama-1", "mixtral-3", "mamba-1")
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize(
     "family", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]

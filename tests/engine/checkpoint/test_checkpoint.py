@@ -63,7 +63,7 @@ def load_and_go_on(stage: int, dtype: str, side: str, folder: str, dense: bool =
     return losses
 
 
-@pytest.mark.cover(1)
+@pytest.mark.quick("0-fp32-columns", "2-bf16-rows", "3-bf16-columns")
 @pytest.mark.parametrize("side", ["columns", "rows"])
 @pytest.mark.parametrize(
     ("stage", "dtype"), [(0, "fp32"), *((stage, dtype) for stage in (1, 2, 3) for dtype in ("fp32", "bf16"))]
@@ -74,6 +74,7 @@ def test_resume_is_bit_equal(two_ranks: RankPool, tmp_path: Path, stage: int, dt
     assert two_ranks.run(load_and_go_on, stage, dtype, side, str(tmp_path))[0] == expected
 
 
+@pytest.mark.quick("3")
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_resume_of_dense_adamw_is_bit_equal(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
     expected = two_ranks.run(save_and_go_on, stage, "fp32", "columns", str(tmp_path), dense=True)[0]
@@ -105,6 +106,7 @@ def train_with_accumulation(steps: int, first: int, last: int, folder: str, load
     return losses
 
 
+@pytest.mark.quick("2")
 @pytest.mark.parametrize("steps", [2, 4])
 def test_a_run_continues_with_other_accumulation(two_ranks: RankPool, tmp_path: Path, steps: int) -> None:
     """After an odd number of steps the count of micro-batches, once restored as it was, put every later step's end in
@@ -133,6 +135,7 @@ def load_weights_only(stage: int, folder: str) -> tuple[bool, bool, int]:
     return same, close, steps
 
 
+@pytest.mark.quick("3")
 @pytest.mark.parametrize("stage", [1, 3])
 def test_weights_alone_can_be_loaded(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
     two_ranks.run(save_and_go_on, 1, "fp32", "columns", str(tmp_path))

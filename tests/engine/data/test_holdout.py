@@ -41,6 +41,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("fraction", [0.02, pytest.param(0.005, marks=pytest.mark.slow), 0.3, 0.95])
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_the_share_holds_within_a_tenth(shape: str, fraction: float) -> None:

@@ -35,7 +35,10 @@ def test_signals_of_all_kinds_save_once_and_leave_nothing(corpus: Path, tmp_path
 def test_a_closed_terminal_saves_and_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
     """SIGHUP ended ``launch`` alone: torchrun and its ranks went on."""
     config, run_dir = str(tiny_config(corpus, tmp_path)), tmp_path / "run"
+    # Under nohup it is ignored, and whom we start inherits that.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = start("launch", config, *HERE, *LONG)
+    signal.signal(signal.SIGHUP, before)
     wait_for_step(run_dir, 3, process)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGHUP)

@@ -233,6 +233,7 @@ def check_partitioned(results: list[dict[str, Any]], rank: int, tolerance: float
     assert sum(result["low_rank_numbers"] for result in results) == 2 * rank * channels
 
 
+@pytest.mark.quick("channel", "mini")
 @pytest.mark.parametrize("kind", KINDS)
 def test_cut_over_two_ranks_equals_one_process(two_ranks: RankPool, kind: str) -> None:
     """The matrices' moments are cut between the ranks, their norms and projections are equal on both."""

@@ -207,6 +207,7 @@ def test_peak_memory_of_backward_has_no_room_for_the_full_gradient(side: str) ->
     assert peak(layer) <= 4 * (tokens * n + 2 * rank * n + tokens * rank)
 
 
+@pytest.mark.quick("uniform-columns")
 @pytest.mark.cover(1)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("selection", SELECTIONS)

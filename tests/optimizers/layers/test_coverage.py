@@ -99,14 +99,15 @@ def test_layers_with_a_forward_of_their_own_stay_dense() -> None:
         Grass(model, density=0.5, target_modules=["*"])
 
 
-def test_adapters_are_left_alone() -> None:
+def test_adapters_are_left_alone_unless_they_are_named() -> None:
     """``lora_B`` of 8 columns trained one of them."""
     peft = pytest.importorskip("peft")
     model: Any = in_a_block(nn.Linear(32, 32), nn.Linear(32, 32))
     config = peft.LoraConfig(r=8, target_modules=["blocks.0.0"], modules_to_save=["blocks.0.1"])
     adapted = peft.get_peft_model(model, config)
-    with pytest.raises(ValueError, match=r"Left alone: 2, for example .*lora_A.*an adapter's"):
-        Grass(adapted, density=0.25, target_modules=["*lora*"])
+    named = Grass(adapted, density=0.25, target_modules=["*.lora_A.default"])
+    assert [layer.name for layer in named.layers] == ["base_model.model.blocks.0.0.lora_A.default"]
+    named.revert()
     with pytest.warns(UserWarning, match="an adapter's"):
         optimizer = Grass(adapted, density=0.25)
     assert [layer.name for layer in optimizer.layers] == ["base_model.model.blocks.0.1.modules_to_save.default"]

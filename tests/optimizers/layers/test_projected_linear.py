@@ -180,6 +180,7 @@ def test_the_probe_of_a_bf16_layer_adds_up_in_fp32() -> None:
     torch.testing.assert_close(layer.end_probe(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.quick("full")
 @pytest.mark.parametrize("kind", PROBES)
 def test_compiled_layers_are_probed_alike(kind: ProbeKind) -> None:
     torch._dynamo.reset()

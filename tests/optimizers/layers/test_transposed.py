@@ -113,6 +113,7 @@ def losses_under_zero(stage: int, name: str) -> list[list[float]]:
     return found
 
 
+@pytest.mark.quick("3-columns")
 @pytest.mark.parametrize(
     ("stage", "name"),
     [(1, "columns"), (3, "columns"), (3, "galore")],

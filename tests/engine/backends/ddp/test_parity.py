@@ -123,6 +123,7 @@ def test_every_optimizer_is_compared() -> None:
     assert OPTIMIZERS.keys() <= {case["type"] for case in CASES.values()}
 
 
+@pytest.mark.quick("Grass-columns", "GaLore", "AdamW", "Lamb")
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_deepspeed_and_continue_its_checkpoints(
     two_ranks: RankPool, one_rank: RankPool, tmp_path: Path, case: str
@@ -158,6 +159,7 @@ def resume_in_bf16(case: str, folder: str) -> tuple[list[float], list[float], bo
     return losses, expected, all(torch.equal(found[name], weights[name]) for name in weights)
 
 
+@pytest.mark.quick("GaLore", "Lamb")
 @pytest.mark.parametrize("case", ["Grass-columns", "GaLore", "Frugal", "Lamb"])
 @pytest.mark.filterwarnings("ignore:bf16.enabled")
 def test_bf16_is_resumed_bit_for_bit(two_ranks: RankPool, tmp_path: Path, case: str) -> None:

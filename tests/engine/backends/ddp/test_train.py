@@ -3,11 +3,18 @@
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from narrowgauge.engine import initialize
+from narrowgauge.engine.backends.ddp.build import build
+from narrowgauge.engine.config.config import load_config
 from tests.support import forked
 from tests.support.command import BIN, ROOT, environment, losses, tiny_config
+from tests.support.models import tiny
+from tests.support.ranks import RankPool
+from tests.support.zero import finish
 
 # The command, where executing any of DeepSpeed's modules fails (others may look whether it is installed).
 WITHOUT_DEEPSPEED = """
@@ -57,3 +64,21 @@ def test_a_run_without_deepspeed_has_the_losses_of_one_with_it(corpus: Path, tmp
     assert one["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-6)
     assert one["bytes"]["reduced_per_step"] == pytest.approx(other["bytes"]["reduced_per_step"], rel=0.01)
     assert one["bytes"]["optimizer_state"] == other["bytes"]["optimizer_state"]
+
+
+def decays(params: dict[str, Any]) -> list[float]:
+    """The weight decay of AdamW in the engines, DeepSpeed's first."""
+    config = {"train_batch_size": 2, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, **params}}}
+    engine, *_ = initialize(model=tiny(), config=config)
+    found = [engine.optimizer.param_groups[0]["weight_decay"]]
+    finish(engine)
+    training = build(load_config({**config, "engine": "ddp"}), tiny(), schedule=None)
+    return [*found, training.optimizer.param_groups[0]["weight_decay"]]
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"), [({}, 0.0), ({"torch_adam": True}, 0.01), ({"weight_decay": 0.2}, 0.2)]
+)
+def test_adamw_decays_as_under_deepspeed(one_rank: RankPool, params: dict[str, Any], expected: float) -> None:
+    """Without ``weight_decay`` it was torch's 0.01, DeepSpeed's is 0."""
+    assert one_rank.run(decays, params)[0] == [expected, expected]

@@ -38,6 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], int, bool, dict[str, Any]]] = {
 SLOW = {"zero1", "zero2", "zero3", "zero2-mini", "zero3-mini"}
 
 
+@pytest.mark.quick("zero0", "zero1-mini", "zero2-offload", "zero3-sub-groups")
 @pytest.mark.parametrize(("params", "stage", "zero_init", "overrides"), cases(CASES, slow=SLOW))
 def test_two_ranks_equal_one_process_in_fp32(
     two_ranks: RankPool, params: dict[str, Any], stage: int, zero_init: bool, overrides: dict[str, Any]

@@ -103,6 +103,7 @@ SLOW = {
 }
 
 
+@pytest.mark.quick("zero0-columns", "zero1-kinds", "zero2-columns-offload", "zero3-svd-sub-groups")
 @pytest.mark.parametrize(("stage", "params", "zero_init", "overrides"), cases(CASES, slow=SLOW))
 def test_two_ranks_equal_one_process_in_fp32(
     two_ranks: RankPool, stage: int, params: dict[str, Any], zero_init: bool, overrides: dict[str, Any]

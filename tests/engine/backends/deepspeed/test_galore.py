@@ -63,6 +63,7 @@ SLOW = {
 }
 
 
+@pytest.mark.quick("zero0-sketch", "zero1-svd", "zero2-right-offload", "zero3-sub-groups")
 @pytest.mark.parametrize(("params", "stage", "zero_init", "overrides"), cases(CASES, slow=SLOW))
 def test_two_ranks_equal_one_process_in_fp32(
     two_ranks: RankPool, params: dict[str, Any], stage: int, zero_init: bool, overrides: dict[str, Any]

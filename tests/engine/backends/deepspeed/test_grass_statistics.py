@@ -87,6 +87,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 SLOW = {"zero1-multinomial-vocabulary"}
 
 
+@pytest.mark.quick("zero1-multinomial-rows-carry", "zero3-replacement-columns-sketch", "zero3-multinomial-vocabulary")
 @pytest.mark.parametrize(("stage", "params", "overrides"), cases(CASES, slow=SLOW))
 def test_two_ranks_equal_one_process_in_fp32(
     two_ranks: RankPool, stage: int, params: dict[str, Any], overrides: dict[str, Any]

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int, bool, dict[str, Any]]] = {
 SLOW = {"lamb-zero2", "lamb-zero3", "lars-zero1", "lars-zero2", "lars-zero3"}
 
 
+@pytest.mark.quick("lamb-zero1-bounded", "lamb-zero3-zero-init", "lars-zero0")
 @pytest.mark.parametrize(("kind", "params", "stage", "zero_init", "overrides"), cases(CASES, slow=SLOW))
 def test_two_ranks_equal_one_process_in_fp32(
     two_ranks: RankPool, kind: str, params: dict[str, Any], stage: int, zero_init: bool, overrides: dict[str, Any]

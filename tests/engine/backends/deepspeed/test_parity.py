@@ -68,6 +68,7 @@ SLOW = {
 }
 
 
+@pytest.mark.quick("zero0-columns", "zero2-block", "zero3-sub-groups", "zero3-rows-zero-init-offload-decay-all")
 @pytest.mark.parametrize(("stage", "params", "zero_init", "overrides"), cases(CASES, slow=SLOW))
 def test_two_ranks_equal_one_process_in_fp32(
     two_ranks: RankPool, stage: int, params: dict[str, Any], zero_init: bool, overrides: dict[str, Any]

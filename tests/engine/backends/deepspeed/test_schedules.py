@@ -91,6 +91,7 @@ def save_and_resume(name: str, stage: int, folder: str) -> list[list[list[float]
     return found
 
 
+@pytest.mark.quick("WarmupDecayLR-3", "MultiStepLR-0", "OneCycleLR-3", "transformers-wsd-0")
 @pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     "name", cases({n: (n,) for n in [*FROM_FILE, *FROM_CALLER]}, slow={*FROM_FILE, *FROM_CALLER} - QUICK)
