@@ -23,7 +23,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model to adapt."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     LlamaForCausalLM(LlamaConfig(vocab_size=640, max_position_embeddings=32, **sizes)).save_pretrained(folder)
     return folder
 
