@@ -20,7 +20,7 @@ from ..files import local_path
 _PIECE_CHARS = 1 << 20
 _WORD_CHARS = 4096
 _LAST_SPACE = re.compile(r"\s(?=\S*$)")
-_DIGEST_CHARS = 64
+_CHUNK = 1 << 20
 
 
 def expand(patterns: Sequence[str], key: str) -> list[Path]:
@@ -106,7 +106,7 @@ def _check_digits(known: Path, digest: str) -> str:
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
+        while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 

@@ -28,6 +28,11 @@ class SourceSamples:
     def __len__(self) -> int:
         return len(self.layout.samples)
 
+    def lengths(self, most: int) -> Numbers:
+        """Tokens of each span; of more than ``most`` every second, third or so."""
+        spans = self.layout.spans
+        return np.asarray(spans[:: -(-len(spans) // most), 1])
+
     def spans(self, sample: int) -> list[tuple[Numbers, npt.NDArray[np.bool_]]]:
         """Of each example in a sample the tokens, and which of them are learned."""
         first = int(self.layout.samples[sample - 1, 0]) if sample else 0

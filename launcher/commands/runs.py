@@ -1,4 +1,4 @@
-"""``train``, ``launch`` and ``export``."""
+"""``train``, ``data``, ``launch`` and ``export``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -63,6 +63,14 @@ def _show_finished(summary: dict[str, object], run_dir: str) -> None:
             f"{run_dir} holds this run, finished; --fresh trains it again in a folder beside it", highlight=False
         )
         print_summary(summary, run_dir, console)
+
+
+def data(config: ConfigArgument, set_: SetOption = None) -> None:
+    """Show what a run would be trained on: ten samples, what of them is learned, and the lengths of each source."""
+    show_libraries_less()
+    from narrowgauge.engine.data.show import show_data
+
+    show_data(config, overrides=set_ or [], console=make_console())
 
 
 def launch(

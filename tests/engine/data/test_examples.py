@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from narrowgauge.engine.config.run_blocks import DataBlock
+from narrowgauge.engine.data import cache, corpus, encode, layout
 from narrowgauge.engine.data.examples import PreparedExamples
 from narrowgauge.engine.data.mixture import Mixture
 from narrowgauge.engine.data.run_data import prepare
@@ -341,3 +343,54 @@ def test_keys_of_records_are_refused_for_text(prepared: Any, corpus: Path, tmp_p
     path = write_lines(tmp_path / "a.jsonl", conversations(20))
     with pytest.raises(DataError, match=r"csv\.txt: expected records .*, as other sources"):
         prepared([str(path), str(corpus / "csv.txt")])
+
+
+def test_weights_are_shares_and_each_source_has_epochs_of_its_own(prepared: Any, tmp_path: Path) -> None:
+    few, many = (
+        write_lines(tmp_path / f"{name}.jsonl", conversations(n, n)) for name, n in (("few", 20), ("many", 60))
+    )
+    held = [str(write_lines(tmp_path / "v.jsonl", conversations(5)))]
+    sources = [{"path": str(few), "name": "few", "weight": 3}, {"path": str(many), "name": "many", "weight": 1}]
+    mixture = prepared(sources, validation=held).train
+    order = mixture.order(np.arange(160), seed=1)
+    # 80 samples an epoch, of which 60 are the few's, thrice each.
+    assert np.bincount(order[:80] < 20).tolist() == [20, 60]
+    assert np.bincount(order[order < 20]).tolist() == [6] * 20
+    of_many = order[order >= 20] - 20
+    assert sorted(of_many[:20].tolist()) != sorted(of_many[20:40].tolist())
+    assert len(set(of_many.tolist())) == 40
+    assert mixture.order(np.arange(100, 160), seed=1).tolist() == order[100:].tolist()
+    assert mixture.order(np.arange(160), seed=2).tolist() != order.tolist()
+    assert abs(int((order[:40] < 20).sum()) - 30) < 10
+    plain = prepared([{"path": source["path"]} for source in sources], validation=held).train
+    assert sorted(plain.order(np.arange(80), seed=1).tolist()) == list(range(80))
+    for change, message in (
+        ({"weight": None}, r"data\.train\.1\.weight: expected one, as other sources have, got none"),
+        ({"name": "few"}, r"data\.train: expected sources with different names, got two called 'few'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepared([sources[0], {**sources[1], **change}], validation=held)
+
+
+def test_memory_does_not_grow_with_the_data(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's and NumPy's own, beyond windows that are made small here; what is mapped is the machine's to hold."""
+    monkeypatch.setattr(layout, "_TOKENS", 1 << 14)
+    monkeypatch.setattr(layout, "_WINDOW", 1 << 8)
+    monkeypatch.setattr(encode, "_BATCH_RECORDS", 8)
+    for module in (cache, corpus):
+        monkeypatch.setattr(module, "_CHUNK", 1 << 14)
+    text, peaks = " ".join(record["messages"][-1]["content"] for record in conversations(150)), []
+    for count in (10, 30, 300):
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("w") as file:
+            file.writelines(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(count))
+        block = {"train": [str(path)], "tokenizer": str(tokenizer), "cache_dir": str(tmp_path / "cache")}
+        tracemalloc.start()
+        found = prepare(DataBlock.model_validate({**block, "sequence_length": 64, "packing": True})).train
+        assert isinstance(found, Mixture)
+        found.micro_batch([0, len(found) - 1])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # The first imports and compiles.
+    assert found.sources[0].layout.counts.tokens * 8 > 1.5 * peaks[1]
+    assert peaks[2] < 1.3 * peaks[1]
