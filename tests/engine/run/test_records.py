@@ -57,6 +57,7 @@ def test_kinds_of_files_ranks_and_resumed_runs_have_equal_losses(folder: Path, t
         target = tmp_path / name
         target.mkdir()
         config = config_of(folder, target, train=[str(folder / name)], packing=True)
+        curve: dict[int, float] = {}
         for number, steps in enumerate(parts):
             # The schedule's length is the run's.
             config["training"]["lr_schedule"] = {"type": "constant"}
