@@ -56,11 +56,12 @@ class MemoryLayout:
 
     Attributes:
         has_masters: the optimizer steps fp32 copies of the parameters.
-        num_shares: over how many process ranks masters and moments are cut; 1 where each holds them whole.
+        num_shares: over how many process ranks the master and moments of what is a parameter here are cut; 1 where each
+            holds them whole.
     """
 
     has_masters: bool
-    num_shares: int
+    num_shares: Callable[[Tensor], int]
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,10 @@ class TrainingEngine(Protocol):
 
     def grad_norm(self) -> float | None:
         """Of the averaged gradients of the last step, before clipping; None where the engine does not compute it."""
+        ...
+
+    def step_metrics(self) -> Mapping[str, Any]:
+        """What else is worth recording of the last step: numbers by name, or such mappings; the same on all ranks."""
         ...
 
     def shards(self) -> Sequence[Shard]:

@@ -23,7 +23,7 @@ def trained_when_dense(model: nn.Module) -> list[Tensor]:
     """The parameters that dense AdamW would train: those that are trained, and the weights that compact ones stand
     for.
     """
-    weights = {id(unit.stored_weight) for unit in compact_units(model)}
+    weights = {id(weight) for unit in compact_units(model) for weight in unit.stored_weights}
     return [p for _, p in plain_parameters(model) if p.requires_grad or id(p) in weights]
 
 

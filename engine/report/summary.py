@@ -1,6 +1,7 @@
 """What a run was and what it saved: the figures of ``summary.json``."""
 
 import math
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -28,8 +29,10 @@ def optimizer_state_bytes(engine: TrainingEngine) -> tuple[int, int]:
     state += engine.own_optimizer.subspace_bytes() if engine.own_optimizer is not None else 0
     masters = sum(f.numel() * f.element_size() for f in flats.values()) if layout.has_masters else 0
     per_element = 8 + (4 if layout.has_masters else 0)
-    dense = sum(_numel(engine, p) for p in trained_when_dense(engine.module)) * per_element // layout.num_shares
-    return state + masters, dense
+    by_shares: Counter[int] = Counter()
+    for parameter in trained_when_dense(engine.module):
+        by_shares[layout.num_shares(parameter)] += _numel(engine, parameter)
+    return state + masters, sum(numel * per_element // shares for shares, numel in by_shares.items())
 
 
 def traffic_bytes(engine: TrainingEngine, *, reduced: float, gathered: float) -> dict[str, float]:

@@ -254,6 +254,7 @@ class _Run:
             "tokens_per_second": self.tokens_per_step / seconds["step"],
             "bytes": {**sent, **moved},
             "seconds": seconds,
+            **engine.step_metrics(),
         }
 
     def _record(self, metrics: MetricsLog, step: int, values: dict[str, Any]) -> None:

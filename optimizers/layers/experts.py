@@ -105,18 +105,16 @@ def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Runs, Tensor, Tens
 
 @dataclass(frozen=True)
 class StackedMatrices:
-    """A parameter of an experts module that can become compact.
+    """A parameter of a module, matrices stacked, that can become compact.
 
     Attributes:
         module: the module.
         key: the parameter's name in it.
-        experts: the class that the module becomes.
         transposed: a matrix is inputs times outputs.
     """
 
     module: nn.Module
     key: str
-    experts: type[CompactExperts]
     transposed: bool
 
     @property
@@ -132,13 +130,30 @@ class StackedMatrices:
         _, a, b = whole_shape(self.weight)
         return (b, a) if self.transposed else (a, b)
 
-    def to_selected(self, *, side: Side, index: Tensor, contiguous: bool, shared: None = None) -> StackedWeight:
+    def to_selected(self, *, side: Side, index: Tensor, contiguous: bool, shared: None = None) -> CompactUnit:
         """As :meth:`.SelectedLinear.convert`; the choice is the same for all experts."""
+        raise NotImplementedError
+
+    def to_projected(self, **bases: Any) -> CompactUnit:
+        """As :meth:`.ProjectedLinear.convert`; dense bases have a first dimension of experts."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ExpertsMatrices(StackedMatrices):
+    """Those of an experts module.
+
+    Attributes:
+        experts: the class that the module becomes.
+    """
+
+    experts: type[CompactExperts]
+
+    def to_selected(self, *, side: Side, index: Tensor, contiguous: bool, shared: None = None) -> StackedWeight:
         own = {"transposed": self.transposed, "side": side, "index": index, "contiguous": contiguous}
         return self._added(StackedSelected.make(self._owner(), self.key, **own))
 
     def to_projected(self, **bases: Any) -> StackedWeight:
-        """As :meth:`.ProjectedLinear.convert`; dense bases have a first dimension of experts."""
         return self._added(StackedProjected.make(self._owner(), self.key, transposed=self.transposed, **bases))
 
     def _owner(self) -> CompactExperts:
@@ -152,3 +167,10 @@ class StackedMatrices:
     def _added(self, unit: StackedWeight) -> StackedWeight:
         self._owner().stacked[self.key] = unit
         return unit
+
+
+class HasStackedMatrices(nn.Module):
+    """A module that says itself which of its parameters are stacked matrices that can become compact."""
+
+    def stacked_matrices(self) -> Sequence[StackedMatrices]:
+        raise NotImplementedError

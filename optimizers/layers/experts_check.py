@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import CompactExperts, CompactLlama4Experts, StackedMatrices
+from .experts import CompactExperts, CompactLlama4Experts, ExpertsMatrices
 from .shape import whole_shape
 
 _WIDTH, _HIDDEN, _TOKENS, _CHOICES = 6, 4, 16, 3
@@ -20,7 +20,7 @@ _SIZES = {
 _SCALE = 3.0
 
 
-def computes_the_same(targets: list[StackedMatrices]) -> bool:
+def computes_the_same(targets: list[ExpertsMatrices]) -> bool:
     """Compare outputs and gradients of a small copy of a module, in fp64, with those of its compact form.
 
     What the module has beside its matrices, its activation and limits, is its own.
@@ -31,7 +31,7 @@ def computes_the_same(targets: list[StackedMatrices]) -> bool:
     module, experts = targets[0].module, targets[0].experts
     plain, compact = _small(targets), _small(targets)
     for target in targets:
-        own = StackedMatrices(compact, target.key, experts, target.transposed)
+        own = ExpertsMatrices(compact, target.key, target.transposed, experts)
         index = torch.arange(own.outputs_and_inputs[1])
         unit = own.to_selected(side="columns", index=index, contiguous=False)
         unit.compact.data.copy_(unit.compact_of(unit.weight))
@@ -55,7 +55,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() and bool((a - b.view_as(a)).abs().max() <= 1e-5 * a.abs().max())
 
 
-def _small(targets: list[StackedMatrices]) -> Any:
+def _small(targets: list[ExpertsMatrices]) -> Any:
     """A copy of the module with small matrices, random but always the same."""
     module, draw = targets[0].module, _drawing(0)
     small: Any = object.__new__(type(module))

@@ -1,10 +1,19 @@
 """Finding the experts of a model whose stacked matrices can become compact."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from .compact import CompactModule
-from .experts import CompactExperts, CompactLlama4Experts, StackedMatrices, arguments_of
+from .experts import (
+    CompactExperts,
+    CompactLlama4Experts,
+    ExpertsMatrices,
+    HasStackedMatrices,
+    StackedMatrices,
+    arguments_of,
+)
 from .experts_check import computes_the_same
 from .shape import whole_shape
 
@@ -17,17 +26,22 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def find_experts(model: nn.Module) -> dict[str, StackedMatrices]:
     """The stacked parameters of a model's experts that can become compact, by their names.
 
-    A module is known by its attributes, and only if its own ``forward`` computes what its compact form would.
+    A module is known by its attributes, and only if its own ``forward`` computes what its compact form would; or it
+    tells (:class:`.HasStackedMatrices`).
     """
-    found = {}
+    found: dict[str, StackedMatrices] = {}
     for name, module in model.named_modules():
-        targets = _targets_of(module)
-        if targets and computes_the_same(targets):
+        if isinstance(module, HasStackedMatrices):
+            targets: Sequence[StackedMatrices] = module.stacked_matrices()
+        else:
+            own = _targets_of(module)
+            targets = own if own and computes_the_same(own) else []
+        if targets:
             found.update({f"{name}.{target.key}" if name else target.key: target for target in targets})
     return found
 
 
-def _targets_of(module: nn.Module) -> list[StackedMatrices]:
+def _targets_of(module: nn.Module) -> list[ExpertsMatrices]:
     """A module's stacked parameters, as far as its attributes tell."""
     if isinstance(module, CompactModule) or "forward" in module.__dict__:
         return []
@@ -42,7 +56,7 @@ def _targets_of(module: nn.Module) -> list[StackedMatrices]:
         return []
     if set(module._parameters) != {*keys, *biases}:
         return []
-    targets = [StackedMatrices(module, key, experts, transposed) for key in keys]
+    targets = [ExpertsMatrices(module, key, transposed, experts) for key in keys]
     fits = all(len(whole_shape(t.weight)) == 3 and t.weight.dtype in _DTYPES for t in targets)
     return targets if fits else []
 

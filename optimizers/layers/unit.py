@@ -4,6 +4,7 @@ What the ways to be compact have in common, and the probes through which statist
 without forming it.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -67,9 +68,9 @@ class CompactUnit:
         raise NotImplementedError
 
     @property
-    def stored_weight(self) -> Tensor:
-        """The parameter of the model that holds the weight."""
-        return self.weight
+    def stored_weights(self) -> Sequence[Tensor]:
+        """The parameters of the model that hold the weight."""
+        return (self.weight,)
 
     @property
     def weight_shape(self) -> tuple[int, int]:

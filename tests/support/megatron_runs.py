@@ -38,10 +38,14 @@ def run_config(engine: str, family: str, layout: dict[str, Any] | None = None, *
     )
 
 
-def make_engine(config: Config, family: str) -> TrainingEngine:
-    """The engine as ``narrowgauge train`` makes it."""
+def make_engine(config: Config, family: str, **changes: Any) -> TrainingEngine:
+    """The engine as ``narrowgauge train`` makes it.
+
+    Args:
+        changes: of the model's configuration.
+    """
     backend = backend_of(config.parsed.engine)
-    described = hf_config(family)
+    described = hf_config(family, **changes)
     backend.check(config)
     backend.check_model(config, described, dist.get_world_size())
     assert config.parsed.model is not None

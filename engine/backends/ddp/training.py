@@ -171,6 +171,9 @@ class DdpTraining:
         self._model.train()
         return loss
 
+    def step_metrics(self) -> Mapping[str, Any]:
+        return {}
+
     def grad_norm(self) -> float | None:
         return self._grad_norm
 
@@ -229,7 +232,7 @@ class DdpTraining:
         self._counters = {key: values[key] for key in self._counters}
 
     def memory_layout(self) -> MemoryLayout:
-        return MemoryLayout(has_masters=False, num_shares=1)
+        return MemoryLayout(has_masters=False, num_shares=lambda parameter: 1)
 
     def dense_traffic(self, *, gathered: float) -> tuple[float, float]:
         return dense_traffic(

@@ -111,6 +111,9 @@ class DeepSpeedTraining:
         engine.train()
         return loss
 
+    def step_metrics(self) -> Mapping[str, Any]:
+        return {}
+
     def grad_norm(self) -> float | None:
         norm = self._deepspeed.get_global_grad_norm()
         return float(norm) if norm is not None else None
@@ -194,7 +197,8 @@ class DeepSpeedTraining:
         has_masters = stage > 0 and (
             stage < 3 or engine.bfloat16_enabled() or engine.fp16_enabled() or bool(engine.optimizer.offload_optimizer)
         )
-        return MemoryLayout(has_masters=has_masters, num_shares=engine.dp_world_size if stage else 1)
+        num_shares = engine.dp_world_size if stage else 1
+        return MemoryLayout(has_masters=has_masters, num_shares=lambda parameter: num_shares)
 
     def dense_traffic(self, *, gathered: float) -> tuple[float, float]:
         size, steps = self._deepspeed.dp_world_size, self.accumulation_steps

@@ -20,6 +20,7 @@ class Architecture:
         expert_width: hidden units of an expert.
         renormalized: the chosen experts' weights sum to one.
         shared_width: hidden units of the expert that every token takes; 0 for none.
+        balance_coefficient: of a balance loss.
     """
 
     model_type: str
@@ -40,6 +41,7 @@ class Architecture:
     expert_width: int = 0
     renormalized: bool = True
     shared_width: int = 0
+    balance_coefficient: float = 0.0
 
     def padded_vocab(self, tensor: int) -> int:
         """The least multiple of the process ranks that share the vocabulary."""
@@ -85,6 +87,7 @@ def _experts(config: Any) -> dict[str, Any]:
             "num_experts": config.num_local_experts,
             "experts_per_token": config.num_experts_per_tok,
             "expert_width": config.intermediate_size,
+            "balance_coefficient": config.router_aux_loss_coef,
         }
     if config.model_type not in ("qwen2_moe", "qwen3_moe"):
         return {}
@@ -94,6 +97,7 @@ def _experts(config: Any) -> dict[str, Any]:
         "expert_width": config.moe_intermediate_size,
         "renormalized": bool(config.norm_topk_prob),
         "shared_width": getattr(config, "shared_expert_intermediate_size", 0),
+        "balance_coefficient": config.router_aux_loss_coef,
     }
 
 

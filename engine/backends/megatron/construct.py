@@ -8,6 +8,7 @@ from narrowgauge.optimizers.numerics.seeds import derive_seed
 
 from ...config.config import Config
 from ...config.run_blocks import ModelBlock
+from . import cpu
 from .architecture import architecture_of
 from .first_values import fill_with_first_values
 from .groups import make_groups
@@ -17,6 +18,7 @@ from .model import StagedModel, transformer_config
 
 def construct(block: ModelBlock, model_config: PretrainedConfig, config: Config) -> StagedModel:
     """See :meth:`narrowgauge.engine.protocol.Backend.construct`. Collective."""
+    cpu.install()
     layout = layout_of(config, dist.get_world_size())
     data, training = config.parsed.data, config.parsed.training
     seed = training.seed if training is not None else 0
@@ -26,7 +28,9 @@ def construct(block: ModelBlock, model_config: PretrainedConfig, config: Config)
     architecture = architecture_of(model_config, sequence_length)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     transformer = transformer_config(architecture, layout, megatron_block(config), dtype)
-    model = StagedModel(model_config, architecture, layout, place, transformer, sequence_length)
+    model = StagedModel(
+        model_config, architecture, layout, place, transformer, sequence_length, megatron_block(config).balance_loss
+    )
     fill_with_first_values(model, block, config)
     model.train()
     return model

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 
 @dataclass(frozen=True)
@@ -238,16 +238,26 @@ def cpu_support(*, without: str | None = None) -> Iterator[None]:
 
 
 def install() -> None:
-    """Let Megatron work without a GPU from now on; nothing where there is one."""
+    """Let Megatron work without a GPU from now on, in this thread; nothing where there is one.
+
+    Called before each use: modes of functions are of one thread, and what compiles or traces takes all of them away for
+    a while, so that they may be gone where the rest is in place.
+    """
     global _installed
-    if _installed is None and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return
+    if _installed is None:
         _installed = ExitStack()
         _installed.enter_context(cpu_support())
+    elif not any(isinstance(mode, _CudaIsCpu) for mode in _get_current_function_mode_stack()):
+        for name in ("devices", "types"):
+            PATCHES[name].applied().__enter__()
 
 
 def uninstall() -> None:
-    """Undo :func:`install`."""
+    """Undo :func:`install`, in the thread that it was called in first."""
     global _installed
     if _installed is not None:
+        install()
         _installed.close()
         _installed = None

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from narrowgauge.optimizers import OPTIMIZERS
 
@@ -16,6 +16,7 @@ from ...config.without_deepspeed import Bf16Block, off_only, others_optimizer
 from ...errors import did_you_mean
 from .layout import Layout, Sizes
 
+BalanceLoss = Literal["none", "micro_batch", "global"]
 ADAMW = frozenset({"lr", "betas", "eps", "weight_decay", "torch_adam"})
 
 
@@ -65,6 +66,14 @@ class MegatronBlock(StrictBlock):
     """Gradients are reduced while backward goes on."""
     overlap_param_gather: Flag = False
     """Parameters are gathered while the next forward goes on; needs the other two."""
+    balance_loss: BalanceLoss = "none"
+    """Weighted by the model's ``router_aux_loss_coef``: none, over each micro-batch of each data-parallel rank, or over
+    the whole batch of a step. The last counts ahead in a forward of its own where a step has several micro-batches."""
+    expert_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens come to their experts' process ranks: each to its own, or all to all."""
+    expert_capacity_factor: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)] | None = None
+    """Tokens that an expert takes of a micro-batch on a process rank, over those of an even share; further ones are
+    dropped, the least weighted first. None drops none."""
     grouped_experts: Flag = False
     """All experts of a layer in one grouped product; needs Transformer Engine."""
     fp8: Flag = False

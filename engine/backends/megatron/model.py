@@ -1,6 +1,7 @@
 """A process rank's part of a model: Megatron's ``GPTModel``, one for each chunk of layers."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from transformers import PretrainedConfig
 
 from .architecture import Architecture
 from .attention import CausalAttention
-from .keys import MegatronBlock
+from .keys import BalanceLoss, MegatronBlock
 from .layout import Layout, Place
 from .parts import LocalParameter, local_parameters
+from .router import CountingRouter
 
 
 class StagedModel(nn.Module):
@@ -37,12 +39,14 @@ class StagedModel(nn.Module):
         place: Place,
         transformer: TransformerConfig,
         sequence_length: int,
+        balance: BalanceLoss = "none",
     ) -> None:
         super().__init__()
         self.config, self.architecture, self.layout, self.place = config, architecture, layout, place
         self.transformer = transformer
         self.chunks = nn.ModuleList(
-            _Chunk(architecture, layout, place, transformer, sequence_length, number) for number in range(layout.chunks)
+            _Chunk(architecture, layout, place, transformer, sequence_length, number, balance)
+            for number in range(layout.chunks)
         )
         self.held: list[dict[str, LocalParameter]] = []
         for number, chunk in enumerate(self.chunks):
@@ -55,6 +59,9 @@ class StagedModel(nn.Module):
             # Megatron marks what it draws itself; without a mark, the norm of gradients counts one rank's alone.
             if parameter.cut is not None and not hasattr(tensor, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(tensor, True, parameter.cut, 1)
+            if parameter.is_expert:
+                # Megatron marks experts that lie on several ranks, not those that are only shared by others.
+                tensor.allreduce = not layout.splits_experts  # pyright: ignore[reportAttributeAccessIssue]
 
     def local_parameters(self) -> Iterator[tuple[LocalParameter, nn.Parameter]]:
         """All that were there when the model was built, in order: the same that are in ``held``."""
@@ -63,9 +70,23 @@ class StagedModel(nn.Module):
                 if name in held:
                     yield held[name], tensor
 
+    @property
+    def routers(self) -> dict[int, CountingRouter]:
+        """By number of the layer in the whole model; none for a model without experts."""
+        found: dict[int, CountingRouter] = {}
+        for number, chunk in enumerate(self.chunks):
+            layers = self.layout.layers_of(self.place, number, self.architecture.num_layers)
+            routers = [module for module in chunk.modules() if isinstance(module, CountingRouter)]
+            found |= dict(zip(layers, routers, strict=bool(routers)))
+        return found
+
 
 class _Chunk(GPTModel):
-    """A piece of the model, whose loss does not see the padding of the vocabulary."""
+    """A piece of the model, whose loss does not see the padding of the vocabulary.
+
+    Attributes:
+        leaves_out_head: forward ends with the last layer.
+    """
 
     def __init__(
         self,
@@ -75,10 +96,13 @@ class _Chunk(GPTModel):
         transformer: TransformerConfig,
         sequence_length: int,
         number: int,
+        balance: BalanceLoss,
     ) -> None:
         num_layers = len(layout.layers_of(place, number, architecture.num_layers))
         norm: Any = _Norm
-        block: Any = TransformerBlockSubmodules(layer_specs=[_layer_spec(architecture)] * num_layers, layer_norm=norm)
+        block: Any = TransformerBlockSubmodules(
+            layer_specs=[_layer_spec(architecture, balance)] * num_layers, layer_norm=norm
+        )
         super().__init__(
             transformer,
             block,
@@ -93,7 +117,11 @@ class _Chunk(GPTModel):
             vp_stage=number if layout.chunks > 1 else None,
         )
         size = architecture.padded_vocab(layout.tensor) // layout.tensor
+        self.leaves_out_head = False
         self._num_real = max(0, min(size, architecture.vocab - place.tensor * size))
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states if self.leaves_out_head else super()._postprocess(hidden_states, *args, **kwargs)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """
@@ -120,7 +148,7 @@ class _Norm:
         return norm
 
 
-def _layer_spec(architecture: Architecture) -> Any:
+def _layer_spec(architecture: Architecture, balance: BalanceLoss) -> Any:
     spec = get_gpt_layer_local_spec(
         num_experts=architecture.num_experts or None, qk_layernorm=architecture.qk_norm, normalization="RMSNorm"
     )
@@ -130,6 +158,9 @@ def _layer_spec(architecture: Architecture) -> Any:
     attention.core_attention = CausalAttention
     if architecture.qk_norm:
         attention.q_layernorm = attention.k_layernorm = _Norm
+    if architecture.num_experts:
+        router = partial(CountingRouter, balance=balance, coefficient=architecture.balance_coefficient)
+        parts.mlp.submodules.router = router
     return spec
 
 
@@ -175,7 +206,7 @@ def transformer_config(
         **_pipeline(layout),
     }
     if architecture.num_experts:
-        settings |= _experts(architecture)
+        settings |= _experts(architecture, block)
     return TransformerConfig(**settings)
 
 
@@ -203,7 +234,7 @@ def _pipeline(layout: Layout) -> dict[str, Any]:
     return {"overlap_p2p_comm": False, "batch_p2p_comm": True, "deallocate_pipeline_outputs": layout.pipeline > 1}
 
 
-def _experts(architecture: Architecture) -> dict[str, Any]:
+def _experts(architecture: Architecture, block: MegatronBlock) -> dict[str, Any]:
     return {
         "num_moe_experts": architecture.num_experts,
         "moe_router_topk": architecture.experts_per_token,
@@ -213,8 +244,10 @@ def _experts(architecture: Architecture) -> dict[str, Any]:
         # Weights that sum to one: of the chosen scores alone.
         "moe_router_pre_softmax": not architecture.renormalized,
         "moe_router_dtype": "fp32",
+        # The router has a loss of ours.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": block.expert_dispatcher,
+        "moe_expert_capacity_factor": block.expert_capacity_factor,
         "moe_grouped_gemm": False,
     }

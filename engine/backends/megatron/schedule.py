@@ -59,6 +59,36 @@ def forward_backward(chunks: Sequence[nn.Module], micro_batches: Sequence[Tensor
     return from_last_stage(total)
 
 
+@torch.no_grad()
+def forward_without_head(chunks: Sequence[nn.Module], micro_batches: Sequence[Tensor], phase: Phase) -> None:
+    """Forwards of all micro-batches up to the head, for what the layers find out in them. Collective.
+
+    Args:
+        chunks: wrapped by Megatron's DistributedDataParallel.
+    """
+    wrapped: Sequence[Any] = chunks
+
+    def step(batches: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Any]:
+        return chunk(**inputs_of(next(batches))), lambda hidden: (hidden.new_zeros(()), hidden.new_zeros(()))
+
+    for chunk in wrapped:
+        chunk.module.leaves_out_head = True
+    try:
+        with phase("forward"):
+            get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=[iter(micro_batches) for _ in chunks],
+                model=list(chunks),
+                num_microbatches=len(micro_batches),
+                seq_length=micro_batches[0].shape[1],
+                micro_batch_size=micro_batches[0].shape[0],
+                forward_only=True,
+            )
+    finally:
+        for chunk in wrapped:
+            chunk.module.leaves_out_head = False
+
+
 def _scaled(losses: Tensor) -> tuple[Tensor, Tensor]:
     loss = loss_of(losses)
     # Megatron divides the first in place.

@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from ...config.config import Config
 from ...data.examples import names_records
-from .architecture import architecture_of
+from .architecture import Architecture, architecture_of
 from .compact.supported import unsupported, unsupported_model
 from .fits import problems_of_layout
 from .installed import has_transformer_engine, not_usable_because, show_its_warnings_less
@@ -87,5 +87,23 @@ def check_model(config: Config, model_config: PretrainedConfig, world_size: int)
     )
     if problems:
         raise config.error(*(f"megatron.{problem}" for problem in problems))
-    if config.optimizer_options is not None and (found := [*unsupported_model(config, architecture)]):
+    found = [*_of_experts(config, architecture)]
+    if config.optimizer_options is not None:
+        found += unsupported_model(config, architecture, layout)
+    if found:
         raise config.error(*found)
+
+
+def _of_experts(config: Config, architecture: Architecture) -> Iterator[str]:
+    """Settings that the model has nothing for."""
+    block = megatron_block(config)
+    if not architecture.num_experts:
+        for key in ("balance_loss", "expert_dispatcher", "expert_capacity_factor"):
+            found, default = getattr(block, key), type(block).model_fields[key].default
+            if found != default:
+                yield f"megatron.{key}: expected {default!r} for a model without experts, got {found!r}"
+    elif block.balance_loss != "none" and not architecture.balance_coefficient > 0.0:
+        yield (
+            "megatron.balance_loss: expected a model whose router_aux_loss_coef is above 0 with"
+            f" {block.balance_loss!r}, got {architecture.balance_coefficient}"
+        )

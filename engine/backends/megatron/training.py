@@ -1,6 +1,7 @@
 """Megatron as :class:`narrowgauge.engine.protocol.TrainingEngine`."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from ...config.config import Batches
 from ...micro_batch import Batch
 from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
 from ...report.dense_traffic import trained_when_dense
+from .balance import Balance
 from .compact.engine_part import CompactPart
 from .groups import destroy_groups
 from .masters import Masters
 from .model import StagedModel
 from .parts import LocalParameter
-from .schedule import forward, forward_backward
+from .schedule import forward, forward_backward, forward_without_head
 from .traffic import MegatronTraffic, gathered_bytes, reduced_bytes
 from .whole import Gathering, read_weights
 
@@ -77,6 +79,7 @@ class MegatronTraining:
         self._traffic = MegatronTraffic(chunks)
         self._counters = {"global_steps": 0, "global_samples": 0, "skipped_steps": 0}
         self._grad_norm: float | None = None
+        self._balance = Balance(model, batches.accumulation_steps)
         self._shards = [*self._make_shards()]
 
     @property
@@ -136,7 +139,12 @@ class MegatronTraining:
     def train_step(self, batches: Iterator[Batch], phase: Phase) -> Tensor:
         micro_batches = [_tokens_of(next(batches)).to(self._device) for _ in range(self.accumulation_steps)]
         self._masters.forget_gradients()
+        self._balance.begin_step()
+        if self._balance.needs_counts_ahead:
+            with self._balance.counting_ahead():
+                forward_without_head(self._chunks, micro_batches, phase)
         loss_sum = forward_backward(self._chunks, micro_batches, phase)
+        self._balance.end_step()
         with phase("optimizer"):
             self._update()
         return loss_sum
@@ -186,6 +194,9 @@ class MegatronTraining:
                     chunk.disable_forward_pre_hook()
                     stack.callback(chunk.enable_forward_pre_hook)
             yield
+
+    def step_metrics(self) -> Mapping[str, Any]:
+        return self._balance.metrics()
 
     def grad_norm(self) -> float | None:
         return self._grad_norm
@@ -274,18 +285,29 @@ class MegatronTraining:
 
     def memory_layout(self) -> MemoryLayout:
         has_masters = self._model.transformer.params_dtype is torch.bfloat16
-        return MemoryLayout(has_masters=has_masters, num_shares=self._model.layout.data if self._distributed else 1)
+        return MemoryLayout(has_masters=has_masters, num_shares=self._num_shares)
+
+    def _num_shares(self, parameter: Tensor) -> int:
+        layout = self._model.layout
+        if not self._distributed:
+            return 1
+        return layout.expert_data if _is_expert(parameter) else layout.data
 
     def dense_traffic(self, *, gathered: float) -> tuple[float, float]:
-        groups: list[Any] = [
-            group for chunk in self._chunks for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
-        ]
-        reduced = sum(map(reduced_bytes, groups))
-        gathered = sum(map(gathered_bytes, groups)) if self._distributed else 0.0
-        # As many times as many parameters would be reduced and gathered.
-        trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
-        factor = sum(p.numel() for p in trained_when_dense(self._model)) / trained
-        return reduced * factor, gathered * factor
+        trained, dense = Counter[bool](), Counter[bool]()
+        for parameter in self._model.parameters():
+            trained[_is_expert(parameter)] += parameter.numel() * parameter.requires_grad
+        for parameter in trained_when_dense(self._model):
+            dense[_is_expert(parameter)] += parameter.numel()
+        total_reduced = total_gathered = 0.0
+        for chunk in self._chunks:
+            held: Any = chunk
+            for is_expert, groups in ((False, held.bucket_groups), (True, held.expert_parallel_bucket_groups)):
+                # As many times as many parameters would be reduced and gathered.
+                factor = dense[is_expert] / max(1, trained[is_expert])
+                total_reduced += factor * sum(map(reduced_bytes, groups))
+                total_gathered += factor * sum(map(gathered_bytes, groups)) if self._distributed else 0.0
+        return total_reduced, total_gathered
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         return Gathering(self._model, self._shapes).weights()
@@ -300,3 +322,8 @@ class MegatronTraining:
     def close(self) -> None:
         self._traffic.detach()
         destroy_groups()
+
+
+def _is_expert(parameter: Tensor) -> bool:
+    """Whether Megatron averages its gradient over other process ranks than that of most parameters."""
+    return not getattr(parameter, "allreduce", True)

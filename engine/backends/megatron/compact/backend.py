@@ -17,21 +17,19 @@ from narrowgauge.optimizers.sharding.shards import ShardMap
 
 from ..masters import Masters
 from .linear import CompactParallelLinear
-from .parallel_weight import CompactParallelWeight
+from .parallel_weight import ParallelUnit
 
 
 class ParallelCommunicator:
     """The process ranks that share a weight's gradient: those that hold its other parts, and its copies.
 
     Args:
-        tensor: the ranks that hold other parts of it, among which parts add up.
-        data: the ranks that hold copies, among which gradients are averaged.
-        num_batches: by what a sum over the copies is divided; experts' copies see the tokens of more ranks than there
-            are copies.
+        tensor: ranks that hold other parts of it, among which parts add up.
+        data: ranks among which gradients are averaged; those of experts are parts and copies to each other.
     """
 
-    def __init__(self, tensor: dist.ProcessGroup, data: dist.ProcessGroup, num_batches: int) -> None:
-        self._tensor, self._data, self._num_batches = tensor, data, num_batches
+    def __init__(self, tensor: dist.ProcessGroup, data: dist.ProcessGroup) -> None:
+        self._tensor, self._data = tensor, data
 
     @property
     def rank(self) -> int:
@@ -49,7 +47,7 @@ class ParallelCommunicator:
 
     def average_(self, tensor: Tensor) -> Tensor:
         """The sum of all parts, the mean of all copies."""
-        return self.sum_(tensor).div_(self._num_batches)
+        return self.sum_(tensor).div_(self._data.size())
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
         for group in (self._data, self._tensor):
@@ -58,19 +56,13 @@ class ParallelCommunicator:
         return tensor
 
 
-def dense_communicator() -> ParallelCommunicator:
-    """For all weights but experts'."""
+def communicator() -> ParallelCommunicator:
+    """Of the stage: over all its ranks together every part of every weight adds up, experts' too, once for each
+    data-parallel rank's data.
+    """
     data: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
     tensor: Any = parallel_state.get_tensor_model_parallel_group()
-    return ParallelCommunicator(tensor, data, data.size())
-
-
-def expert_communicator() -> ParallelCommunicator:
-    """For experts' weights."""
-    batches: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    tensor: Any = parallel_state.get_expert_tensor_parallel_group()
-    data: Any = parallel_state.get_expert_data_parallel_group()
-    return ParallelCommunicator(tensor, data, batches.size())
+    return ParallelCommunicator(tensor, data)
 
 
 class MegatronBackend:
@@ -84,16 +76,14 @@ class MegatronBackend:
 
     def __init__(self, layers: Sequence[CompactLayer], masters: Masters, *, overlaps: bool) -> None:
         self._layers, self._masters, self._overlaps = list(layers), masters, overlaps
-        self._dense, self._expert = dense_communicator(), expert_communicator()
-        self._is_expert = {layer.name: _weight(layer).layer.is_expert for layer in layers}
-        held = [_weight(layer) for layer in layers]
-        self._replicated: list[Any] = [own.compact for own in held if own.is_replicated and own.cut.size > 1]
+        self._communicator = communicator()
+        self._replicated: list[Any] = [unit.compact for unit in map(_unit, layers) if unit.is_replicated]
 
     def gathered(self, layer: CompactLayer) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def communicator(self, name: str) -> Communicator:
-        return self._expert if self._is_expert[name] else self._dense
+        return self._communicator
 
     def state_tensors(self, group: dict[str, Any]) -> Iterable[Tensor]:
         return group["params"]
@@ -136,7 +126,7 @@ class MegatronBackend:
         elif self._overlaps:
             self._masters.gather(now=True)
         for layer, index, decay in zip(layers, indices, decays, strict=True):
-            own = _weight(layer)
+            own = _unit(layer)
             own.apply_(own.weight, own.compact, decay, seed=derive_seed(seed, "decay", layer.name))
             own.set_subspace({"index": index})
             own.compact.copy_(own.compact_of(own.weight))
@@ -151,7 +141,7 @@ class MegatronBackend:
         if self._overlaps:
             self._masters.gather(now=True)
         for layer, decay in zip(layers, decays, strict=True):
-            own, fold_seed = _weight(layer), derive_seed(seed, "fold", layer.name)
+            own, fold_seed = _unit(layer), derive_seed(seed, "fold", layer.name)
             own.apply_(own.weight, own.compact, decay, seed=fold_seed, decay_last=decay_last)
             own.compact.zero_()
             self._take(own.compact)
@@ -166,21 +156,21 @@ class MegatronBackend:
     def _round_masters(self, layers: Sequence[CompactLayer], seed: int) -> None:
         """Round the fp32 masters stochastically into the bf16 compact values, and gather all ranks'."""
         for layer in layers:
-            own = _weight(layer)
+            own = _unit(layer)
             master = self._masters.of(own.compact)
             if master is not None:
                 flat = master.tensor.detach().view(-1)
                 target = own.compact.detach().view(-1).narrow(0, master.start, flat.numel())
-                positions = own.box.positions(master.start, flat.numel(), flat.device)
+                positions = own.positions(master.start, flat.numel(), flat.device)
                 stochastic_round_(target, flat, seed=derive_seed(seed, "round", layer.name), offset=positions)
         self._masters.gather(now=True)
 
 
-def _weight(layer: CompactLayer) -> CompactParallelWeight:
+def _unit(layer: CompactLayer) -> ParallelUnit:
     module: Any = layer.module
-    assert isinstance(module, CompactParallelWeight)
+    assert isinstance(module, ParallelUnit)
     return module
 
 
 def _linears(layers: Sequence[CompactLayer]) -> list[CompactParallelLinear]:
-    return list({id(linear): linear for layer in layers if (linear := _weight(layer).layer) is not None}.values())
+    return list({id(linear): linear for layer in layers for linear in _unit(layer).linears}.values())

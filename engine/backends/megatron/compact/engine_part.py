@@ -17,7 +17,7 @@ from ....config.problems import within
 from ..masters import Masters
 from ..model import StagedModel
 from .backend import MegatronBackend
-from .tree import ModelTree, compact_weights
+from .tree import ModelTree, compact_units_of
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,10 @@ class CompactPart:
     @torch.no_grad()
     def rebuild(self) -> None:
         """Take the compact values from the weights."""
-        for weight in compact_weights(self.own):
-            weight.compact.copy_(weight.compact_of(weight.weight))
-            weight.layer.is_stale = False
+        for unit in compact_units_of(self.own):
+            unit.compact.copy_(unit.compact_of(unit.weight))
+            for linear in unit.linears:
+                linear.is_stale = False
 
 
 def _joined(found: list[tuple[tuple[str, ...], Coverage]]) -> Coverage:

@@ -5,7 +5,7 @@ Everything but the product itself stays Megatron's: the two classes override the
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,19 +20,56 @@ from .parallel_weight import CompactParallelWeight
 from .product import Product, gradients_of
 
 
+class Held(Protocol):
+    """A weight in a compact parallel layer.
+
+    Attributes:
+        parameter: the compact one.
+        trained: that, or what of it belongs to the layer.
+        probe: as of :class:`~narrowgauge.optimizers.layers.unit.CompactUnit`.
+    """
+
+    @property
+    def parameter(self) -> nn.Parameter: ...
+    @property
+    def trained(self) -> Tensor: ...
+    @property
+    def main_grad(self) -> Tensor | None:
+        """Where Megatron adds up the gradient of ``trained``."""
+        ...
+
+    probe: Tensor | None
+
+    def note_call(self) -> None:
+        """A forward that uses it has run."""
+        ...
+
+    def fold(self) -> None:
+        """Write the compact values over those of the layer's weight."""
+        ...
+
+    def product(self) -> Product:
+        """How the gradient of ``trained`` is made."""
+        ...
+
+    def probe_product(self) -> Product:
+        """How what the probe observes is made."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What a forward and its backward do.
 
     Attributes:
         products: those of the compact parameters, then those of the probes.
-        compact: the parameters.
+        held: whose compact parameters they are.
         allreduce_dgrad, sequence_parallel: as Megatron's.
         group: the tensor-parallel ranks.
     """
 
     products: list[Product]
-    compact: list[nn.Parameter]
+    held: Sequence[Held]
     allreduce_dgrad: bool
     sequence_parallel: bool
     group: dist.ProcessGroup
@@ -92,21 +129,17 @@ def _trained_gradients(
     Where Megatron's DDP adds gradients up in fp32 and the parameters are narrower, they are added there at once,
     without rounding in between, and what is returned stands for them, as after Megatron's own fused accumulation.
     """
-    added = [_is_added_here(parameter) for parameter in plan.compact]
+    mains = [own.main_grad for own in plan.held]
+    added = [main is not None and main.itemsize > d.itemsize for main, d in zip(mains, dtypes, strict=False)]
     wide = added + [False] * (len(plan.products) - len(added))
     found = gradients_of(plan.products, grad_y, kept, wide)
-    for number, (parameter, is_added) in enumerate(zip(plan.compact, added, strict=True)):
-        if is_added:
-            target: Any = parameter
-            target.main_grad.add_(found[number].view_as(target.main_grad))
-            target.grad_added_to_main_grad = True
-            found[number] = torch.empty_like(parameter)
+    for number, (own, main) in enumerate(zip(plan.held, mains, strict=True)):
+        if main is not None and added[number]:
+            main.add_(found[number].view_as(main))
+            parameter: Any = own.parameter
+            parameter.grad_added_to_main_grad = True
+            found[number] = torch.empty_like(found[number], dtype=dtypes[number])
     return [gradient.to(dtype) for gradient, dtype in zip(found, dtypes, strict=True)]
-
-
-def _is_added_here(parameter: Any) -> bool:
-    main = getattr(parameter, "main_grad", None)
-    return main is not None and main.element_size() > parameter.element_size()
 
 
 class CompactParallelLinear(CompactModule):
@@ -118,25 +151,22 @@ class CompactParallelLinear(CompactModule):
         is_stale: compact values are newer than the weight.
     """
 
-    held: Sequence[CompactParallelWeight]
-    plan: tuple[list[Product], list[nn.Parameter]] | None
+    held: Sequence[Held]
+    plan: list[Product] | None
     is_stale: bool
     weight: nn.Parameter
     tp_group: Any
 
-    def _become_compact(self, held: Sequence[CompactParallelWeight]) -> None:
+    def _become_compact(self, held: Sequence[Held]) -> None:
         self.__dict__["held"] = list(held)
         self.weight.requires_grad_(False)
         self.plan, self.is_stale = None, False
-        for number, own in enumerate(held):
-            # Of this module: Megatron waits for gathered parameters before the forward of the module that has them.
-            self.register_parameter(f"compact_{number}", own.compact)
 
     @torch.no_grad()
     def fold(self) -> None:
         """Write compact values over those of the weight."""
         for own in self.held:
-            own.apply_(own.weight, own.compact.detach())
+            own.fold()
         self.is_stale = False
 
     def _forward_impl(
@@ -153,22 +183,21 @@ class CompactParallelLinear(CompactModule):
     ) -> Tensor:
         if self.is_stale:
             self.fold()
-        products, compact = self._products()
         probes = [own for own in self.held if own.probe is not None]
-        every = products + [own.probe_product() for own in probes]
-        plan = _Plan(every, compact, allreduce_dgrad, sequence_parallel, tp_group or self.tp_group)
-        trained = [*compact, *(own.probe for own in probes if own.probe is not None)]
+        products = self._products() + [own.probe_product() for own in probes]
+        plan = _Plan(products, self.held, allreduce_dgrad, sequence_parallel, tp_group or self.tp_group)
+        trained = [own.trained for own in self.held] + [own.probe for own in probes if own.probe is not None]
         return _CompactParallel.apply(input, weight, bias, plan, *trained)
 
-    def _products(self) -> tuple[list[Product], list[nn.Parameter]]:
+    def _products(self) -> list[Product]:
         if self.plan is None:
             for own in self.held:
-                own.was_called = True
-            self.plan = [own.product() for own in self.held], [own.compact for own in self.held]
+                own.note_call()
+            self.plan = [own.product() for own in self.held]
         return self.plan
 
     def compact_units(self) -> Sequence[CompactUnit]:
-        return self.held
+        return [own for own in self.held if isinstance(own, CompactParallelWeight)]
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         raise NotImplementedError("a compact parallel layer is not moved: its compact values lie in Megatron's buffers")
@@ -177,8 +206,8 @@ class CompactParallelLinear(CompactModule):
         if self.is_stale:
             self.fold()
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
-        for number in range(len(self.held)):
-            del destination[f"{prefix}compact_{number}"]
+        for key in [key for key in destination if key.startswith(f"{prefix}compact_")]:
+            del destination[key]
 
 
 class CompactColumnParallelLinear(CompactParallelLinear, ColumnParallelLinear):
@@ -200,8 +229,16 @@ def is_parallel_linear(module: nn.Module) -> bool:
     return type(module) in _COMPACT
 
 
-def become_compact(layer: nn.Module, held: Sequence[CompactParallelWeight]) -> None:
+def train_compact(layer: nn.Module, held: Sequence[Held]) -> None:
     """Turn a parallel layer, all of whose weights are compact, into one that trains them. Before Megatron's DDP."""
     layer.__class__ = _COMPACT[type(layer)]
     assert isinstance(layer, CompactParallelLinear)
     layer._become_compact(held)
+
+
+def become_compact(layer: nn.Module, held: Sequence[CompactParallelWeight]) -> None:
+    """As :func:`train_compact`, for a layer that has the compact parameters itself."""
+    train_compact(layer, held)
+    for number, own in enumerate(held):
+        # Megatron waits for gathered parameters before the forward of the module that has them.
+        layer.register_parameter(f"compact_{number}", own.compact)

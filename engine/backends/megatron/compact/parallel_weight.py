@@ -4,7 +4,7 @@ A parallel layer may hold several weights (q, k and v; gate and up). Each has it
 parameter, so that an optimizer, its options and its checkpoints speak of the same weights under every engine.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,20 +14,19 @@ from narrowgauge.optimizers.layers.compact import CompactWeight
 from narrowgauge.optimizers.layers.projected_weight import lift_rows, project
 from narrowgauge.optimizers.layers.registry import register
 from narrowgauge.optimizers.layers.selected_weight import read_selected
-from narrowgauge.optimizers.layers.unit import ProbeKind, Side
+from narrowgauge.optimizers.layers.unit import CompactUnit, ProbeKind, Side
 from narrowgauge.optimizers.layers.watch import unwatch
 from narrowgauge.optimizers.numerics.rounding import add_, decay_
 from narrowgauge.optimizers.sharding.box import Box
 
+from ..parts import Part
 from .product import Product
 from .weight_cut import WeightCut
 
 
 def placeholder(parameter: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
     """A tensor of this shape without memory of its own, that stands for what a parameter of Megatron's holds of it."""
-    made: Any = nn.Parameter(torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(shape))
-    made.allreduce = getattr(parameter, "allreduce", True)
-    return made
+    return nn.Parameter(torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(shape))
 
 
 class ParallelWeight(nn.Module):
@@ -50,7 +49,38 @@ class ParallelWeight(nn.Module):
         self.weight = placeholder(self.layer.weight, cut.shape)
 
 
-class CompactParallelWeight(CompactWeight, ParallelWeight):  # pyright: ignore[reportIncompatibleVariableOverride]
+class ParallelUnit(CompactUnit):
+    """A compact unit of which this process rank trains a part, in parallel layers.
+
+    Attributes:
+        is_replicated: all ranks that share the weight hold the same compact values, whose gradient is the sum of
+            theirs.
+    """
+
+    @property
+    def is_replicated(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def linears(self) -> Sequence[Any]:
+        """The compact parallel layers that hold it."""
+        raise NotImplementedError
+
+    def positions(self, start: int, length: int, device: torch.device) -> Tensor:
+        """The positions in the flattened whole compact parameter of ``length`` elements from ``start`` here, int64."""
+        raise NotImplementedError
+
+    def compact_parts(self, name: str) -> Sequence[Part]:
+        """Where the compact parameter lies in that of the whole weight, which has this name."""
+        raise NotImplementedError
+
+    @property
+    def cut_dim(self) -> int | None:
+        """As :attr:`.LocalParameter.cut`, of the compact parameter."""
+        raise NotImplementedError
+
+
+class CompactParallelWeight(CompactWeight, ParallelWeight, ParallelUnit):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A weight that is trained through a compact parameter; what is common.
 
     The compact parameter, too, is this rank's part of that of the whole weight, cut along the same dimension; all of it
@@ -67,17 +97,11 @@ class CompactParallelWeight(CompactWeight, ParallelWeight):  # pyright: ignore[r
         compact: Any = nn.Parameter(torch.empty(local_shape, dtype=weight.dtype, device=weight.device))
         offsets = tuple(cut.rank * own * (own < whole) for own, whole in zip(local_shape, whole_shape, strict=True))
         self.box = Box(whole_shape, offsets, local_shape)
-        # Megatron's: who counts for the gradient norm, and which ranks average the gradient.
+        # Megatron's: who counts for the gradient norm.
         compact.tensor_model_parallel = cut.split is not None and not self.is_replicated
         compact.partition_dim = cut.split if compact.tensor_model_parallel else -1
         compact.partition_stride = 1
-        compact.allreduce = getattr(weight, "allreduce", True)
         self.compact = compact
-        if self.is_replicated and cut.size > 1 and self.layer.is_expert:
-            raise ValueError(
-                f"side: expected one that projects the dimension of experts' {tuple(cut.shape)} weights that is whole"
-                f" on each of the {cut.size} ranks that share them, got {side!r}"
-            )
 
     def revert(self) -> None:
         del self.compact, self.side, self.folds_at_use, self.probe, self.omega, self.box
@@ -86,13 +110,41 @@ class CompactParallelWeight(CompactWeight, ParallelWeight):  # pyright: ignore[r
         self.__class__ = ParallelWeight  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
-    def is_replicated(self) -> bool:
-        """Whether all tensor-parallel ranks hold the same compact values, whose gradient is the sum of theirs."""
-        raise NotImplementedError
+    def stored_weights(self) -> Sequence[Tensor]:
+        return (self.layer.weight,)
 
     @property
-    def stored_weight(self) -> Tensor:
-        return self.layer.weight
+    def linears(self) -> Sequence[Any]:
+        return (self.layer,)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.compact
+
+    @property
+    def trained(self) -> Tensor:
+        return self.compact
+
+    @property
+    def main_grad(self) -> Tensor | None:
+        return getattr(self.compact, "main_grad", None)
+
+    def note_call(self) -> None:
+        self.was_called = True
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        self.apply_(self.weight, self.compact.detach())
+
+    def positions(self, start: int, length: int, device: torch.device) -> Tensor:
+        return self.box.positions(start, length, device)
+
+    def compact_parts(self, name: str) -> Sequence[Part]:
+        return (Part(name, self.box),)
+
+    @property
+    def cut_dim(self) -> int | None:
+        return self.cut.split if self.box.local != self.box.shape else None
 
     @property
     def local_weight(self) -> Tensor:
@@ -147,8 +199,8 @@ class CompactParallelWeight(CompactWeight, ParallelWeight):  # pyright: ignore[r
         if self.probe_kind == "columns":
             assert omega is not None
             of_outputs = cut.own_rows(0, omega)
-            return Product(_ALL, _all, lambda grad_y: cut.outputs(grad_y) @ of_outputs.to(grad_y.dtype))
-        return Product(_ALL, _all, cut.outputs, cut)
+            return Product(ALL, all_of, lambda grad_y: cut.outputs(grad_y) @ of_outputs.to(grad_y.dtype))
+        return Product(ALL, all_of, cut.outputs, cut)
 
 
 class SelectedParallelWeight(CompactParallelWeight):
@@ -248,9 +300,9 @@ class SelectedParallelWeight(CompactParallelWeight):
         if self.side == "columns":
             chosen = self.local
             key: Hashable = ("columns", tuple(chosen.tolist()))
-            return Product(key, lambda x: _columns(x, chosen), cut.outputs, cut)
+            return Product(key, lambda x: columns_of(x, chosen), cut.outputs, cut)
         rows = self._selected_rows()
-        return Product(_ALL, _all, lambda grad_y: grad_y.index_select(1, rows))
+        return Product(ALL, all_of, lambda grad_y: grad_y.index_select(1, rows))
 
 
 class ProjectedParallelWeight(CompactParallelWeight):
@@ -342,24 +394,24 @@ class ProjectedParallelWeight(CompactParallelWeight):
 
     def product(self) -> Product:
         cut, (left, right) = self.cut, self._bases()
-        key: Hashable = _ALL if right is None else ("basis", id(self))
+        key: Hashable = ALL if right is None else ("basis", id(self))
         of_part = cut if left is None else None
         return Product(
             key,
-            _all if right is None else lambda x: x @ right.to(x.dtype),
+            all_of if right is None else lambda x: x @ right.to(x.dtype),
             cut.outputs if left is None else lambda grad_y: project(cut.outputs(grad_y), left, None),
             of_part,
         )
 
 
-_ALL = ("all",)
+ALL: Hashable = ("all",)
 
 
-def _all(x: Tensor) -> Tensor:
+def all_of(x: Tensor) -> Tensor:
     return x
 
 
-def _columns(x: Tensor, index: Tensor) -> Tensor:
+def columns_of(x: Tensor, index: Tensor) -> Tensor:
     """A copy of the selected columns, ``(..., r)``."""
     return read_selected(x.reshape(-1, x.shape[-1]), index, None, dim=1).view(*x.shape[:-1], index.numel())
 

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from narrowgauge.optimizers import OPTIMIZERS, CompactOptimizer
+from narrowgauge.optimizers.galore.options import GaLoreOptions
 from narrowgauge.optimizers.grass.options import GrassOptions
 
 from ....config.config import Config
 from ..architecture import Architecture
 from ..keys import megatron_block
+from ..layout import Layout
 
 
 def unsupported(config: Config) -> Iterator[str]:
@@ -60,12 +62,30 @@ def _grass(options: GrassOptions, *, tensor: int, has_stages: bool) -> Iterator[
         )
 
 
-def unsupported_model(config: Config, architecture: Architecture) -> Iterator[str]:
-    """What of the configured optimizer does not work with the model."""
-    optimizer = config.parsed.optimizer
-    assert optimizer is not None
-    if architecture.num_experts:
-        yield (
-            f"optimizer.type: expected AdamW for mixtures of experts with the megatron engine, got {optimizer.type}: it"
-            " is not supported yet"
-        )
+def unsupported_model(config: Config, architecture: Architecture, layout: Layout) -> Iterator[str]:
+    """What of the configured optimizer does not work with the model's experts in a layout."""
+    options, shares = config.optimizer_options, layout.expert_tensor
+    if not architecture.num_experts or shares == 1:
+        return
+    if isinstance(options, GrassOptions):
+        # Gate and up lie below each other in the model, and one after the other in each shard.
+        pieces = shares if options.side == "columns" else 2 * shares
+        if options.strata % pieces:
+            yield (
+                f"optimizer.params.strata: expected a multiple of {pieces}, into which expert_tensor_parallel"
+                f" ({shares}) cuts the {options.side} of experts' matrices, got {options.strata}"
+            )
+    elif isinstance(options, GaLoreOptions):
+        hidden, width = architecture.hidden, architecture.expert_width
+        projects_outputs = options.side in ("left", "full") or (options.side == "std" and 2 * width < hidden)
+        projects_inputs = options.side in ("right", "full") or (options.side == "std" and hidden >= width)
+        for is_projected, what in (
+            (projects_outputs, "gate_up_proj's outputs"),
+            (projects_inputs, "down_proj's inputs"),
+        ):
+            if is_projected:
+                yield (
+                    f"optimizer.params.side: expected one that leaves experts' {what} whole with"
+                    f" expert_tensor_parallel {shares}, which cuts them, got {options.side!r} at {2 * width} x {hidden}"
+                    f" and {hidden} x {width}; expert_tensor_parallel 1 cuts nothing"
+                )

@@ -7,12 +7,15 @@ from typing import Any
 from torch import nn
 
 from narrowgauge.optimizers import EngineOptimizer
+from narrowgauge.optimizers.layers.compact import CompactModule
 from narrowgauge.optimizers.layers.watch import unwatch
 
 from ..model import StagedModel
 from ..parts import LocalParameter, Part
+from .experts import ParallelExperts, StackedParallelWeight, become_compact_experts
+from .experts_cut import ExpertsCut
 from .linear import become_compact, is_parallel_linear
-from .parallel_weight import CompactParallelWeight, ParallelWeight, placeholder
+from .parallel_weight import CompactParallelWeight, ParallelUnit, ParallelWeight, placeholder
 from .weight_cut import WeightCut
 
 
@@ -25,6 +28,14 @@ class _Packed:
     names: list[str]
 
 
+@dataclass(frozen=True)
+class _Expert:
+    """The weight of an expert's linear, and what it holds of the model's."""
+
+    layer: nn.Module
+    described: LocalParameter
+
+
 class ModelTree(nn.Module):
     """Modules under the model's own names. Each weight is a tensor without memory that stands for its part of
     Megatron's parameters; compact parameters, once there are some, are real.
@@ -33,13 +44,38 @@ class ModelTree(nn.Module):
     def __init__(self, model: StagedModel) -> None:
         super().__init__()
         self._packed: list[_Packed] = []
-        self._stands_for: dict[int, nn.Parameter] = {}
+        self._stands_for: dict[int, list[nn.Parameter]] = {}
+        # By the stand-in for experts, Megatron's module.
+        self._experts: list[tuple[ParallelExperts, nn.Module]] = []
         for chunk, described in zip(model.chunks, model.held, strict=True):
+            experts: dict[tuple[str, str], list[_Expert]] = {}
             for name, parameter in chunk.named_parameters():
                 layer = chunk.get_submodule(name.rpartition(".")[0])
+                if described[name].is_expert:
+                    # decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight
+                    module = name.split(".local_experts.")[0]
+                    weight = described[name].parts[0].name
+                    experts.setdefault((module, weight), []).append(_Expert(layer, described[name]))
+                    continue
                 if not (is_parallel_linear(layer) and name.startswith("decoder.") and name.endswith(".weight")):
                     layer = None
                 self._enter(described[name], parameter, layer)
+            for (module, weight), members in experts.items():
+                self._enter_experts(weight, chunk.get_submodule(module), members)
+
+    def _enter_experts(self, name: str, module: nn.Module, members: Sequence[_Expert]) -> None:
+        """Matrices of experts that are stacked in one weight of the model."""
+        path, _, key = name.rpartition(".")
+        parent, _, own = path.rpartition(".")
+        experts = self._child(parent)._modules.get(own)
+        if experts is None:
+            experts = ParallelExperts()
+            self._child(parent).add_module(own, experts)
+            self._experts.append((experts, module))
+        assert isinstance(experts, ParallelExperts)
+        linears: list[Any] = [member.layer for member in members]
+        stand_in = experts.add(key, linears, ExpertsCut.of([member.described for member in members]))
+        self._stands_for[id(stand_in)] = [linear.weight for linear in linears]
 
     def _enter(self, described: LocalParameter, parameter: nn.Parameter, layer: nn.Module | None) -> None:
         by_name: dict[str, list[Part]] = {}
@@ -51,11 +87,11 @@ class ModelTree(nn.Module):
                 leaf = ParallelWeight(layer, weight_cut(described, parts))
                 parent, _, own = module.rpartition(".")
                 self._child(parent).add_module(own, leaf)
-                self._stands_for[id(leaf.weight)] = parameter
+                self._stands_for[id(leaf.weight)] = [parameter]
             else:
                 stand_in = placeholder(parameter, parts[0].box.shape)
                 self._child(module).register_parameter(key, stand_in)
-                self._stands_for[id(stand_in)] = parameter
+                self._stands_for[id(stand_in)] = [parameter]
         self._packed.append(_Packed(parameter, layer, list(by_name)))
 
     def _child(self, path: str) -> nn.Module:
@@ -73,16 +109,18 @@ class ModelTree(nn.Module):
 
     def compact_parameters(self) -> Iterator[tuple[LocalParameter, nn.Parameter]]:
         """The compact parameters, as parameters of the model beside those that were there when it was built."""
-        for name, own in self.named_modules():
-            if isinstance(own, CompactParallelWeight):
-                part = Part(f"{name}.compact", own.box)
-                cut = own.cut.split if own.box.local != own.box.shape else None
-                yield LocalParameter(part.name, own.box.local, (part,), own.layer.is_expert, cut), own.compact
+        for name, module in self.named_modules():
+            for unit in module.compact_units() if isinstance(module, CompactModule) else ():
+                assert isinstance(unit, ParallelUnit)
+                own = f"{name}.{unit.compact_key}"
+                is_expert = isinstance(unit, StackedParallelWeight)
+                shape, parts = tuple(unit.compact.shape), tuple(unit.compact_parts(own))
+                yield LocalParameter(own, shape, parts, is_expert, unit.cut_dim), unit.compact
 
     def weights_in_groups(self) -> dict[str, nn.Parameter]:
-        """By name of each weight that is trained whole, Megatron's parameter that holds it."""
+        """By name of each weight that is trained whole, one of Megatron's parameters that hold it."""
         named = {id(p): name for name, p in self.named_parameters() if p.requires_grad}
-        return {named[key]: own for key, own in self._stands_for.items() if key in named}
+        return {named[key]: own[0] for key, own in self._stands_for.items() if key in named}
 
     def hand_over(self, optimizer: EngineOptimizer[Any]) -> None:
         """Let the parallel layers train the compact weights that the optimizer has made, and put Megatron's parameters
@@ -104,7 +142,10 @@ class ModelTree(nn.Module):
                 )
             if compact:
                 become_compact(packed.layer, list(compact.values()))
-        for weight in compact_weights(optimizer):
+        for experts, module in self._experts:
+            if experts.stacked:
+                become_compact_experts(module, list(experts.stacked.values()))
+        for weight in compact_units_of(optimizer):
             # What others change is looked for in whole weights.
             unwatch(weight)
         self._replace_placeholders(optimizer)
@@ -114,11 +155,13 @@ class ModelTree(nn.Module):
         for number, group in enumerate(optimizer.param_groups):
             real: dict[int, nn.Parameter] = {}
             for parameter in group["params"]:
-                own: Any = self._stands_for.get(id(parameter), parameter)
-                if group_of.setdefault(id(own), number) != number:
-                    names = next(packed.names for packed in self._packed if packed.parameter is own)
-                    raise ValueError(f"param_groups: expected one group for {names}, which are one parameter, got two")
-                real[id(own)] = own
+                for own in self._stands_for.get(id(parameter), [parameter]):
+                    if group_of.setdefault(id(own), number) != number:
+                        names = next(packed.names for packed in self._packed if packed.parameter is own)
+                        raise ValueError(
+                            f"param_groups: expected one group for {names}, which are one parameter, got two"
+                        )
+                    real[id(own)] = own
             group["params"] = list(real.values())
 
 
@@ -145,9 +188,9 @@ def weight_cut(described: LocalParameter, parts: Sequence[Part]) -> WeightCut:
     )
 
 
-def compact_weights(optimizer: EngineOptimizer[Any]) -> Iterator[CompactParallelWeight]:
-    """The parallel weights that an optimizer has made compact."""
+def compact_units_of(optimizer: EngineOptimizer[Any]) -> Iterator[ParallelUnit]:
+    """What an optimizer has made compact."""
     for layer in optimizer.layers:
         module: Any = layer.module
-        if isinstance(module, CompactParallelWeight):
-            yield module
+        assert isinstance(module, ParallelUnit)
+        yield module

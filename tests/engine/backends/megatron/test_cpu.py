@@ -1,9 +1,11 @@
 """What Megatron takes for granted of a GPU: each answer of the CPU is still needed, and gone afterwards."""
 
+import threading
 from typing import Any
 
 import pytest
 import torch
+from torch.overrides import _pop_mode
 
 from narrowgauge.engine.backends.megatron import cpu
 from tests.support.megatron_ranks import MegatronPool
@@ -59,6 +61,35 @@ def what_is_left() -> tuple[str, str, str, bool]:
         return made, told, torch.zeros(1).type(), before == after
     finally:
         cpu.install()
+
+
+def found_after_losing_modes() -> list[str]:
+    """Devices of tensors for a GPU: in another thread, and where something has taken the modes away."""
+    found: list[str] = []
+
+    def make() -> None:
+        cpu.install()
+        found.append(torch.zeros(1, device="cuda").device.type)
+        found.append(torch.zeros(1).type())
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    while torch._C._len_torch_function_stack():
+        _pop_mode()
+    make()
+    cpu.uninstall()
+    found.append(torch.zeros(1).type())
+    cpu.install()
+    return found
+
+
+def test_modes_that_are_lost_are_entered_again(megatron_ranks: MegatronPool) -> None:
+    """Modes are of one thread, and whoever compiles takes them away: "Torch not compiled with CUDA enabled", now and
+    then.
+    """
+    as_on_gpu = ["cpu", "torch.cuda.FloatTensor"]
+    assert megatron_ranks.run(found_after_losing_modes, ranks=1) == [[*as_on_gpu, *as_on_gpu, "torch.FloatTensor"]]
 
 
 def test_nothing_is_left_of_them(megatron_ranks: MegatronPool) -> None:

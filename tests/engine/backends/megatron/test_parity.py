@@ -52,6 +52,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "EP2-PP2": ("mixtral", 4, {**EP2, **PP2}),
     "EP2-ETP2-TP2-SP": ("mixtral", 4, {**TP2, **SP, **EP2}),
     "EP4-ETP1-TP2-SP": ("mixtral", 4, {**TP2, **SP, "expert_parallel": 4, "expert_tensor_parallel": 1}),
+    "ETP1-TP2-SP": ("mixtral", 2, {**TP2, **SP, "expert_tensor_parallel": 1}),
+    "ETP2-TP1": ("mixtral", 2, {"expert_tensor_parallel": 2}),
     "EP2-ETP2-TP1": ("mixtral", 4, {**EP2, "expert_tensor_parallel": 2}),
     "EP2-recompute-moe": ("mixtral", 2, {**EP2, "recompute": "selective", "recompute_modules": ["moe"]}),
     "qwen3-moe-EP2": ("qwen3_moe", 2, EP2),

@@ -37,6 +37,11 @@ def refused(
         ({"sequence_parallel": True}, "nothing shares"),
         ({"tensor_paralel": 2}, "did you mean 'tensor_parallel'?"),
         ({"tensor_parallel": 0}, "greater than 0"),
+        ({"balance_loss": "batch"}, "'none', 'micro_batch' or 'global'"),
+        ({"expert_dispatcher": "flex"}, "'alltoall' or 'allgather'"),
+        ({"expert_capacity_factor": 0}, "greater than 0"),
+        ({"balance_loss": "global"}, "expected 'none' for a model without experts, got 'global'"),
+        ({"expert_capacity_factor": 1.5}, "expected None for a model without experts, got 1.5"),
     ],
 )
 def test_settings(layout: dict[str, Any], reason: str) -> None:
@@ -133,6 +138,11 @@ def test_a_sequence_is_cut_evenly() -> None:
 def test_variants_of_models(family: str, sizes: dict[str, Any], expected: str) -> None:
     (problem,) = refused(family=family, sizes=sizes)
     assert problem.startswith(expected)
+
+
+def test_a_balance_loss_without_a_coefficient() -> None:
+    (problem,) = refused({"balance_loss": "global"}, family="mixtral", sizes={"router_aux_loss_coef": 0.0})
+    assert problem.startswith("megatron.balance_loss: expected a model whose router_aux_loss_coef is above 0")
 
 
 def test_a_family_that_is_not_built() -> None:

@@ -42,8 +42,26 @@ def test_optimizers_on_whole_gradients_are_refused() -> None:
         backend_of("megatron").check(config)
 
 
-def test_mixtures_of_experts_are_refused() -> None:
-    config = run_config("megatron", "mixtral", {}, optimizer={"type": "Grass", "params": {**GRASS, "strata": 1}})
+@pytest.mark.parametrize(
+    ("optimizer", "params", "message"),
+    [
+        (
+            "Grass",
+            {**GRASS, "strata": 3},
+            "strata: expected a multiple of 2, into which expert_tensor_parallel (2) cuts",
+        ),
+        ("Grass", {**GRASS, "side": "rows"}, "strata: expected a multiple of 4, into which expert_tensor_parallel (2)"),
+        (
+            "GaLore",
+            {"lr": 1e-2, "rank": 4, "side": "right"},
+            "side: expected one that leaves experts' down_proj's inputs",
+        ),
+    ],
+)
+def test_experts_that_are_cut(optimizer: str, params: dict[str, Any], message: str) -> None:
+    layout = {"expert_parallel": 2, "expert_tensor_parallel": 2}
+    config = run_config("megatron", "mixtral", layout, optimizer={"type": optimizer, "params": params})
     backend_of("megatron").check(config)
-    with pytest.raises(ConfigError, match=r"optimizer\.type: expected AdamW for mixtures of experts .* got Grass"):
-        backend_of("megatron").check_model(config, hf_config("mixtral"), 1)
+    with pytest.raises(ConfigError) as caught:
+        backend_of("megatron").check_model(config, hf_config("mixtral"), 4)
+    assert f"optimizer.params.{message}" in str(caught.value)

@@ -15,8 +15,10 @@ from .test_parity import OPTIMIZERS, SP, TP2
 STEPS = 2
 
 
-def bytes_per_step(optimizer: dict[str, Any]) -> tuple[float, float, tuple[float, float]]:
-    engine = make_engine(run_config("megatron", "llama", TP2, optimizer=optimizer), "llama")
+def bytes_per_step(
+    optimizer: dict[str, Any], family: str = "llama", layout: dict[str, Any] = TP2
+) -> tuple[float, float, tuple[float, float]]:
+    engine = make_engine(run_config("megatron", family, layout, optimizer=optimizer), family)
     engine.traffic.attach()
     for step in range(STEPS):
         engine.train_step(micro_batches(engine, step), lambda name: nullcontext())
