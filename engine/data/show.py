@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..errors import UserError
 from ..micro_batch import NOT_LEARNED
 from .loader import Samples
 from .mixture import Mixture
-from .run_data import Prepared, prepare
+from .run_data import prepare
 from .tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def show_data(config: str | Path | Mapping[str, Any], *, overrides: Sequence[str
     prepared = prepare(block, logger.info)
     if prepared.vocab_size is None:
         raise UserError("data.tokenizer: token files carry none to show their text with; name one")
-    samples, _ = prepared.samples(block.sequence_length, prepared.vocab_size)
+    samples, held_out = prepared.samples(block.sequence_length, prepared.vocab_size)
     assert prepared.tokenizer is not None
     tokenizer = load_tokenizer(prepared.tokenizer)
     seed = training.seed if training is not None else 0
@@ -55,7 +56,8 @@ def show_data(config: str | Path | Mapping[str, Any], *, overrides: Sequence[str
         name = f" of {samples.source_of(sample)[0].name}" if isinstance(samples, Mixture) else ""
         console.print(Text(f"sample {place + 1}{name}: {_counted(examples)}", style="bold"))
         console.print(_text(examples, tokenizer, in_colour=console.color_system is not None))
-    console.print(_table(prepared, samples))
+    console.print(_table("training", samples))
+    console.print(_table("validation", held_out))
 
 
 def _counted(examples: Sequence[Example]) -> str:
@@ -111,8 +113,8 @@ def _decoded(tokens: Sequence[int], begin: int, end: int, tokenizer: Any) -> str
     return whole.removeprefix(before) if begin and whole.startswith(before) else tokenizer.decode(tokens[begin:end])
 
 
-def _table(prepared: Prepared, samples: Samples) -> Table:
-    table = Table(title="training data", title_justify="left")
+def _table(side: str, samples: Samples) -> Table:
+    table = Table(title=side, title_justify="left")
     table.add_column("source")
     for heading in ("examples", "samples", "tokens", "learned", "median length", "95 %", "longest", "too long"):
         table.add_column(heading, justify="right")
@@ -122,10 +124,10 @@ def _table(prepared: Prepared, samples: Samples) -> Table:
         cells = [f"{len(samples):,}", f"{tokens:,}", "all", *[f"{length:,}"] * 3, ""]
         table.add_row("documents", "", *cells)
         return table
-    for source, (name, counts) in zip(samples.sources, prepared.counts().items(), strict=True):
-        lengths = source.lengths(_LENGTHS)
+    for source in samples.sources:
+        lengths, counts = source.lengths(_LENGTHS), asdict(source.layout.counts)
         table.add_row(
-            name,
+            source.name,
             *(f"{counts[key]:,}" for key in ("examples", "samples", "tokens")),
             f"{counts['learned'] / counts['tokens']:.1%}",
             *(f"{np.percentile(lengths, p):,.0f}" for p in _PERCENTILES),

@@ -24,6 +24,7 @@ from narrowgauge.engine.data.run_data import prepare
 from narrowgauge.engine.run.packable import FAMILIES, check_packing
 from tests.engine.backends.ddp.test_parity import finish, weights_of
 from tests.support.chat import conversations, save_tokenizer, write_lines
+from tests.support.command import ROOT
 from tests.support.families import small
 from tests.support.ranks import RankPool
 from tests.support.zero import worst
@@ -175,6 +176,8 @@ def test_a_model_that_mixes_examples_is_refused() -> None:
         with pytest.raises(ValueError, match=rf"data\.packing: expected false with a {family}, got true"):
             check_packing(block, small(family))
     check_packing(block, small("llama"))
+    page = (ROOT / "docs" / "data.md").read_text()
+    assert [name for name in FAMILIES if f"`{name}`" not in page] == []
     unmasked = small("llama")
     unmasked._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="expected the attention 'sdpa' or 'eager' with it, got 'flash_attention_2'"):
