@@ -2,7 +2,8 @@
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -13,12 +14,16 @@ from .controller import Controller
 from .debug_state import DebugState, debug_state
 from .errors import OffloadError
 from .options import Folder, Granularity, OffloadOptions, check_model, keywords
-from .saving.graph import ForwardGraph, mark_parameter
+from .saving.graph import ForwardGraph, keep_in_memory
 from .saving.recompute import RecomputedLayers
+from .schedule import MicroBatch, Schedule, Step
 from .stats import Endurance, OffloadStats
 from .storage.filesystem import to_folders, total_bytes
 from .storage.reservation import local_process_ranks, reserve, warn_of_page_cache
 from .transfer.transport import Transport
+
+# The latest forwards, of which plans are made.
+_NUM_KNOWN = 4
 
 
 class ActivationOffload:
@@ -73,10 +78,11 @@ class ActivationOffload:
         self._transport, self._controller, self._endurance = _start(chosen)
         self._local = threading.local()
         self._graphs: list[ForwardGraph] = []
+        self._step: Step | None = None
         self._recomputed = None
         if model is not None:
             for tensor in (*model.parameters(), *model.buffers()):
-                mark_parameter(tensor)
+                keep_in_memory(tensor)
             if self.granularity == "layer_inputs":
                 try:
                     self._recomputed = RecomputedLayers(model, layers)
@@ -86,20 +92,59 @@ class ActivationOffload:
         self._closed = False
 
     def __enter__(self) -> "ActivationOffload":
+        self._refuse_if_closed()
+        self._enter(self._controller.next_budget(self._graphs), num_known=_NUM_KNOWN)
+        return self
+
+    def begin_step(self, schedule: Schedule) -> None:
+        """A step begins whose forwards and backwards come in a known order, as those of a pipeline do.
+
+        Each of its forwards goes into :meth:`forward` instead of ``with offload``. How much of it is written is planned
+        for its chunk of the model and its place in the order, from what the step before took; and what the next
+        backward asks for first is read while the passes before it go on.
+        """
+        self._refuse_if_closed()
+        self._controller.begin_step(schedule, self._step)
+        self._step = Step(schedule)
+
+    @contextmanager
+    def forward(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Offload what one forward of the step saves.
+
+        Raises:
+            OffloadError: it is another one's turn in the schedule.
+        """
+        self._refuse_if_closed()
+        step = self._step
+        if step is None:
+            raise OffloadError("activation offload: expected begin_step before a forward of a schedule")
+        step.check(micro_batch)
+        budget = self._controller.budget_of(step.schedule, micro_batch)
+        graph = self._enter(budget, num_known=max(_NUM_KNOWN, len(step.schedule.forwards)))
+        try:
+            step.add(micro_batch, graph)
+            yield
+        finally:
+            self._local.stack.pop().__exit__(None, None, None)
+
+    def _refuse_if_closed(self) -> None:
         if self._closed:
             raise OffloadError("this ActivationOffload was closed")
+
+    def _enter(self, budget: float, *, num_known: int) -> ForwardGraph:
+        """Set the hooks of a forward."""
         graph = ForwardGraph(
             self._transport,
             min_bytes=self._min_bytes,
-            budget=self._controller.next_budget(self._graphs),
+            budget=budget,
             only_marked=self.granularity == "layer_inputs",
         )
-        self._graphs = [*self._graphs[-3:], graph]
+        self._graphs = [*self._graphs[1 - num_known :], graph]
         hooks = saved_tensors_hooks(_untraced(graph.pack), _untraced(graph.unpack))
         hooks.__enter__()
         stack = self._local.__dict__.setdefault("stack", [])
         stack.append(hooks)
-        return self
+        return graph
 
     def __exit__(self, *exception: Any) -> None:
         self._local.stack.pop().__exit__(*exception)

@@ -48,7 +48,7 @@ class DebugState:
     """A snapshot; several values may change while it is taken.
 
     Attributes:
-        graphs: of the latest four forwards, those of which autograd still holds something.
+        graphs: of the latest four forwards, or a step's, those of which autograd still holds something.
         records: storages that it holds of them.
         writes_pending: writes of these that are queued or under way.
         lanes_alive: threads that have not ended.

@@ -1,7 +1,7 @@
-"""How much of a forward the disk can take and give back without being waited for."""
+"""How much of each forward the disk can take and give back without being waited for."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 # Of the measured bandwidth; the rest is for what is not in the model.
@@ -23,49 +23,96 @@ class Saved:
     unpacked_at: float | None
 
 
-def absorbable_bytes(saved: Sequence[Saved], *, write_bandwidth: float, read_bandwidth: float, window: int) -> int:
-    """The most bytes, taken from the first saved tensor on, that can be written and read back in time.
+@dataclass(frozen=True)
+class Forward:
+    """One forward as it was measured.
 
-    Writes follow each other from the moment each tensor is saved. Reads follow in reverse, once backward has begun and
-    the writes are done, each when it fits into the window of bytes that are read ahead. In time means: each tensor is
-    back before backward asks for it. The last layers' tensors, for which no disk is fast enough, stay in memory.
+    Attributes:
+        saved: in the order of saving.
+        read_from: when reading back may begin: with its backward, or with the one before in a schedule.
+        group: forwards of one group are planned alike.
+    """
+
+    saved: Sequence[Saved]
+    read_from: float
+    group: Hashable = None
+
+
+def absorbable_shares(
+    forwards: Sequence[Forward],
+    *,
+    write_bandwidth: float,
+    read_bandwidth: float,
+    window: int,
+    groups: Sequence[Hashable] = (None,),
+) -> dict[Hashable, float]:
+    """The share of its bytes, taken from the first saved tensor on, that each group's forwards can write and read back
+    in time, one after the other: the second group gets what the first one leaves.
+
+    Writes follow each other from the moment each tensor is saved. Reads follow in reverse, forward after forward as
+    their backwards do, each when its write is done and it fits into the window of bytes that are read ahead; they go
+    before writes that have not begun. In time means: each tensor is back before backward asks for it. The last layers'
+    tensors, for which no disk is fast enough, stay in memory.
 
     Args:
-        saved: in the order of saving.
+        forwards: of one step, or of one forward, in order.
         write_bandwidth, read_bandwidth: bytes per second, greater than 0.
         window: bytes of buffers for reading ahead.
+        groups: of the forwards, in the order in which they are served.
     """
-    asked = [item.unpacked_at for item in saved if item.unpacked_at is not None]
-    if not asked:
-        return 0
-    backward_begins = min(asked)
-    low, high = 0, len(saved)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _in_time(saved[:middle], backward_begins, write_bandwidth * _SAFETY, read_bandwidth * _SAFETY, window):
-            low = middle
-        else:
-            high = middle - 1
-    return sum(item.nbytes for item in saved[:low])
+    counts: dict[Hashable, int] = dict.fromkeys(groups, 0)
+    shares: dict[Hashable, float] = {}
+    for group in groups:
+        own = [forward.saved for forward in forwards if forward.group == group]
+        is_read = any(item.unpacked_at is not None for saved in own for item in saved)
+        low, high = 0, max(map(len, own), default=0) if is_read else 0
+        while low < high:
+            counts[group] = (low + high + 1) // 2
+            if _in_time(forwards, counts, write_bandwidth * _SAFETY, read_bandwidth * _SAFETY, window):
+                low = counts[group]
+            else:
+                high = counts[group] - 1
+        counts[group] = low
+        total = sum(item.nbytes for saved in own for item in saved)
+        chosen = sum(item.nbytes for saved in own for item in saved[:low])
+        shares[group] = chosen / total if total else 0.0
+    return shares
 
 
-def _in_time(saved: Sequence[Saved], backward_begins: float, write: float, read: float, window: int) -> bool:
-    disk_free = 0.0
-    for item in saved:
-        disk_free = max(disk_free, item.packed_at) + item.nbytes / write
-    disk_free = max(disk_free, backward_begins)
+def _in_time(
+    forwards: Sequence[Forward], counts: Mapping[Hashable, int], write: float, read: float, window: int
+) -> bool:
+    """Whether the first tensors of each forward, as many as ``counts`` says of its group, are all back in time."""
+    writes: list[Saved] = []
+    backwards: list[tuple[float, float, range]] = []
+    for forward in forwards:
+        chosen = forward.saved[: counts[forward.group]]
+        asked = [item.unpacked_at for item in chosen if item.unpacked_at is not None]
+        if asked:
+            backwards.append((min(asked), forward.read_from, range(len(writes), len(writes) + len(chosen))))
+        writes += chosen
+    disk_free, num_written = 0.0, 0
     ahead: deque[tuple[int, float]] = deque()
     ahead_bytes = 0
-    for item in reversed(saved):
-        if item.unpacked_at is None:
-            continue
-        while ahead and ahead_bytes + item.nbytes > window:
-            nbytes, used_at = ahead.popleft()
-            ahead_bytes -= nbytes
-            disk_free = max(disk_free, used_at)
-        disk_free += item.nbytes / read
-        if disk_free > item.unpacked_at:
-            return False
-        ahead.append((item.nbytes, item.unpacked_at))
-        ahead_bytes += item.nbytes
+    for _, read_from, places in sorted(backwards, key=lambda backward: backward[0]):
+        for place in reversed(places):
+            item = writes[place]
+            if item.unpacked_at is None:
+                continue
+            has_room = read_from
+            while ahead and ahead_bytes + item.nbytes > window:
+                nbytes, used_at = ahead.popleft()
+                ahead_bytes -= nbytes
+                has_room = max(has_room, used_at)
+            while num_written < len(writes):
+                begins = max(disk_free, writes[num_written].packed_at)
+                if num_written > place and begins >= has_room:
+                    break
+                disk_free = begins + writes[num_written].nbytes / write
+                num_written += 1
+            disk_free = max(disk_free, has_room) + item.nbytes / read
+            if disk_free > item.unpacked_at:
+                return False
+            ahead.append((item.nbytes, item.unpacked_at))
+            ahead_bytes += item.nbytes
     return True

@@ -22,8 +22,8 @@ class OffloadStats:
         forwarded: bytes that backward took from memory although they had been given up for writing.
         failed_writes: transfers that failed; their tensors stayed in memory.
         full: tensors that stayed in memory because the slab was full.
-        offload_budget: bytes that the latest forward may write; None before a backward has been measured: until then
-            everything is written.
+        offload_budget: bytes that the latest forward may write, or of the latest step's the one that may most; None
+            before a backward has been measured: until then everything is written.
         unplanned: forwards of which that is true.
         write_bandwidth, read_bandwidth: bytes per second as last measured.
         written_per_day: at the rate since the first write.

@@ -2,13 +2,13 @@
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..planner import Saved
+from ..planner import Forward, Saved
 from ..storage.slab import ALIGNMENT, round_up
 from ..transfer.record import Handle, Plain, Record
 from ..transfer.transport import Transport
@@ -22,6 +22,9 @@ class ForwardGraph:
 
     Everything hangs on the handles that autograd holds: when a graph is freed, by backward or because it was given
     up, its records die, and with them their extents and buffers.
+
+    Attributes:
+        then: weak; the forward whose backward comes after this one's, where that is known.
     """
 
     def __init__(self, transport: Transport, *, min_bytes: int, budget: float, only_marked: bool) -> None:
@@ -32,9 +35,14 @@ class ForwardGraph:
             only_marked: offload only storages that :func:`mark_layer_input` was called for.
         """
         self._transport, self._min_bytes, self._budget = transport, min_bytes, budget
-        self._only_marked = only_marked
+        self._only_marked, self._clock = only_marked, transport.counters.clock
+        self.then: weakref.ref[ForwardGraph] | None = None
         self._records: list[weakref.ref[Record]] = []
         self._cursor: int | None = None
+        # Bytes that may be read before its own backward has begun.
+        self._early = 0
+        self._read_from: float | None = None
+        self._backward_began = False
         self._sizes: list[int] = []
         self._packed_at: list[float] = []
         self._unpacked_at: dict[int, float] = {}
@@ -46,11 +54,11 @@ class ForwardGraph:
         """The saved-tensor hook of forward."""
         if not _is_ordinary(tensor):
             if isinstance(tensor, nn.Parameter) and type(tensor.data) is Tensor:
-                mark_parameter(tensor)
+                keep_in_memory(tensor)
             return Plain(tensor)
         storage = tensor.untyped_storage()
         base = tensor._base if tensor._base is not None else tensor
-        if isinstance(base, nn.Parameter) or hasattr(storage, "_narrowgauge_parameter") or storage.nbytes() == 0:
+        if isinstance(base, nn.Parameter) or hasattr(storage, "_narrowgauge_kept") or storage.nbytes() == 0:
             return Plain(tensor)
         if base is not tensor and base.is_leaf and _SMALL_PART * tensor.nbytes < storage.nbytes():
             # A small part of data that somebody holds anyway, such as a batch of a data set.
@@ -75,7 +83,7 @@ class ForwardGraph:
         if marked and record.nbytes >= self._min_bytes:
             self.offered += record.nbytes
             self._sizes.append(record.nbytes)
-            self._packed_at.append(time.perf_counter())
+            self._packed_at.append(self._clock())
             record.slot = len(self._sizes) - 1
             if self.offered <= self._budget:
                 self._transport.offload(record)
@@ -88,7 +96,7 @@ class ForwardGraph:
         self._transport.settle()
         record = packed.record
         if record.slot is not None and record.slot not in self._unpacked_at:
-            self._unpacked_at[record.slot] = time.perf_counter() - self.stall
+            self._unpacked_at[record.slot] = self._clock()
         self._prefetch(record)
         try:
             return packed.unpack()
@@ -97,16 +105,38 @@ class ForwardGraph:
             record.waited = 0.0
 
     def _prefetch(self, record: Record) -> None:
-        """Read what comes next, backwards from ``record``, as far as the buffers reach."""
-        if self._cursor is None:
+        """Read what comes next, backwards from ``record``, as far as the buffers reach; then the next backward's."""
+        if not self._backward_began:
+            self._backward_began = True
             self._transport.set_window(self.window)
+            self._note_reading()
         if self._cursor is None or (record.index > self._cursor and record.in_memory() is None):
             self._cursor = record.index
         while self._cursor > 0:
             before = self._records[self._cursor - 1]()
             if before is not None and not self._transport.prefetch(before):
-                break
+                return
             self._cursor -= 1
+        following = self.then() if self.then is not None else None
+        if following is not None:
+            following.read_ahead()
+
+    def read_ahead(self) -> None:
+        """Read what backward will ask for first, as far as the buffers reach: it is the next one."""
+        if self._cursor is None:
+            self._cursor, self._early = len(self._records), self.window
+            self._note_reading()
+        while self._cursor > 0 and self._early > 0:
+            record = self._records[self._cursor - 1]()
+            if record is not None:
+                if not self._transport.prefetch(record):
+                    return
+                self._early -= record.nbytes
+            self._cursor -= 1
+
+    def _note_reading(self) -> None:
+        if self._read_from is None:
+            self._read_from = self._clock()
 
     def living_records(self) -> list[Record]:
         """Those that autograd still holds, in the order of saving."""
@@ -128,12 +158,14 @@ class ForwardGraph:
         """Whether backward has been through."""
         return bool(self._sizes) and len(self._unpacked_at) >= 0.9 * len(self._sizes)
 
-    def profile(self) -> list[Saved]:
-        """What was saved and when it was asked for, in the order of saving."""
-        return [
+    def profile(self, group: Hashable = None) -> Forward:
+        """What was saved, when it was asked for, and from when on it could be read, once backward has been through."""
+        assert self._read_from is not None
+        saved = [
             Saved(size, packed, self._unpacked_at.get(slot))
             for slot, (size, packed) in enumerate(zip(self._sizes, self._packed_at, strict=True))
         ]
+        return Forward(saved, self._read_from, group)
 
 
 def read_ahead(sizes: Sequence[int], total: int) -> int:
@@ -145,10 +177,10 @@ def read_ahead(sizes: Sequence[int], total: int) -> int:
     return round_up(max(total // _WINDOW_SHARE, _WINDOW_TENSORS * (large + ALIGNMENT)))
 
 
-def mark_parameter(parameter: Tensor) -> None:
-    """Leave tensors over this parameter's or buffer's memory where they are."""
-    storage: Any = parameter.untyped_storage()
-    storage._narrowgauge_parameter = True
+def keep_in_memory(tensor: Tensor) -> None:
+    """Leave tensors over this one's memory where they are: a parameter's, or what is freed and filled by others."""
+    storage: Any = tensor.untyped_storage()
+    storage._narrowgauge_kept = True
 
 
 def mark_layer_input(tensor: Tensor) -> None:

@@ -57,3 +57,7 @@ class Counters:
     forwarded: int = 0
     failed_writes: int = 0
     full: int = 0
+
+    def clock(self) -> float:
+        """Seconds, without those for which backward waited."""
+        return time.perf_counter() - self.stall

@@ -17,6 +17,7 @@ from .draw import shapes_of
 from .keys import megatron_block
 from .masters import Masters
 from .model import StagedModel
+from .offload import make_scheduled
 from .start import device
 from .training import MegatronTraining
 
@@ -32,6 +33,7 @@ def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> Meg
     masters = Masters(chunks, distributed=block.distributed_optimizer, bf16=config.bf16)
     compact = CompactPart(own, masters, overlaps=block.overlap_param_gather) if own is not None else None
     masters.take_over(optimizer)
+    batches = config.batches(model.layout.data)
     return MegatronTraining(
         model,
         chunks,
@@ -39,9 +41,10 @@ def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> Meg
         optimizer,
         shapes=shapes_of(model.config),
         lr_scheduler=schedule(optimizer) if schedule is not None else None,
-        batches=config.batches(model.layout.data),
+        batches=batches,
         gradient_clipping=config.parsed.gradient_clipping,
         distributed=block.distributed_optimizer,
+        offload=make_scheduled(config, model, batches.accumulation_steps),
         compact=compact,
     )
 

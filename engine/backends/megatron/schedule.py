@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...protocol import Phase
 from .model import StagedModel
+from .offload import ScheduledOffload
 
 
 def loss_of(losses: Tensor) -> Tensor:
@@ -26,11 +27,14 @@ def inputs_of(tokens: Tensor) -> dict[str, Any]:
     return {"input_ids": tokens, "position_ids": positions, "attention_mask": None, "labels": labels}
 
 
-def forward_backward(chunks: Sequence[nn.Module], micro_batches: Sequence[Tensor], phase: Phase) -> Tensor:
+def forward_backward(
+    chunks: Sequence[nn.Module], micro_batches: Sequence[Tensor], phase: Phase, offload: ScheduledOffload
+) -> Tensor:
     """Forwards and backwards of all micro-batches, and the reduction of gradients. Collective.
 
     Args:
         chunks: wrapped by Megatron's DistributedDataParallel.
+        offload: around each forward.
 
     Returns:
         The sum of the mean losses, float64; the same on all stages.
@@ -39,14 +43,19 @@ def forward_backward(chunks: Sequence[nn.Module], micro_batches: Sequence[Tensor
     assert all(other.shape == first.shape for other in others)
     turns = _Turns(phase)
 
-    def step(batches: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Any]:
-        with turns.forward():
-            return chunk(**inputs_of(next(batches))), _scaled
+    def step(batches: Iterator[tuple[int, int, Tensor]], chunk: nn.Module) -> tuple[Tensor, Any]:
+        number, place, tokens = next(batches)
+        with turns.forward(), offload.forward(number, place):
+            return chunk(**inputs_of(tokens)), _scaled
 
+    offload.begin_step()
     with turns.backward():
         losses = get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=[iter(micro_batches) for _ in chunks],
+            data_iterator=[
+                iter([(number, place, tokens) for number, tokens in enumerate(micro_batches)])
+                for place in range(len(chunks))
+            ],
             model=list(chunks),
             num_microbatches=len(micro_batches),
             seq_length=first.shape[1],

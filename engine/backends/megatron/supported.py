@@ -64,8 +64,17 @@ def _settings(config: Config) -> Iterator[str]:
             "data.train: expected text or token files with the megatron engine, which learns all tokens of samples of"
             " one length, got records; use the deepspeed or ddp engine"
         )
-    if config.offload() is not None:
-        yield "activation_offload: not supported with the megatron engine yet; use megatron.recompute"
+    options = config.offload()
+    if options is not None and options.granularity != "saved_tensors":
+        yield (
+            f"activation_offload.granularity: expected 'saved_tensors' with the megatron engine, got"
+            f" {options.granularity!r}; under megatron.recompute 'full' the layers' inputs are what is saved"
+        )
+    if options is not None and options.backend == "aio":
+        yield (
+            "activation_offload.backend: expected auto, threads or gds with the megatron engine, got aio: it is"
+            " DeepSpeed's"
+        )
 
 
 def _optimizer(config: Config) -> Iterator[str]:

@@ -25,6 +25,7 @@ from .compact.engine_part import CompactPart
 from .groups import destroy_groups
 from .masters import Masters
 from .model import StagedModel
+from .offload import ScheduledOffload
 from .parts import LocalParameter
 from .schedule import forward, forward_backward, forward_without_head
 from .traffic import MegatronTraffic, gathered_bytes, reduced_bytes
@@ -61,6 +62,7 @@ class MegatronTraining:
         batches: Batches,
         gradient_clipping: float,
         distributed: bool,
+        offload: ScheduledOffload,
         compact: CompactPart | None = None,
     ) -> None:
         """
@@ -71,10 +73,12 @@ class MegatronTraining:
             shapes: of all weights, by Hugging Face's names.
             gradient_clipping: of the norm of all gradients; 0 for none.
             distributed: masters and moments are cut over the data-parallel ranks.
+            offload: of what training forwards save.
         """
         self._model, self._chunks, self._masters, self._optimizer = model, chunks, masters, optimizer
         self._shapes, self._lr_scheduler, self._batches = shapes, lr_scheduler, batches
         self._clipping, self._distributed, self._compact = gradient_clipping, distributed, compact
+        self._offload = offload
         self._device = next(model.parameters()).device
         self._traffic = MegatronTraffic(chunks)
         self._counters = {"global_steps": 0, "global_samples": 0, "skipped_steps": 0}
@@ -113,7 +117,7 @@ class MegatronTraining:
 
     @property
     def activation_offload(self) -> ActivationOffload | None:
-        return None
+        return self._offload.activation_offload
 
     @property
     def traffic(self) -> MegatronTraffic:
@@ -143,7 +147,7 @@ class MegatronTraining:
         if self._balance.needs_counts_ahead:
             with self._balance.counting_ahead():
                 forward_without_head(self._chunks, micro_batches, phase)
-        loss_sum = forward_backward(self._chunks, micro_batches, phase)
+        loss_sum = forward_backward(self._chunks, micro_batches, phase, self._offload)
         self._balance.end_step()
         with phase("optimizer"):
             self._update()
@@ -321,6 +325,7 @@ class MegatronTraining:
 
     def close(self) -> None:
         self._traffic.detach()
+        self._offload.close()
         destroy_groups()
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from narrowgauge.offload import ActivationOffload, OffloadError, OffloadSpaceError
 from narrowgauge.offload.backends import aio
-from narrowgauge.offload.planner import Saved, absorbable_bytes
+from narrowgauge.offload.planner import Forward, Saved, absorbable_shares
 from narrowgauge.offload.stats import Endurance
 from narrowgauge.offload.storage.slab import ALIGNMENT, round_up
 from tests.offload.support import (
@@ -1245,6 +1245,13 @@ def profile(*asked: float | None) -> list[Saved]:
     return [Saved(100, float(second), time) for second, time in enumerate(asked)]
 
 
+def absorbable(saved: list[Saved], **speeds: Any) -> int:
+    """Of one forward, whose backward begins when it asks for the first tensor."""
+    asked = [item.unpacked_at for item in saved if item.unpacked_at is not None]
+    shares = absorbable_shares([Forward(saved, min(asked, default=0.0))], **speeds)
+    return round(shares[None] * sum(item.nbytes for item in saved))
+
+
 @pytest.mark.parametrize(
     ("asked", "write", "read", "expected"),
     [
@@ -1269,14 +1276,14 @@ def profile(*asked: float | None) -> list[Saved]:
     ],
 )
 def test_planned_bytes(asked: list[float | None], write: float, read: float, expected: int) -> None:
-    assert absorbable_bytes(profile(*asked), write_bandwidth=write, read_bandwidth=read, window=1000) == expected
+    assert absorbable(profile(*asked), write_bandwidth=write, read_bandwidth=read, window=1000) == expected
 
 
 def test_planned_bytes_are_limited_by_what_is_read_ahead() -> None:
     """A read takes 1 s; with room for one tensor it begins when the one before was used, not at 10.1 s."""
     saved = profile(20.1, 13.2, 12.6, 12.1, 10.1)
     planned = [
-        absorbable_bytes(saved, write_bandwidth=1e9, read_bandwidth=125.0, window=window) for window in (100, 200, 400)
+        absorbable(saved, write_bandwidth=1e9, read_bandwidth=125.0, window=window) for window in (100, 200, 400)
     ]
     # Room for one: the fourth is back at 11.1, the third not before 13.1, too late for 12.6; of the first three and
     # of the first two alike, until the second and first are left.
@@ -1287,7 +1294,7 @@ def test_planned_bytes_are_limited_by_what_is_read_ahead() -> None:
 def test_planned_bytes_grow_with_the_speed_of_the_disk() -> None:
     saved = [Saved(1000 + 37 * n, 0.1 * n, 12.0 - 0.2 * n) for n in range(30)]
     planned = [
-        absorbable_bytes(saved, write_bandwidth=speed, read_bandwidth=speed, window=10**6)
+        absorbable(saved, write_bandwidth=speed, read_bandwidth=speed, window=10**6)
         for speed in (1e2, 3e3, 1e4, 3e4, 1e5, 1e9)
     ]
     assert planned == sorted(planned)
