@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.slurm import Slurm, missing
-from tests.support.command import losses, records, tiny_config, wait_for_step
+from tests.support.command import losses, records, tiny_config, under_megatron, wait_for_step
 from tests.support.forked import run
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -96,6 +96,24 @@ def test_asked_to_end_a_job_requeues_itself_and_resumes_bit_equal(
     assert int(job["Restarts"]) >= 1
     assert "resumed after step" in log
     assert_same(run_dir, whole)
+
+
+@pytest.mark.slow
+def test_under_megatron_a_stage_on_each_node_is_asked_and_resumes_bit_equal(
+    slurm: Slurm, corpus: Path, tmp_path: Path
+) -> None:
+    config, run_dir = config_of(corpus, tmp_path, **under_megatron(pipeline_parallel=2)), tmp_path / "run"
+    shorter = [*LONG, "--set", "training.steps=200"]
+    number = submit(config, tmp_path, *shorter)
+    wait_for_step(run_dir, 20)
+    assert slurm.run("scancel", "--signal=USR1", "--batch", number).returncode == 0
+    job = slurm.wait(number)
+    assert job["JobState"] == "COMPLETED", logs(tmp_path)
+    assert int(job["Restarts"]) >= 1
+    assert "resumed after step" in logs(tmp_path)
+    alone = tmp_path / "alone"
+    assert run("train", str(config), *shorter, "--set", f"logging.run_dir={alone}", ranks=2).returncode == 0
+    assert_same(run_dir, alone)
 
 
 @pytest.mark.slow

@@ -87,6 +87,13 @@ def wait_for_step(run_dir: Path, step: int, process: "Process | None" = None) ->
         time.sleep(0.01)
 
 
+def under_megatron(**layout: Any) -> dict[str, Any]:
+    """Blocks for :func:`tiny_config`: Grass under the ``megatron`` engine, cut over two ranks as ``layout`` says."""
+    params = {"lr": 0.005, "matrix_lr_scale": 0.2, "density": 0.25, "refresh_interval": 5, "strata": 2}
+    optimizer = {"type": "Grass", "params": params}
+    return {"engine": "megatron", "megatron": layout, "zero_optimization": {"stage": 0}, "optimizer": optimizer}
+
+
 def tiny_config(corpus: Path, folder: Path, **changes: Any) -> Path:
     """A run of seconds: a small LLaMA on a small text; top-level blocks can be replaced."""
     config: dict[str, Any] = {

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from narrowgauge.engine.ranks.exit_codes import EXIT_PREEMPTED
-from tests.support.command import ROOT, arguments, environment, losses, records, start, tiny_config
+from tests.support.command import ROOT, arguments, environment, losses, records, start, tiny_config, under_megatron
 from tests.support.forked import run
 
 MORE = ["--set", "training.steps=120", "--set", "training.eval_interval=30", "--set", "training.checkpoint_interval=25"]
@@ -85,6 +85,22 @@ def test_one_rank_is_asked_and_all_save_and_end(
     assert saved_steps(run_dir)[-1] == reached
     assert not is_saving(run_dir)
     assert run("train", config, *MORE, ranks=2).returncode == 0
+    assert_same(run_dir, whole)
+
+
+@pytest.mark.slow
+def test_under_megatron_both_stages_save_and_go_on(corpus: Path, tmp_path: Path) -> None:
+    config, run_dir = str(tiny_config(corpus, tmp_path, **under_megatron(pipeline_parallel=2))), tmp_path / "run"
+    process = start("train", config, *MORE, ranks=2)
+    wait_until(lambda: any(step >= 26 for step in losses(run_dir)), process)
+    ranks_of(process)[1].send_signal(signal.SIGUSR1)
+    assert process.wait(60) != 0
+    reached = max(losses(run_dir))
+    assert reached < 120
+    assert saved_steps(run_dir)[-1] == reached
+    assert run("train", config, *MORE, ranks=2).returncode == 0
+    whole = tmp_path / "whole"
+    assert run("train", config, *MORE, "--set", f"logging.run_dir={whole}", ranks=2).returncode == 0
     assert_same(run_dir, whole)
 
 

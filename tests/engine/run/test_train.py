@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import command, forked
-from tests.support.command import losses, records, tiny_config
+from tests.support.cases import cases
+from tests.support.command import losses, records, tiny_config, under_megatron
 
 SUMMARY_KEYS = {
     "schema_version": int,
@@ -138,19 +139,20 @@ def test_every_zero_stage_gives_the_same_run(finished: Path, tmp_path: Path, sta
     assert losses(tmp_path / "run") == pytest.approx(losses(finished / "run"), abs=5e-6)
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "dtype"),
-    [
-        ("Grass", "bf16"),
-        pytest.param("Grass", "fp32", marks=pytest.mark.slow),
-        pytest.param("AdamW", "bf16", marks=pytest.mark.slow),
-    ],
-)
-def test_a_killed_run_resumes_bit_equal(corpus: Path, tmp_path: Path, optimizer: str, dtype: str) -> None:
+BF16 = {"bf16": {"enabled": True}}
+ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": 0.005, "torch_adam": True}}}
+KILLED: dict[str, tuple[dict[str, Any]]] = {
+    "Grass-bf16": (BF16,),
+    "Grass-fp32": ({},),
+    "AdamW-bf16": ({**BF16, **ADAMW},),
+    "megatron-TP2": (under_megatron(tensor_parallel=2, sequence_parallel=True),),
+    "megatron-PP2-bf16": ({**under_megatron(pipeline_parallel=2), **BF16},),
+}
+
+
+@pytest.mark.parametrize("changes", cases(KILLED, slow=["Grass-fp32", "AdamW-bf16", "megatron-PP2-bf16"]))
+def test_a_killed_run_resumes_bit_equal(corpus: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """SIGKILL to everything in the middle of a step; the next start goes on from the last checkpoint."""
-    changes: dict[str, Any] = {"bf16": {"enabled": True}} if dtype == "bf16" else {}
-    if optimizer == "AdamW":
-        changes["optimizer"] = {"type": "AdamW", "params": {"lr": 0.005, "torch_adam": True}}
     config = str(tiny_config(corpus, tmp_path, **changes))
     more = [
         "--set",
