@@ -53,8 +53,9 @@ def check_plain_text(path: Path, key: str) -> None:
     kind = _SUFFIXES.get(path.suffix.lower()) or _kind_of(path)
     if kind is not None:
         raise DataError(
-            f"{key}: {path}: expected plain text or Megatron's .bin and .idx, got {kind}, which would be trained on as"
-            " it is written; extract its text into a file first"
+            f"{key}: {path}: expected plain text, Megatron's .bin and .idx, or records by the names .jsonl, .json and"
+            f" .parquet (also with .gz or .zst), got {kind}, which would be trained on as it is written; extract its"
+            " text into a file first"
         )
 
 

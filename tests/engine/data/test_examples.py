@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -370,6 +371,33 @@ def test_weights_are_shares_and_each_source_has_epochs_of_its_own(prepared: Any,
     ):
         with pytest.raises(DataError, match=message):
             prepared([sources[0], {**sources[1], **change}], validation=held)
+
+
+def test_a_package_that_is_missing_is_named(prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {"pyarrow.parquet": write_parquet(tmp_path / "a.parquet", conversations(3))}
+    paths |= {"pyarrow": write_lines(tmp_path / "a.jsonl.gz", conversations(3))}
+    paths |= {"datasets": write_dataset(tmp_path / "saved", conversations(3))}
+    for module, path in paths.items():
+        monkeypatch.setitem(sys.modules, module, None)
+        top = module.partition(".")[0]
+        with pytest.raises(
+            DataError, match=rf"expected the package {top} to read it.*pip install 'narrowgauge\[data\]'"
+        ):
+            prepared(path)
+    found = prepared(write_lines(tmp_path / "plain.jsonl", conversations(30)))
+    assert len(found.train) == 29
+
+
+def test_a_folder_of_splits_is_told_to_name_one(prepared: Any, tmp_path: Path) -> None:
+    import datasets
+
+    split = datasets.Dataset.from_list(conversations(30))
+    datasets.DatasetDict({"test": split, "train": split}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(
+        DataError, match=r"saved: expected one split, got \['test', 'train'\]; name one: '.*saved/test'"
+    ):
+        prepared(tmp_path / "saved")
+    assert len(prepared(tmp_path / "saved" / "train").train) == 29
 
 
 def test_memory_does_not_grow_with_the_data(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
