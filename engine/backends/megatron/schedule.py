@@ -1,6 +1,6 @@
 """Forward and backward over the stages of a pipeline, by Megatron's schedules, and forward alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -114,26 +114,50 @@ def from_last_stage(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def forward(model: StagedModel, tokens: Tensor) -> Tensor:
-    """The mean loss of a micro-batch, through the stages one after the other; the same on all. Collective.
+    """The mean loss of a micro-batch; the same on all stages. Collective."""
+    losses = _through_the_stages(model, inputs_of(tokens))
+    loss = loss_of(losses) if losses is not None else torch.zeros((), dtype=torch.float32, device=tokens.device)
+    return from_last_stage(loss)
+
+
+@torch.no_grad()
+def next_token_logits(model: StagedModel, tokens: Tensor) -> Tensor:
+    """What the model says of the token after ``(batch, sequence)``, of any length: ``(batch, vocabulary)``, fp32; the
+    same on all process ranks. Collective.
+    """
+    layout, (batch, length) = model.layout, tokens.shape
+    # Sequence-parallel ranks share it evenly; no position sees what is behind it.
+    padded = torch.nn.functional.pad(tokens, (0, -length % layout.tensor if layout.sequence_parallel else 0))
+    inputs = {**inputs_of(padded), "labels": None, "runtime_gather_output": True}
+    found = _through_the_stages(model, inputs)
+    vocab = model.architecture.vocab
+    logits = torch.empty(batch, vocab, dtype=torch.float32, device=tokens.device)
+    if found is not None:
+        logits.copy_(found[:, length - 1, :vocab])
+    # The last stage's ranks are the last.
+    dist.broadcast(logits, src=layout.world_size - layout.tensor * layout.data)
+    return logits
+
+
+def _through_the_stages(model: StagedModel, inputs: Mapping[str, Any]) -> Tensor | None:
+    """What the last chunk says, on the last stage; each stage takes its turn. Collective.
 
     Megatron's interleaved schedule takes no fewer micro-batches than there are stages, so this is none of them.
     """
-    layout, place, transformer = model.layout, model.place, model.transformer
+    layout, place, transformer, tokens = model.layout, model.place, model.transformer, inputs["input_ids"]
     length = tokens.shape[1] // (layout.tensor if layout.sequence_parallel else 1)
     shape = (length, tokens.shape[0], transformer.hidden_size)
-    loss = torch.zeros((), dtype=torch.float32, device=tokens.device)
     for number, chunk in enumerate(model.chunks):
         chunk: Any
         if not layout.is_first(place, number):
             received = torch.empty(shape, dtype=transformer.params_dtype, device=tokens.device)
             dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank())
             chunk.set_input_tensor(received)
-        found = chunk(**inputs_of(tokens))
+        found = chunk(**inputs)
         if layout.is_last(place, number):
-            loss = loss_of(found)
-        else:
-            dist.send(found.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
-    return from_last_stage(loss)
+            return found
+        dist.send(found.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
+    return None
 
 
 class _Turns:
