@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from .blocks import Count, Flag, StrictBlock
+from .coreset_block import CoresetBlock
 from .launch_block import LaunchBlock
 from .lora_block import LoraBlock
 from .offload_block import ActivationOffloadBlock
@@ -133,6 +134,7 @@ class RunBlocks(StrictBlock):
     model: ModelBlock | None = None
     lora: LoraBlock | None = None
     data: DataBlock | None = None
+    coreset: CoresetBlock | None = None
     training: TrainingBlock | None = None
     logging: LoggingBlock | None = None
     launch: LaunchBlock | None = None

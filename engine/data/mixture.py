@@ -111,9 +111,13 @@ class Mixture:
             found[mine] = source.layout.samples[samples[mine] - (int(self._ends[number]) - len(source)), column]
         return found
 
+    def number_of_source(self, sample: int) -> int:
+        """The place in :attr:`sources` of a sample's."""
+        return int(np.searchsorted(self._ends, sample, side="right"))
+
     def source_of(self, sample: int) -> tuple[SourceSamples, int]:
         """The source of a sample, and its number there."""
-        number = int(np.searchsorted(self._ends, sample, side="right"))
+        number = self.number_of_source(sample)
         source = self.sources[number]
         return source, sample - (int(self._ends[number]) - len(source))
 

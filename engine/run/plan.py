@@ -19,7 +19,9 @@ from ..config.optimizer_params import make_optimizer
 from ..config.problems import within
 from ..config.redaction import redact
 from ..config.run_blocks import DataBlock, LoggingBlock, ModelBlock, TrainingBlock
+from ..coreset.coreset import check_coreset, large_batch
 from ..data.loader import Samples
+from ..data.mixture import Mixture
 from ..data.run_data import Prepared, prepare
 from ..errors import UserError
 from ..files import local_path
@@ -107,6 +109,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         _check_schedule(config, parsed.training, parsed.training.steps)
     check_lora(config)
     batches = config.batches(backend.data_parallel_size(config, world_size()))
+    check_coreset(config, batches)
     run_dir = local_path(parsed.logging.run_dir, "logging.run_dir")
     if fresh:
         run_dir = folder_beside(run_dir)
@@ -135,10 +138,12 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     if parsed.training.sample_prompt is not None:
         check_prompt(parsed.training.sample_prompt, prepared.tokenizer)
     train_data, eval_data = prepared.samples(parsed.data.sequence_length, described.vocab_size)
+    if parsed.coreset is not None and not isinstance(train_data, Mixture):
+        raise config.error("coreset: expected records as data.train, whose examples can be chosen, got texts or tokens")
     steps = parsed.training.steps
     if steps is None:
         assert parsed.training.epochs is not None
-        steps = math.ceil(parsed.training.epochs * len(train_data) / batches.total)
+        steps = math.ceil(parsed.training.epochs * len(train_data) / large_batch(parsed.coreset, batches))
         _check_schedule(config, parsed.training, steps)
     return Plan(
         config,

@@ -36,7 +36,7 @@ def resume(engine: TrainingEngine, plan: Plan, adapters: dict[str, Any] | None) 
         adapters: :func:`adapters_record`, on process rank 0.
 
     Returns:
-        The step it was written after, and the history it was saved with; 0 and nothing where there is none.
+        The step it was written after, and the state it was saved with; 0 and nothing where there is none.
 
     Raises:
         UserError: none of the checkpoints holds, or the run cannot go on from it; the same on every rank.
@@ -60,7 +60,7 @@ def resume(engine: TrainingEngine, plan: Plan, adapters: dict[str, Any] | None) 
         _follow_schedule(engine.lr_scheduler)
         if process_rank() == 0:
             logger.info(f"resumed after step {step} from {folder}")
-        return step, state["history"]
+        return step, state
     raise AssertionError("the oldest checkpoint's error was raised")
 
 

@@ -20,7 +20,9 @@ from ..backends import backend_of
 from ..checkpoint.checkpoint import save_checkpoint
 from ..checkpoint.retention import Retention
 from ..config.json_file import digest
+from ..coreset.coreset import Coreset
 from ..data.loader import RankSampler, training_loader
+from ..data.mixture import Mixture
 from ..errors import DataError, UserError
 from ..files import finite, write_json
 from ..micro_batch import Batch
@@ -122,6 +124,7 @@ class _Run:
         self.engine: TrainingEngine
         self.offload_meter = OffloadMeter(None)
         self.retention = Retention(plan.run_dir / CHECKPOINTS, plan.training.keep_checkpoints)
+        self.coreset: Coreset | None = None
         # Of a run that trains adapters, on process rank 0.
         self.adapters: dict[str, Any] | None = None
         self.history: dict[str, Any] = {"loss_first": None, "loss_last": None, "eval_loss_first": None}
@@ -133,8 +136,11 @@ class _Run:
         self.adapters = adapters_record(plan) if self.is_first_rank else None
         self.offload_meter = OffloadMeter(self.engine.activation_offload)
         self.watchdog.beat("loading the checkpoint")
-        first_step, history = resume(self.engine, plan, self.adapters)
-        self.history.update(history)
+        self.coreset = self._make_coreset()
+        first_step, state = resume(self.engine, plan, self.adapters)
+        self.history.update(state.get("history", {}))
+        if self.coreset is not None and first_step:
+            self.coreset.load(state.get("coreset"))
         if self.is_first_rank:
             if first_step:
                 self.retention.vouch(first_step)
@@ -176,6 +182,13 @@ class _Run:
             schedule=make_schedule(schedule, plan.steps) if schedule is not None else None,
         )
 
+    def _make_coreset(self) -> Coreset | None:
+        plan, block = self.plan, self.plan.config.parsed.coreset
+        if block is None:
+            return None
+        assert isinstance(plan.train_data, Mixture)
+        return Coreset(block, self.engine, plan.train_data, plan.batches, seed=plan.training.seed)
+
     def _loop(self, first_step: int, view: ProgressView | None, metrics: MetricsLog | None) -> None:
         plan, training = self.plan, self.plan.training
         sampler = RankSampler(
@@ -187,8 +200,9 @@ class _Run:
             rank=self.engine.data_parallel.rank,
             world_size=self.engine.data_parallel.size,
         )
-        batches = training_loader(plan.train_data, sampler, plan.data.num_workers)
-        waited_for = self._watch(batches)
+        # What a coreset takes is not known ahead.
+        workers = plan.data.num_workers if self.coreset is None else 0
+        waited_for = self._watch(training_loader(plan.train_data, sampler, workers))
         self.stop.begin()
         if first_step == 0:
             self.history["eval_loss_first"] = self._evaluate(0, view, metrics)
@@ -220,6 +234,10 @@ class _Run:
         # The loss, the number of ranks that were asked to end, and of those that miss the run folder.
         sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
         self.doing = f"step {step}"
+        if self.coreset is not None:
+            self.watchdog.beat(f"{self.doing}, choosing examples")
+            with self._phase("choice"):
+                batches = iter(list(self.coreset.micro_batches(step)))
         sums[0] = engine.train_step(batches, self._phase)
         sent = {
             "reduced": round(traffic.reduced - before[0]),
@@ -254,6 +272,7 @@ class _Run:
             "tokens_per_second": self.tokens_per_step / seconds["step"],
             "bytes": {**sent, **moved},
             "seconds": seconds,
+            **({"coreset": self.coreset.kept} if self.coreset is not None else {}),
             **engine.step_metrics(),
         }
 
@@ -315,6 +334,7 @@ class _Run:
             "history": self.history,
             "model": model_block(self.engine),
             **({"adapters": self.adapters} if self.adapters is not None else {}),
+            **({"coreset": self.coreset.state()} if self.coreset is not None else {}),
         }
         save_checkpoint(self.engine, folder / f"step-{step}", state)
         if self.is_first_rank:

@@ -1,0 +1,1 @@
+"""Training on a chosen part of each large batch."""
