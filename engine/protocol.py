@@ -168,6 +168,15 @@ class TrainingEngine(Protocol):
         """
         ...
 
+    def generate(self, tokens: Tensor, **options: Any) -> Tensor:
+        """Continue int64 tokens ``(batch, sequence)`` as transformers' ``generate`` does, in evaluation mode.
+        Collective where ``forward_is_collective``: all ranks generate the same then.
+
+        Args:
+            options: of that function.
+        """
+        ...
+
     def grad_norm(self) -> float | None:
         """Of the averaged gradients of the last step, before clipping; None where the engine does not compute it."""
         ...

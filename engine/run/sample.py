@@ -65,7 +65,7 @@ def sample_text(
     torch.manual_seed(seed)
     model.eval()
     try:
-        generated = model.generate(
+        generated = engine.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=num_tokens,

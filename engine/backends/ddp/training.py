@@ -174,6 +174,10 @@ class DdpTraining:
     def step_metrics(self) -> Mapping[str, Any]:
         return {}
 
+    def generate(self, tokens: Tensor, **options: Any) -> Tensor:
+        model: Any = self.module
+        return model.generate(tokens, **options)
+
     def grad_norm(self) -> float | None:
         return self._grad_norm
 

@@ -114,6 +114,10 @@ class DeepSpeedTraining:
     def step_metrics(self) -> Mapping[str, Any]:
         return {}
 
+    def generate(self, tokens: Tensor, **options: Any) -> Tensor:
+        model: Any = self.module
+        return model.generate(tokens, **options)
+
     def grad_norm(self) -> float | None:
         norm = self._deepspeed.get_global_grad_norm()
         return float(norm) if norm is not None else None

@@ -54,11 +54,6 @@ def _settings(config: Config) -> Iterator[str]:
             "model.gradient_checkpointing: expected 'none' with the megatron engine, got"
             f" {parsed.model.gradient_checkpointing!r}; use megatron.recompute"
         )
-    if parsed.training is not None and parsed.training.sample_prompt is not None:
-        yield (
-            "training.sample_prompt: the megatron engine does not generate; narrowgauge export writes a folder for"
-            " transformers"
-        )
     if parsed.data is not None and names_records(parsed.data):
         yield (
             "data.train: expected text or token files with the megatron engine, which learns all tokens of samples of"

@@ -22,6 +22,7 @@ from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
 from ...report.dense_traffic import trained_when_dense
 from .balance import Balance
 from .compact.engine_part import CompactPart
+from .generate import generate
 from .groups import destroy_groups
 from .masters import Masters
 from .model import StagedModel
@@ -188,6 +189,10 @@ class MegatronTraining:
             loss = forward(self._model, _tokens_of(batch).to(self._device))
             self._model.train()
         return loss
+
+    def generate(self, tokens: Tensor, **options: Any) -> Tensor:
+        with self._parameters_at_rest():
+            return generate(self._model, tokens, **options)
 
     @contextmanager
     def _parameters_at_rest(self) -> Iterator[None]:

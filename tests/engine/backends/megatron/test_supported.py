@@ -59,7 +59,6 @@ def test_settings(layout: dict[str, Any], reason: str) -> None:
         ({"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}, "optimizer.type"),
         ({"optimizer": {"type": "Lamb", "params": {"lr": 0.1}}}, "optimizer.type"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1, "fused": True}}}, "optimizer.params.fused"),
-        ({"training": {"steps": 1, "sample_prompt": "a"}}, "training.sample_prompt"),
         ({"activation_offload": {"path": ".", "granularity": "layer_inputs"}}, "activation_offload.granularity"),
         ({"activation_offload": {"path": ".", "backend": "aio"}}, "activation_offload.backend"),
     ],

@@ -33,9 +33,11 @@ def test_a_run_is_resumed_in_another_layout_and_exported(corpus: Path, tmp_path:
     assert forked.run("train", str(config)).returncode == 0
     layouts = [{"pipeline_parallel": 2}, {"tensor_parallel": 2, "sequence_parallel": True}]
     config = tiny_config(corpus, folders[0], engine="megatron", megatron=layouts[0], **common)
-    first = forked.run("train", str(config), "--set", "training.steps=4", ranks=2)
+    sample = ["--set", "training.sample_prompt=def "]
+    first = forked.run("train", str(config), *sample, "--set", "training.steps=4", ranks=2)
     assert first.returncode == 0, first.stderr
     assert "AdamW at PP2 DP1 on 2 ranks" in first.stdout.replace("\n", " ")
+    assert json.loads((folders[0] / "run" / "summary.json").read_text())["sample"].startswith("def ")
     second = forked.run("train", str(changed(config, megatron=layouts[1])), ranks=2)
     assert second.returncode == 0, second.stderr
     assert "resumed after step 4" in second.stdout.replace("\n", " ")
