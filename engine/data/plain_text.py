@@ -53,8 +53,8 @@ def check_plain_text(path: Path, key: str) -> None:
     kind = _SUFFIXES.get(path.suffix.lower()) or _kind_of(path)
     if kind is not None:
         raise DataError(
-            f"{key}: {path}: expected plain text, Megatron's .bin and .idx, or records by the names .jsonl, .json and"
-            f" .parquet (also with .gz or .zst), got {kind}, which would be trained on as it is written; extract its"
+            f"{key}: {path}: expected plain text or Megatron's .bin and .idx, or records by the names .jsonl, .json"
+            f" and .parquet (also with .gz or .zst), got {kind}, which would be trained on as it is written; extract its"
             " text into a file first"
         )
 
