@@ -54,8 +54,8 @@ def check_plain_text(path: Path, key: str) -> None:
     if kind is not None:
         raise DataError(
             f"{key}: {path}: expected plain text or Megatron's .bin and .idx, or records by the names .jsonl, .json"
-            f" and .parquet (also with .gz or .zst), got {kind}, which would be trained on as it is written; extract its"
-            " text into a file first"
+            f" and .parquet (also with .gz or .zst), got {kind}, which would be trained on as it is written; extract"
+            " its text into a file first"
         )
 
 
