@@ -113,8 +113,8 @@ class Options:
     target_modules: Annotated[
         Sequence[str] | None,
         GLOBS,
-        "globs over module names, the matrices; default every linear inside the transformer blocks. Tied and frozen"
-        " weights are left alone",
+        "globs over names of modules, and of the parameters in which experts are stacked: the matrices; default every"
+        " linear and expert inside the transformer blocks. Tied and frozen weights are left alone",
     ] = None
     param_groups: Annotated[
         Sequence[dict[str, Any]],

@@ -10,16 +10,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .engine_optimizer import EngineOptimizer, OptionsT
+from .layers.experts import StackedMatrices
+from .layers.find_experts import find_experts
 from .layers.targets import find_targets
+from .members import Member, members_of
 from .param_groups import build_groups
 from .sharding.shards import LocalShards, ShardMap
+from .sharding.stacked import StackedShards
 
 
 class ShardedOptimizer(EngineOptimizer[OptionsT]):
     """An optimizer on the whole averaged gradient that works on shards of parameters.
 
-    In plain PyTorch, under DDP and at ZeRO stage 0 a shard is a whole parameter. ZeRO replaces the parameters of the
-    groups by flat partitions and calls ``step`` once per group or sub-group; an engine then gives a
+    Where experts' matrices are stacked in one parameter, every matrix is a member of its own, with its own subspace,
+    norm and state. In plain PyTorch, under DDP and at ZeRO stage 0 a shard is a whole member. ZeRO replaces the
+    parameters of the groups by flat partitions and calls ``step`` once per group or sub-group; an engine then gives a
     :class:`~.shards.ShardMap` through :meth:`defer_to_engine` and calls :meth:`after_step` itself.
 
     A subclass implements :meth:`_update`, and :meth:`state_pieces` if it has state that is not shaped like the
@@ -29,7 +34,9 @@ class ShardedOptimizer(EngineOptimizer[OptionsT]):
         needs_matrices: ``target_modules`` must match something.
         group_defaults: the options that are also entries of the parameter groups.
         saves_traffic: less than the whole gradient is reduced.
-        shards: how the parameters are cut.
+        members: what is trained by one rule each, by name.
+        targets: names of the members that ``target_modules`` names.
+        shards: how the members are cut.
     """
 
     needs_matrices: ClassVar[bool] = True
@@ -50,26 +57,34 @@ class ShardedOptimizer(EngineOptimizer[OptionsT]):
                 f"{type(self).__name__}: the model's parameters are sharded by fully_shard, which is not supported; use"
                 " DistributedDataParallel, or ZeRO through an engine"
             )
-        matrices: list[str] = []
+        experts = find_experts(model)
+        found: dict[str, nn.Linear | StackedMatrices] = {}
         try:
-            matrices = list(find_targets(model, options.target_modules))
+            found = find_targets(model, options.target_modules, experts)
         except ValueError:
             if self.needs_matrices or options.target_modules is not None or options.matrix_lr_scale != 1.0:
                 raise
-        self.targets = [f"{name}.weight" for name in matrices]
-        groups = build_groups(model, [], matrices, options)
+        self.members: dict[str, Member] = members_of(model, found, experts)
+        self.targets = [name for name, member in self.members.items() if member.is_target]
+        groups = build_groups(model, [], list(found), options)
         # Without matrices, all parameters are trained by one rule.
-        self._cover(model, matrices or [name for name, _ in model.named_parameters()])
+        self._cover(model, found or [name for name, _ in model.named_parameters()])
         self._tell_coverage(options, "matrices to it")
         super().__init__(options, groups, {key: getattr(options, key) for key in self.group_defaults})
-        self.shards: ShardMap = LocalShards(model)
+        self._stacks = frozenset(experts)
+        self.shards: ShardMap = StackedShards(LocalShards(model), self._stacks)
         self._warned = False
         self._warn_of_traffic()
 
-    def defer_to_engine(self, shards: ShardMap) -> None:
-        """Work on these shards, for an engine that will call :meth:`after_step` itself, once per optimizer step."""
+    def defer_to_engine(self, shards: ShardMap | None) -> None:
+        """Work on these shards, for an engine that will call :meth:`after_step` itself, once per optimizer step.
+
+        Args:
+            shards: how the parameters are cut; None where they stay whole.
+        """
         self._leave_to_engine()
-        self.shards = shards
+        if shards is not None:
+            self.shards = StackedShards(shards, self._stacks)
         self._warn_of_traffic()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

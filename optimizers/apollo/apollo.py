@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..engine_optimizer import keywords_of
-from ..layers.shape import whole_shape
 from ..numerics.adam import adam_directions
 from ..numerics.precision import compute_dtype, widen, write_back
 from ..numerics.seeds import derive_seed
 from ..sharded import ShardedOptimizer
 from ..sharding.blocks import blocks_of
 from ..sharding.shards import Shard, StatePiece
-from .channels import Layout, is_tall, own_channels, sides_of
+from .channels import Layout, own_channels, sides_of
 from .options import ApolloOptions
 
 
@@ -29,8 +28,9 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
     variance 1/rank, drawn anew every ``refresh_interval`` steps; ``D`` is Adam's direction for ``R``. APOLLO updates by
     ``-lr * scale * G diag(s)`` with one factor ``s_j = ||D[:, j]|| / ||R[:, j]||`` per channel, APOLLO-Mini with one
     factor ``||D|| / ||R||`` per matrix; where a norm of ``R`` is zero the factor is zero. The limiter shortens updates
-    whose norm would exceed ``norm_growth_limit`` times that of the matrix's previous update. All other parameters are
-    AdamW's. The moments are kept at a refresh, as in the paper.
+    whose norm would exceed ``norm_growth_limit`` times that of the matrix's previous update. Of experts stacked in one
+    parameter, every matrix counts. All other parameters are AdamW's. The moments are kept at a refresh, as in the
+    paper.
 
     Source: Zhu, Zhang, Cong et al. (2025), "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv 2412.05270,
     Algorithm 1; the limiter is Fira's (arXiv 2410.01623). :class:`~.reference.ApolloReference`, which takes its place
@@ -60,7 +60,7 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
     @keywords_of(ApolloOptions)
     def __init__(self, model: nn.Module, options: ApolloOptions) -> None:
         super().__init__(model, options)
-        _check_rank(model, self.targets, options.rank)
+        self._check_rank(options.rank)
         default_scale = 1.0 if options.scale_type == "channel" else math.sqrt(128.0)
         self.scale = options.scale if options.scale is not None else default_scale
         self.num_refreshes = 0
@@ -75,6 +75,14 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
     def mini(cls, model: nn.Module, **options: Any) -> "Apollo":
         """APOLLO-Mini: ``rank=1`` and ``scale_type="tensor"``, with its scale of sqrt(128) unless another is given."""
         return cls(model, **{"rank": 1, "scale_type": "tensor", **options})
+
+    def _check_rank(self, rank: int) -> None:
+        shorter = {name: min(self.members[name].shape) for name in self.targets}
+        name, side = min(shorter.items(), key=lambda item: item[1])
+        if rank > side:
+            raise ValueError(
+                f"rank: {rank} is above the shorter side {side} of {name!r}; at most {side} fits every matrix"
+            )
 
     def _first_seeds(self, model: nn.Module) -> dict[str, int]:
         return {name: derive_seed(self.options.seed, 0, name) for name in self.targets}
@@ -150,12 +158,12 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
         squares = buffer[num_channels * self.options.rank :]
         for flat in flats:
             for shard in self.shards.shards_of(flat):
-                basis = self._projection(shard, buffer)
+                basis, tall = self._projection(shard, buffer), self._is_tall(shard)
                 channels, factors = projected[layout.channels[shard.name]], squares[layout.factors[shard.name]]
                 gradient = widen(shard.of(_gradient(flat)))
                 for block in blocks_of(shard):
-                    part = block.of(gradient) if is_tall(shard.shape) else block.of(gradient).T
-                    across, along = sides_of(shard.shape, block)
+                    part = block.of(gradient) if tall else block.of(gradient).T
+                    across, along = sides_of(block, tall=tall)
                     channels[along].addmm_(part, basis[across])
                     norms = torch.linalg.vector_norm(part, dim=1).square()
                     if self.options.scale_type == "channel":
@@ -167,13 +175,17 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
 
     def _projection(self, shard: Shard, like: Tensor) -> Tensor:
         """``P`` transposed, (shorter side, rank), drawn from the matrix's seed."""
-        rows, columns = shard.shape
+        shorter, rank = min(shard.shape), self.options.rank
         generator = torch.Generator(like.device).manual_seed(self._seeds[shard.name])
-        shape = (self.options.rank, columns) if is_tall(shard.shape) else (rows, self.options.rank)
-        drawn = torch.randn(shape, generator=generator, device=like.device, dtype=torch.float32) / math.sqrt(
-            self.options.rank
-        )
-        return (drawn.T if is_tall(shard.shape) else drawn).to(like.dtype)
+        # A matrix of inputs times outputs has the projection of its transpose.
+        is_right = self._is_tall(shard) != self.members[shard.name].is_transposed
+        shape = (rank, shorter) if is_right else (shorter, rank)
+        drawn = torch.randn(shape, generator=generator, device=like.device, dtype=torch.float32) / math.sqrt(rank)
+        return (drawn.T if is_right else drawn).to(like.dtype)
+
+    def _is_tall(self, shard: Shard) -> bool:
+        m, n = shard.shape
+        return m > n or (m == n and not self.members[shard.name].is_transposed)
 
     def _adapt(
         self,
@@ -214,13 +226,13 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
         keep = 1.0 - lr * group["weight_decay"]
         for shard in self.shards.shards_of(flat):
             value, gradient = widen(shard.of(flat)), widen(shard.of(_gradient(flat)))
-            own = factors[layout.factors[shard.name]]
+            own, tall = factors[layout.factors[shard.name]], self._is_tall(shard)
             if not self.decays_last:
                 value.mul_(keep)
             for block in blocks_of(shard):
                 if self.options.scale_type == "channel":
-                    _, along = sides_of(shard.shape, block)
-                    factor = own[along, None] if is_tall(shard.shape) else own[along]
+                    _, along = sides_of(block, tall=tall)
+                    factor = own[along, None] if tall else own[along]
                 else:
                     factor = own
                 block.of(value).addcmul_(block.of(gradient), factor, value=-lr * self.scale * correction)
@@ -316,11 +328,3 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
 def _gradient(flat: Tensor) -> Tensor:
     assert flat.grad is not None
     return flat.grad
-
-
-def _check_rank(model: nn.Module, targets: Sequence[str], rank: int) -> None:
-    shapes = {name: model.get_parameter(name) for name in targets}
-    shorter = {name: min(whole_shape(p)) for name, p in shapes.items()}
-    name, side = min(shorter.items(), key=lambda item: item[1])
-    if rank > side:
-        raise ValueError(f"rank: {rank} is above the shorter side {side} of {name!r}; at most {side} fits every matrix")

@@ -1,6 +1,6 @@
 """The channels of matrices: indices along the longer side, which have moments and scaling factors of their own."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -12,16 +12,15 @@ from ..sharding.shards import Shard
 ScaleType = Literal["channel", "tensor"]
 
 
-def is_tall(shape: Sequence[int]) -> bool:
-    """Whether the channels are the rows; they are the longer side, and the shorter one is projected."""
-    return shape[0] >= shape[1]
+def sides_of(block: Block, *, tall: bool) -> tuple[slice, slice]:
+    """The block's extent along the projected side and along the channels.
 
-
-def sides_of(shape: Sequence[int], block: Block) -> tuple[slice, slice]:
-    """The block's extent along the projected side and along the channels."""
+    Args:
+        tall: the channels are the rows; they are the longer side.
+    """
     rows = slice(block.row, block.row + block.num_rows)
     columns = slice(block.column, block.column + block.num_columns)
-    return (columns, rows) if is_tall(shape) else (rows, columns)
+    return (columns, rows) if tall else (rows, columns)
 
 
 def own_channels(shard: Shard) -> range:

@@ -34,6 +34,12 @@ class ApolloReference(Apollo):
         return options.reference_compatible
 
     def _first_seeds(self, model: nn.Module) -> dict[str, int]:
+        if stacked := [name for name in self.targets if self.members[name].parameter != name]:
+            raise ValueError(
+                "reference_compatible: expected matrices that are parameters of their own, as apollo-torch knows them,"
+                f" got experts stacked in {self.members[stacked[0]].parameter}: give target_modules without them, or"
+                " leave reference_compatible out"
+            )
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         order = [names[id(parameter)] for group in self.param_groups for parameter in group["params"]]
         return {name: order.index(name) + 1 for name in self.targets}

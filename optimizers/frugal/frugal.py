@@ -29,6 +29,8 @@ _COUNTS = ("step", "since_refresh")
 class Frugal(ShardedOptimizer[FrugalOptions]):
     """Adam on a subspace that changes every ``refresh_interval`` steps, a rule without state on the rest.
 
+    Of experts stacked in one parameter, every matrix counts as a parameter here.
+
     Each projected parameter's gradient is split in two: the *state-full* part (chosen columns, rows or coordinates,
     whole matrices, or a low-rank projection) is updated by AdamW, the *state-free* remainder by ``signSGD`` or
     ``SGD``. All parameters change their subspace together, and the moments and step counts of the projected ones then
@@ -75,7 +77,7 @@ class Frugal(ShardedOptimizer[FrugalOptions]):
         super().__init__(model, options)
         self.subspaces = Subspaces(
             model,
-            self.targets,
+            self.members,
             density=options.density,
             selection=options.selection,
             block_order=options.block_order,
@@ -95,13 +97,13 @@ class Frugal(ShardedOptimizer[FrugalOptions]):
             )
         return problems
 
-    def defer_to_engine(self, shards: ShardMap) -> None:
+    def defer_to_engine(self, shards: ShardMap | None) -> None:
         """As the base class's.
 
         Raises:
             ValueError: with ``majority_vote``: an engine averages the gradients before the optimizer sees them.
         """
-        if problems := self.unsupported_in_engine(self.options, sharded=shards.num_process_ranks > 1):
+        if problems := self.unsupported_in_engine(self.options, sharded=shards is not None):
             raise ValueError(problems[0])
         super().defer_to_engine(shards)
         self._slots = {}

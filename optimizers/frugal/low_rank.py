@@ -14,15 +14,20 @@ from ..sharding.shards import Shard
 class LowRank:
     """The subspace of a matrix of shape ``(m, n)`` on its shorter side, as GaLore's ``std``: ``G P`` of shape ``(m,
     rank)`` where ``m >= n``, else ``P^T G`` of shape ``(rank, n)``, with orthonormal columns of ``P``.
+
+    Attributes:
+        transposed: ``G`` is inputs times outputs: a square one is projected on its other side, as its transpose is.
     """
 
     shape: tuple[int, int]
     rank: int
+    transposed: bool = False
 
     @property
     def side(self) -> Literal["right", "left"]:
         """On which side of the gradient ``P`` stands."""
-        return "right" if self.shape[0] >= self.shape[1] else "left"
+        m, n = self.shape
+        return "right" if m > n or (m == n and not self.transposed) else "left"
 
     @property
     def basis_shape(self) -> tuple[int, int]:

@@ -99,10 +99,13 @@ class Projections:
             _sum_(shards, whole)
             if not bool(torch.isfinite(whole).all()):
                 raise RuntimeError(f"Frugal: the gradient of {name} is not finite at a refresh, it has no basis")
-            owner = name in own and own[name].shard.start == 0
-            found[name] = (
-                low_rank.basis_of(whole.view(low_rank.shape)) if owner else like.new_zeros(low_rank.basis_shape)
-            )
+            if name not in own or own[name].shard.start > 0:
+                found[name] = like.new_zeros(low_rank.basis_shape)
+            elif bool(whole.any()):
+                found[name] = low_rank.basis_of(whole.view(low_rank.shape))
+            else:
+                # An expert without tokens: a zero has no directions.
+                found[name] = low_rank.random_basis(self._subspaces.seed_of(name, refresh), like).contiguous()
         if found and shards.num_process_ranks > 1:
             together = torch.cat([basis.view(-1) for basis in found.values()])
             _sum_(shards, together)

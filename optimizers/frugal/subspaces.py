@@ -1,15 +1,15 @@
 """FRUGAL's subspaces: which rule a parameter goes by, and which of its coordinates are state-full at a refresh."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.shape import whole_shape
 from ..layers.targets import rank_of
+from ..members import Member
 from ..numerics.seeds import derive_seed
 from ..numerics.selection import SELECTION_RULES, select_index
 from ..sharding.shards import Shard
@@ -68,7 +68,7 @@ class Subspaces:
     def __init__(
         self,
         model: nn.Module,
-        targets: Sequence[str],
+        members: Mapping[str, Member],
         *,
         density: float,
         selection: SelectionName,
@@ -78,16 +78,16 @@ class Subspaces:
     ) -> None:
         """
         Args:
-            targets: names of the matrices, which are projected.
+            members: what is trained by one rule each; the targets are projected.
             rules: of the other kinds of parameters, ``embeddings``, ``head`` and ``norms``.
         """
         self.selection: SelectionName = selection
         self._density = density
         self._block_order = block_order
         self._seed = seed
-        self._shapes = {name: whole_shape(p) for name, p in model.named_parameters()}
+        self._members = members
         of_kind = {**rules, "matrix": "projected", "other": "full"}
-        self.rules = {name: of_kind[kind] for name, kind in _kinds_of(model, targets).items()}
+        self.rules = {name: of_kind[kind] for name, kind in _kinds_of(model, members).items()}
         self.projected = [name for name, rule in self.rules.items() if rule == "projected"]
         for name in list(self.projected):
             if density == 0.0:
@@ -103,15 +103,21 @@ class Subspaces:
 
     def shape_of(self, name: str) -> tuple[int, int]:
         """The shape of a projected parameter."""
-        rows, columns = self._shapes[name]
+        rows, columns = self._members[name].shape
         return rows, columns
 
     def _dim_of(self, name: str) -> int:
         """Out of how many the chosen of a projected parameter are."""
-        rows, columns = self.shape_of(name)
+        shape = self.shape_of(name)
         if self.selection == "blockwise":
             return len(self.projected)
-        return {"columns": columns, "rows": rows, "randk": rows * columns}.get(self.selection, min(rows, columns))
+        if self.selection in ("columns", "rows"):
+            return shape[self._line_dim(name)]
+        return math.prod(shape) if self.selection == "randk" else min(shape)
+
+    def _line_dim(self, name: str) -> int:
+        """The dimension that ``columns``, which are inputs, or ``rows`` are chosen from."""
+        return int((self.selection == "columns") != self._members[name].is_transposed)
 
     def _count_of(self, name: str) -> int:
         return rank_of(self._dim_of(name), rank=None, density=self._density)
@@ -122,7 +128,7 @@ class Subspaces:
 
     def low_rank_of(self, name: str) -> LowRank:
         """The geometry of a projected parameter's low-rank subspaces."""
-        return LowRank(self.shape_of(name), self._count_of(name))
+        return LowRank(self.shape_of(name), self._count_of(name), self._members[name].is_transposed)
 
     def select(self, name: str, refresh: int, device: torch.device) -> Selection | LowRank:
         """The selection of a parameter whose shards lie on ``device``."""
@@ -130,7 +136,7 @@ class Subspaces:
             return Everything() if self.rules[name] == "full" else Nothing()
         count, shape = self._count_of(name), self.shape_of(name)
         if self.selection in ("columns", "rows"):
-            dim = ("rows", "columns").index(self.selection)
+            dim = self._line_dim(name)
             index = self._uniform(shape[dim], count, refresh, name.removesuffix(".weight"))
             return Lines(index, dim, shape[1], device)
         if self.selection == "randk":
@@ -153,20 +159,20 @@ class Subspaces:
         return {self.projected[i % len(self.projected)] for i in chosen}
 
 
-def _kinds_of(model: nn.Module, targets: Sequence[str]) -> dict[str, str]:
-    """Each trainable parameter's kind: ``matrix``, ``embeddings``, ``head``, ``norms`` or ``other``."""
+def _kinds_of(model: nn.Module, members: Mapping[str, Member]) -> dict[str, str]:
+    """Each member's kind: ``matrix``, ``embeddings``, ``head``, ``norms`` or ``other``."""
     modules = list(model.modules())
     embeddings = {id(m.weight): m.num_embeddings for m in modules if isinstance(m, nn.Embedding)}
     heads = {id(m.weight) for m in modules if isinstance(m, nn.Linear) and m.out_features in embeddings.values()}
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
     kinds = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            if name in targets:
-                kinds[name] = "matrix"
-            elif id(parameter) in embeddings:
-                kinds[name] = "embeddings"
-            elif id(parameter) in heads:
-                kinds[name] = "head"
-            else:
-                kinds[name] = "norms" if len(whole_shape(parameter)) < 2 else "other"
+    for name, member in members.items():
+        if member.is_target:
+            kinds[name] = "matrix"
+        elif parameters[member.parameter] in embeddings:
+            kinds[name] = "embeddings"
+        elif parameters[member.parameter] in heads:
+            kinds[name] = "head"
+        else:
+            kinds[name] = "norms" if member.num_dims < 2 else "other"
     return kinds

@@ -13,7 +13,7 @@ from ..compact.sketches import directions
 from ..engine_optimizer import keywords_of
 from ..layers.experts import StackedMatrices
 from ..layers.registry import outputs_and_inputs, to_projected
-from ..layers.targets import CompactLayer, find_compact_targets, rank_of
+from ..layers.targets import CompactLayer, find_targets, rank_of
 from ..numerics.seeds import derive_seed
 from .bases import aligned, iterated_basis, leading_basis, random_basis
 from .options import GaLoreOptions
@@ -58,7 +58,7 @@ class GaLore(CompactOptimizer[GaLoreOptions]):
         return not options.reference_compatible
 
     def _convert(self, model: nn.Module, options: GaLoreOptions) -> Converted:
-        return _convert(find_compact_targets(model, options.target_modules), options)
+        return _convert(find_targets(model, options.target_modules), options)
 
     def is_refresh_due(self) -> bool:
         """Whether the step just counted is one whose gradient gives the next bases: 1, 1 + refresh_interval, ..."""

@@ -10,7 +10,7 @@ from ..compact.backend import SubspaceBackend
 from ..compact.optimizer import CompactOptimizer, Converted
 from ..engine_optimizer import keywords_of
 from ..layers.experts import StackedMatrices
-from ..layers.targets import find_compact_targets
+from ..layers.targets import find_targets
 from ..layers.vocabulary import find_vocabulary
 from ..numerics.seeds import derive_seed
 from ..numerics.selection import SELECTION_RULES, select_index
@@ -74,7 +74,7 @@ class Grass(CompactOptimizer[GrassOptions]):
         return not options.repeats
 
     def _convert(self, model: nn.Module, options: GrassOptions) -> Converted:
-        targets = self._targets(model, find_compact_targets(model, options.target_modules), options)
+        targets = self._targets(model, find_targets(model, options.target_modules), options)
         self._choice_of = {target.name: target.group for target in targets}
         ranks = ranks_of(
             targets, rank=options.rank, density=options.density, budget=options.budget, strata=options.strata

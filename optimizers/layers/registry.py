@@ -89,8 +89,16 @@ def outputs_and_inputs(module: nn.Module | StackedMatrices) -> tuple[int, int]:
     """Their numbers, of a layer that :func:`is_target` or of each expert; ``(m, n)`` of another registered layer."""
     if isinstance(module, StackedMatrices):
         return module.outputs_and_inputs
-    found, (m, n) = _types_of(module), whole_shape(module.weight)  # pyright: ignore[reportArgumentType]
-    return (n, m) if found is not None and found.transposed else (m, n)
+    m, n = whole_shape(module.weight)  # pyright: ignore[reportArgumentType]
+    return (n, m) if is_transposed(module) else (m, n)
+
+
+def is_transposed(module: nn.Module | StackedMatrices) -> bool:
+    """Whether the weight of a registered layer, or of each expert, is inputs times outputs."""
+    if isinstance(module, StackedMatrices):
+        return module.transposed
+    found = _types_of(module)
+    return found is not None and found.transposed
 
 
 def is_target(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -46,36 +46,29 @@ def rank_of(dim: int, *, rank: int | None, density: float | None) -> int:
 _DEFAULT = "the default (linears inside blocks, the elements of an nn.ModuleList or nn.Sequential)"
 
 
-def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Linear]:
-    """The plain, trainable, untied ``nn.Linear`` layers that ``patterns`` name, and those of other registered types.
+def find_targets(
+    model: nn.Module, patterns: Sequence[str] | None, experts: Mapping[str, StackedMatrices] | None = None
+) -> dict[str, nn.Linear | StackedMatrices]:
+    """The plain, trainable, untied ``nn.Linear`` layers that ``patterns`` name, those of other registered types, and
+    the stacked matrices of experts, by the names of their parameters.
 
     Args:
-        patterns: globs over module names (``"*.mlp.*_proj"``); None takes every linear inside a transformer block,
+        patterns: globs over module names (``"*.mlp.*_proj"``); None takes everything inside a transformer block,
             that is below an element of an ``nn.ModuleList`` or ``nn.Sequential`` and is called (see
             :func:`.unfit_layers`), and is no adapter's.
+        experts: the stacks, where they are found already.
 
     Raises:
         ValueError: a pattern, or the default, matches nothing, or a pattern matches a layer whose ``forward`` was
             replaced; the message lists the model's linears.
     """
-    found = _find(model, patterns, {})
-    return {name: target for name, target in found.items() if isinstance(target, nn.Module)}
-
-
-def find_compact_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Linear | StackedMatrices]:
-    """As :func:`find_targets`, with the stacked matrices of experts, by the names of their parameters."""
-    return _find(model, patterns, find_experts(model))
-
-
-def _find(
-    model: nn.Module, patterns: Sequence[str] | None, experts: Mapping[str, StackedMatrices]
-) -> dict[str, nn.Linear | StackedMatrices]:
     linears = {name: module for name, module in model.named_modules() if is_target(module)}
     if next(compact_units(model), None) is not None:
         raise ValueError(
             "the model already has compact layers: they belong to another optimizer: call its revert() first"
         )
-    candidates: dict[str, nn.Linear | StackedMatrices] = {**linears, **experts}
+    stacks = find_experts(model) if experts is None else experts
+    candidates: dict[str, nn.Linear | StackedMatrices] = {**linears, **stacks}
     if patterns is None:
         blocks = block_prefixes(model)
         matched = {name: m for name, m in candidates.items() if name.startswith(blocks)}

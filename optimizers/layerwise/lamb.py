@@ -26,6 +26,8 @@ class Lamb(ShardedOptimizer[LambOptions]):
     weight_decay * x``. The paper leaves open what happens where a norm is zero; here the ratio is 1 then, as in other
     implementations.
 
+    Of experts stacked in one parameter, every matrix counts as a tensor, and their biases as biases.
+
     The norms are those of whole tensors wherever they lie: under ZeRO, which cuts parameters anywhere, each call sums
     two fp64 numbers per parameter over the process ranks, in one all-reduce. Gradients are reduced whole. State: two
     moments shaped like the parameter, sharded with it; fp32 (also for bf16 and fp16 parameters) or fp64. bf16
@@ -45,8 +47,8 @@ class Lamb(ShardedOptimizer[LambOptions]):
 
     @keywords_of(LambOptions)
     def __init__(self, model: nn.Module, options: LambOptions) -> None:
-        self.excluded = find_excluded(model, options.exclude)
         super().__init__(model, options)
+        self.excluded = find_excluded(self.members, options.exclude)
 
     def _update(self, group: dict[str, Any], flats: Sequence[Tensor]) -> None:
         values = [widen(flat) for flat in flats]

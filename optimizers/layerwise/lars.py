@@ -22,6 +22,8 @@ class Lars(ShardedOptimizer[LarsOptions]):
     ||w|| / (||g|| + weight_decay * ||w||)``. The paper's rate would hold a tensor at zero forever; where ``||w||`` is
     zero the ratio is 1, as in other implementations. ``nesterov`` is not in the paper.
 
+    Of experts stacked in one parameter, every matrix counts as a tensor, and their biases as biases.
+
     The norms are those of whole tensors wherever they lie: under ZeRO, which cuts parameters anywhere, each call sums
     two fp64 numbers per parameter over the process ranks, in one all-reduce. Gradients are reduced whole. State: one
     buffer shaped like the parameter, sharded with it; fp32 (also for bf16 and fp16 parameters) or fp64. bf16 parameters
@@ -42,8 +44,8 @@ class Lars(ShardedOptimizer[LarsOptions]):
 
     @keywords_of(LarsOptions)
     def __init__(self, model: nn.Module, options: LarsOptions) -> None:
-        self.excluded = find_excluded(model, options.exclude)
         super().__init__(model, options)
+        self.excluded = find_excluded(self.members, options.exclude)
 
     def _update(self, group: dict[str, Any], flats: Sequence[Tensor]) -> None:
         lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]

@@ -3,13 +3,13 @@
 # torch's foreach functions have no public names.
 # pyright: reportPrivateImportUsage=false
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..layers.shape import whole_shape
+from ..members import Member
 from ..sharding.shards import ShardMap
 
 
@@ -45,8 +45,8 @@ def member_norms(
     return positions, shard_map.sum_(squares).sqrt_()
 
 
-def find_excluded(model: nn.Module, patterns: Sequence[str] | None) -> frozenset[str]:
-    """Names of the parameters that are updated without trust ratio and decay.
+def find_excluded(members: Mapping[str, Member], patterns: Sequence[str] | None) -> frozenset[str]:
+    """Names of the members that are updated without trust ratio and decay.
 
     Args:
         patterns: globs over parameter names; None takes those of fewer than two dimensions (norms and biases).
@@ -54,10 +54,12 @@ def find_excluded(model: nn.Module, patterns: Sequence[str] | None) -> frozenset
     Raises:
         ValueError: a pattern matches nothing.
     """
-    dims = {name: len(whole_shape(p)) for name, p in model.named_parameters() if p.requires_grad}
     if patterns is None:
-        return frozenset(name for name, dim in dims.items() if dim < 2)
+        return frozenset(name for name, member in members.items() if member.num_dims < 2)
+    parameters = {member.parameter for member in members.values()}
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in dims):
-            raise ValueError(f"exclude: {pattern!r} matches no trainable parameter, such as {sorted(dims)[:4]}")
-    return frozenset(name for name in dims if any(fnmatchcase(name, pattern) for pattern in patterns))
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise ValueError(f"exclude: {pattern!r} matches no trainable parameter, such as {sorted(parameters)[:4]}")
+    return frozenset(
+        name for name, member in members.items() if any(fnmatchcase(member.parameter, p) for p in patterns)
+    )

@@ -1,5 +1,6 @@
 """A small mixture of experts around transformers' own experts modules, in one dtype throughout."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,12 +37,12 @@ def experts_module(kind: str, width: int = WIDTH, hidden: int = HIDDEN) -> nn.Mo
 
 
 class Block(nn.Module):
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, hidden: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(WIDTH), RMSNorm(WIDTH)
         self.mix = nn.Linear(WIDTH, WIDTH, bias=False)
         self.router = nn.ParameterDict({"weight": torch.empty(EXPERTS, WIDTH)})
-        self.experts = experts_module(kind)
+        self.experts = experts_module(kind, hidden=hidden)
         self.kind = kind
 
     def forward(self, x: Tensor, idle: Tensor) -> Tensor:
@@ -60,10 +61,10 @@ class Block(nn.Module):
 class TinyMixture(nn.Module):
     """Next-token loss; the first token of a sequence says which expert its tokens must not go to."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, hidden: int = HIDDEN) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.blocks = nn.ModuleList(Block(kind) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(kind, hidden) for _ in range(2))
         self.norm = RMSNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
 
@@ -76,9 +77,11 @@ class TinyMixture(nn.Module):
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def mixture(kind: str = "mixtral", seed: int = 0, dtype: torch.dtype = torch.float32) -> TinyMixture:
+def mixture(
+    kind: str = "mixtral", seed: int = 0, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN
+) -> TinyMixture:
     torch.manual_seed(seed)
-    model = TinyMixture(kind)
+    model = TinyMixture(kind, hidden)
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             nn.init.normal_(parameter, std=0.4)
@@ -101,3 +104,42 @@ def mixture_batch(step: int, size: int = 8) -> Tensor:
 def is_compact(name: str) -> bool:
     """Whether a parameter of ``TinyMixture`` is one of the weights that are made compact by default."""
     return name.endswith(("_proj", "mix.weight"))
+
+
+class Unstacked(nn.Module):
+    """The parameters of a mixture, but of each expert its own, outputs times inputs, as views of the stacks: what is
+    done to these is done to the mixture.
+    """
+
+    def __init__(self, model: TinyMixture) -> None:
+        super().__init__()
+        self._views: list[tuple[str, nn.Parameter, nn.Parameter, int | None]] = []
+        for name, parameter in model.named_parameters():
+            if not name.endswith("_proj"):
+                self._views.append((name, parameter, parameter, None))
+                continue
+            for expert in range(EXPERTS):
+                own = parameter.data[expert]
+                view = nn.Parameter(own.t() if is_transposed(model, name) else own)
+                self._views.append((f"{name}[{expert}]", view, parameter, expert))
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, view) for name, view, _, _ in self._views)
+
+    def take_gradients(self) -> None:
+        """Those of the stacks, which have just had a backward."""
+        for _, view, parameter, expert in self._views:
+            if expert is not None:
+                assert parameter.grad is not None
+                own = parameter.grad[expert]
+                view.grad = own if own.shape == view.shape and view.is_contiguous() else own.t()
+
+
+def is_transposed(model: TinyMixture, name: str) -> bool:
+    """Whether a stack's matrices are inputs times outputs."""
+    return name.endswith("_proj") and model.get_submodule("blocks.0").kind in TRANSPOSED
+
+
+def is_matrix(name: str) -> bool:
+    """As :func:`is_compact`, of ``Unstacked``."""
+    return name.endswith(("_proj", "]", "mix.weight"))

@@ -48,7 +48,7 @@ class Engine(ConsolidationHook):
         if isinstance(optimizer, CompactOptimizer):
             optimizer.defer_to_engine(self._make_backend(optimizer))
         elif isinstance(optimizer, ShardedOptimizer):
-            optimizer.defer_to_engine(EngineShards(self) if self.zero_optimization_stage() else optimizer.shards)
+            optimizer.defer_to_engine(EngineShards(self) if self.zero_optimization_stage() else None)
 
     def _make_backend(self, optimizer: CompactOptimizer) -> SubspaceBackend:
         stage = self.zero_optimization_stage()

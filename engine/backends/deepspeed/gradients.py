@@ -11,7 +11,16 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ..gradient_norm import gradient_norm
-from .privates import Update, loss_scale, set_grad_norm, settle_gradients, start_sums_at_zero, wrap_update
+from .privates import (
+    Update,
+    loss_scale,
+    set_grad_norm,
+    settle_gradients,
+    start_sums_at_zero,
+    unscaled_by,
+    wrap_update,
+    zero_scaler,
+)
 from .schedules import check_metrics
 
 
@@ -21,6 +30,10 @@ def mend_updates(engine: DeepSpeedEngine) -> None:
     ZeRO keeps a parameter's gradient in a buffer, and a step in which the parameter has none (an idle expert, a layer
     that LayerDrop leaves out) finds the one of an earlier step there: here it finds zeros, as without ZeRO. And without
     ZeRO, in fp32, DeepSpeed applies gradients that are not finite; here it skips the step, as under ZeRO.
+
+    With fp16 autocast ZeRO clips by the norm of the scaled gradients, and unscales what is left of them; it never
+    lowers a scale that is too high for a gradient, and skips all steps then. Here gradients are unscaled before they
+    are clipped, and each step, or skipped one, counts once for the scale.
     """
     own: Any = engine
 
@@ -31,7 +44,8 @@ def mend_updates(engine: DeepSpeedEngine) -> None:
             optimizer: Any = own.optimizer
             if not isinstance(optimizer, torch.optim.Optimizer):
                 settle_gradients(optimizer)
-                update(lr_kwargs)
+                with _unscaled(optimizer, own.device):
+                    update(lr_kwargs)
                 return
             # Of this rank's gradients, which are equal on all where no model is cut.
             norm = gradient_norm([p.grad for p in own.module.parameters() if p.grad is not None])
@@ -46,6 +60,21 @@ def mend_updates(engine: DeepSpeedEngine) -> None:
 
     start_sums_at_zero(own.optimizer)
     wrap_update(engine, wrap)
+
+
+@contextmanager
+def _unscaled(wrapper: Any, device: torch.device) -> Iterator[None]:
+    """Around an update of ZeRO's: fp16 autocast's scale is taken out of the gradients, and follows what they were."""
+    if (scaler := zero_scaler(wrapper)) is None:
+        yield
+        return
+    with unscaled_by(wrapper, scaler.get_scale()):
+        yield
+    # The scaler learns from an optimizer's gradients whether there was an overflow.
+    told = torch.zeros((), device=device, requires_grad=True)
+    told.grad = torch.full_like(told, torch.inf if wrapper.overflow else 0.0)
+    scaler.step(torch.optim.SGD([told], lr=0.0))
+    scaler.update()
 
 
 def _agreed(norm: Tensor) -> tuple[float, bool]:

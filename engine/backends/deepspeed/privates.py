@@ -4,7 +4,8 @@ ZeRO-3 puts ``ds_*`` attributes on parameters; ZeRO-1 and 2 link each parameter 
 ``_hp_mapping``; the optimizer wrappers name their flat groups each in its own way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -137,6 +138,24 @@ def loss_scale(engine: DeepSpeedEngine) -> Tensor:
     one = torch.ones((), device=own.device)
     scaler = own.torch_autocast_z0_gradscaler
     return one if scaler is None else scaler.scale(one)
+
+
+def zero_scaler(wrapper: Any) -> torch.amp.GradScaler | None:
+    """What scales the loss for fp16 autocast under ZeRO; None where nothing does."""
+    scaler: torch.amp.GradScaler | None = getattr(wrapper, "torch_autocast_gradscaler", None)
+    return None if scaler is None or wrapper.custom_loss_scaler else scaler
+
+
+@contextmanager
+def unscaled_by(wrapper: Any, scale: float) -> Iterator[None]:
+    """Let ZeRO's update take gradients for ``scale`` times as large as they are, and unscale them itself."""
+    own = vars(wrapper)
+    former = {key: own[key] for key in ("torch_autocast_gradscaler", "custom_loss_scaler", "external_loss_scale")}
+    own.update(torch_autocast_gradscaler=None, custom_loss_scaler=True, external_loss_scale=scale)
+    try:
+        yield
+    finally:
+        own.update(former)
 
 
 def start_sums_at_zero(wrapper: Any) -> None:

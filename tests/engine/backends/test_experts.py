@@ -1,4 +1,4 @@
-"""Compact experts in the engines: every ZeRO stage and ddp on two ranks against plain PyTorch on one process."""
+"""Stacked experts in the engines: every ZeRO stage and ddp on two ranks against plain PyTorch on one process."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedConfig
 
 from narrowgauge.engine.backends import backend_of
 from narrowgauge.engine.backends.deepspeed.traffic import TrafficCounter
@@ -23,7 +24,8 @@ from narrowgauge.engine.report.parameters import count_parameters
 from narrowgauge.engine.report.summary import optimizer_state_bytes
 from narrowgauge.optimizers import GaLore
 from narrowgauge.optimizers.layers.plain import plain_parameters
-from tests.support.mixture import TRANSPOSED, TinyMixture, is_compact, mixture, mixture_batch
+from tests.support.mixture import TinyMixture, is_compact, is_transposed, mixture, mixture_batch
+from tests.support.mixture_references import second_statement
 from tests.support.ranks import RankPool
 from tests.support.references.grass import ReferenceGrass
 from tests.support.zero import worst
@@ -31,6 +33,16 @@ from tests.support.zero import worst
 STEPS, SAVED_AFTER, MICRO_BATCHES, CLIP = 10, 5, 2, 0.2
 PARAMS: dict[str, Any] = {"lr": 1e-2, "density": 0.3, "refresh_interval": 4, "weight_decay": 0.1}
 GALORE: dict[str, Any] = {"lr": 1e-2, "rank": 1, "refresh_interval": 4, "weight_decay": 0.1, "projector": "svd"}
+# signSGD's steps turn where a gradient of the remainder is zero but for rounding.
+FRUGAL: dict[str, Any] = {"density": 0.3, "selection": "columns", "refresh_interval": 4, "state_free": "SGD"}
+ADAM: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "matrix_lr_scale": 0.5, "betas": (0.8, 0.95), "eps": 1e-4}
+LARS: dict[str, Any] = {"lr": 1e-1, "weight_decay": 0.1, "matrix_lr_scale": 0.5}
+SHARDED: dict[str, dict[str, Any]] = {
+    "Frugal": {**ADAM, **FRUGAL},
+    "Apollo": {**ADAM, "rank": 3, "refresh_interval": 4},
+    "Lamb": ADAM,
+    "Lars": {**LARS, "momentum": 0.8, "trust_coefficient": 0.1},
+}
 ENGINES = [("ddp", 0), *(("deepspeed", stage) for stage in range(4))]
 
 
@@ -58,6 +70,11 @@ def make_engine(engine: str, stage: int, kind: str, optimizer: dict[str, Any], s
     backend.check(config)
     model = Model(kind)
     model.load_state_dict(mixture(kind, seed).state_dict())
+    if stage == 3 and optimizer["type"] in SHARDED:
+        # The loop calls the activation for each expert that has tokens: ZeRO-3 wants as many calls on all ranks.
+        for module in model.modules():
+            if isinstance(config_of_experts := getattr(module, "config", None), PreTrainedConfig):
+                config_of_experts._experts_implementation = "batched_mm"
     return backend.build(config, model, schedule=lambda opt: LambdaLR(opt, lambda step: 1.0))
 
 
@@ -108,7 +125,7 @@ def reference(kind: str, side: str) -> tuple[list[float], dict[str, Tensor], dic
     optimizer = ReferenceGrass(
         model,
         is_matrix=is_compact,
-        is_transposed=lambda name: kind in TRANSPOSED and name.endswith("_proj"),
+        is_transposed=lambda name: is_transposed(model, name),
         side=side,
         **PARAMS,
     )
@@ -123,6 +140,18 @@ def plain_galore(kind: str) -> tuple[list[float], dict[str, Tensor], dict[str, T
     def update() -> None:
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)
         optimizer.step()
+
+    return plain_run(model, update)
+
+
+def unstacked(kind: str, optimizer: str) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """By second statements, for which each expert has parameters of its own."""
+    model = mixture(kind)
+    step = second_statement(model, optimizer, SHARDED[optimizer])
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        step()
 
     return plain_run(model, update)
 
@@ -167,6 +196,43 @@ def test_galore_on_two_ranks_equals_plain_pytorch_and_resumes(
     check(two_ranks, tmp_path, kind, engine, stage, {"type": "GaLore", "params": GALORE}, plain_galore(kind))
 
 
+@pytest.mark.cover(1)
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+@pytest.mark.parametrize("optimizer", SHARDED)
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_optimizers_on_full_gradients_treat_each_expert_by_itself(
+    two_ranks: RankPool, tmp_path: Path, kind: str, optimizer: str, engine: str, stage: int
+) -> None:
+    """ZeRO's cuts are within experts; in some steps one has no tokens, or none on one rank."""
+    given = {"type": optimizer, "params": SHARDED[optimizer]}
+    check(two_ranks, tmp_path, kind, engine, stage, given, unstacked(kind, optimizer))
+
+
+def resumed(engine: str, stage: int, optimizer: dict[str, Any], folder: str) -> list[float]:
+    second = make_engine(engine, stage, "mixtral", optimizer, seed=1)
+    load_checkpoint(second, Path(folder))
+    losses = train(second, SAVED_AFTER, STEPS)
+    second.close()
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stage", "engine", "other"),
+    [
+        ("Frugal", 3, "deepspeed", 1),
+        pytest.param("Apollo", 1, "ddp", 0, marks=pytest.mark.slow),
+        pytest.param("Lamb", 2, "deepspeed", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_the_state_of_experts_goes_on_on_one_rank(
+    two_ranks: RankPool, one_rank: RankPool, tmp_path: Path, optimizer: str, stage: int, engine: str, other: int
+) -> None:
+    given = {"type": optimizer, "params": SHARDED[optimizer]}
+    found = two_ranks.run(trained, "deepspeed", stage, "mixtral", given, str(tmp_path / "saved"))[0]
+    (losses,) = one_rank.run(resumed, engine, other, given, str(tmp_path / "saved"))
+    assert losses == pytest.approx(found["losses"][SAVED_AFTER:], rel=1e-6)
+
+
 def check(
     two_ranks: RankPool, tmp_path: Path, kind: str, engine: str, stage: int, optimizer: dict[str, Any], wanted: Any
 ) -> None:
@@ -192,9 +258,9 @@ def expected_sizes(kind: str) -> tuple[int, int]:
     return compact, dense
 
 
-def measured() -> dict[str, Any]:
+def measured(optimizer: str, params: dict[str, Any]) -> dict[str, Any]:
     """At ZeRO-2: sizes on this rank, and bytes it sends per step."""
-    engine = make_engine("deepspeed", 2, "mixtral", {"type": "Grass", "params": PARAMS})
+    engine = make_engine("deepspeed", 2, "mixtral", {"type": optimizer, "params": params})
     train(engine, 0, 1)
     counter = TrafficCounter()
     counter.attach()
@@ -219,7 +285,7 @@ def test_state_and_traffic_are_as_the_density_says(two_ranks: RankPool) -> None:
     """Moments, masters and gradients are of the compact values only, and all experts have one index."""
     compact, dense = expected_sizes("mixtral")
     total = sum(p.numel() for p in mixture("mixtral").parameters())
-    results = two_ranks.run(measured)
+    results = two_ranks.run(measured, "Grass", PARAMS)
     for found in results:
         assert found["counts"] == {"total": total, "compact": compact, "dense": dense, "frozen": total - dense}
         # In each of two layers, the indices of the linear and of the experts' two parameters; int64.
@@ -231,3 +297,20 @@ def test_state_and_traffic_are_as_the_density_says(two_ranks: RankPool) -> None:
     assert sum(found["state"] - found["subspace"] for found in results) == pytest.approx(
         12 * (compact + dense), rel=0.01
     )
+
+
+@pytest.mark.parametrize("optimizer", ["Frugal", pytest.param("Apollo", marks=pytest.mark.slow)])
+def test_state_of_full_gradients_is_as_the_density_or_the_rank_says(two_ranks: RankPool, optimizer: str) -> None:
+    """Moments are of the chosen columns of each expert, or of its channels; gradients and masters are whole."""
+    chosen, dense = expected_sizes("mixtral")
+    sizes = [p.shape for name, p in mixture("mixtral").named_parameters() if is_compact(name)]
+    channels = sum(max(size[-2:]) * size[:-2].numel() for size in sizes)
+    rank = SHARDED["Apollo"]["rank"]
+    moments, summed = (chosen, 0) if optimizer == "Frugal" else (rank * channels, (rank + 2) * channels)
+    total = sum(p.numel() for p in mixture("mixtral").parameters())
+    results = two_ranks.run(measured, optimizer, SHARDED[optimizer])
+    for found in results:
+        assert found["reduced"] == pytest.approx(2 * 4 * total + 4 * summed, rel=0.01)
+        assert found["gathered"] == pytest.approx(4 * total / 2, rel=0.01)
+    state = sum(found["state"] - found["subspace"] for found in results)
+    assert state == pytest.approx(8 * (moments + dense) + 4 * total, rel=0.01)

@@ -1,7 +1,6 @@
 """APOLLO against the authors' package, against a second statement of the paper, and on flat partitions."""
 
 import copy
-import math
 import warnings
 from dataclasses import replace
 from itertools import pairwise
@@ -19,6 +18,7 @@ from narrowgauge.optimizers.sharding.shards import Shard
 from tests.support.models import TinyTransformer, is_matrix, tiny, token_batch, train_steps
 from tests.support.partition import Partition, gather_pieces, scatter_pieces
 from tests.support.ranks import RankPool
+from tests.support.references.apollo import PaperApollo
 
 STEPS, INTERVAL = 18, 4
 OPTIONS: dict[str, Any] = {
@@ -82,64 +82,11 @@ def test_the_limiter_takes_part_in_the_comparisons() -> None:
     assert difference(*models) > 1e-3
 
 
-class PaperApollo:
-    """Algorithm 1 of arXiv 2412.05270 with full matrices, sharing no code with the package but the seeds."""
-
-    def __init__(self, model: TinyTransformer, seeds: dict[str, int], **options: Any) -> None:
-        self.params, self.seeds, self.options = dict(model.named_parameters()), seeds, options
-        self.m: dict[str, Tensor] = {}
-        self.v: dict[str, Tensor] = {}
-        self.norms: dict[str, float] = {}
-        self.t = 0
-
-    def draw(self, name: str, rank: int, side: int, tall: bool) -> Tensor:
-        """P of shape (rank, side); drawn transposed for wide matrices."""
-        generator = torch.Generator().manual_seed(self.seeds[name])
-        shape = (rank, side) if tall else (side, rank)
-        drawn = (torch.randn(shape, generator=generator, dtype=torch.float32) / math.sqrt(rank)).double()
-        return drawn if tall else drawn.T
-
-    def adam(self, name: str, g: Tensor) -> Tensor:
-        (beta1, beta2), eps = self.options["betas"], self.options["eps"]
-        self.m[name] = beta1 * self.m.get(name, torch.zeros_like(g)) + (1 - beta1) * g
-        self.v[name] = beta2 * self.v.get(name, torch.zeros_like(g)) + (1 - beta2) * g * g
-        return self.m[name] / (1 - beta1**self.t) / ((self.v[name] / (1 - beta2**self.t)).sqrt() + eps)
-
-    def zero_grad(self) -> None:
-        for parameter in self.params.values():
-            parameter.grad = None
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self.t += 1
-        limit = self.options.get("norm_growth_limit", 1.01)
-        for name, w in self.params.items():
-            g = w.grad
-            assert g is not None
-            lr = self.options["lr"] * (self.options["matrix_lr_scale"] if is_matrix(name) else 1.0)
-            if not is_matrix(name):
-                w.copy_(w - lr * self.adam(name, g) - lr * self.options["weight_decay"] * w)
-                continue
-            tall = g.shape[0] >= g.shape[1]
-            g = g.T if tall else g
-            r = self.draw(name, self.options["rank"], g.shape[0], tall) @ g
-            d = self.adam(name, r)
-            per_matrix = self.options.get("scale_type") == "tensor"
-            alpha = self.options.get("scale", math.sqrt(128) if per_matrix else 1.0)
-            update = g * (d.norm() / r.norm()) if per_matrix else g @ torch.diag(d.norm(dim=0) / r.norm(dim=0))
-            norm = float(update.norm())
-            if limit is not None and name in self.norms and norm / self.norms[name] > limit:
-                update = update / norm * limit * self.norms[name]
-                norm = limit * self.norms[name]
-            self.norms[name] = norm
-            w.copy_(w - lr * alpha * (update.T if tall else update) - lr * self.options["weight_decay"] * w)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_paper(kind: str) -> None:
     model, twin = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
     optimizer = Apollo(model, **OPTIONS, **KINDS[kind])
-    paper = PaperApollo(twin, {}, **OPTIONS, **KINDS[kind])
+    paper = PaperApollo(twin, is_matrix=is_matrix, **OPTIONS, **KINDS[kind])
     drawn = set()
     for step in range(STEPS):
         paper.seeds = optimizer.subspace_state()["seeds"]

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from narrowgauge.optimizers.layerwise.lamb import Lamb
 from narrowgauge.optimizers.layerwise.lars import Lars
 from tests.support.models import TinyTransformer, is_matrix, tiny, token_batch, train_steps
 from tests.support.partition import Partition
 from tests.support.ranks import RankPool
+from tests.support.references.layerwise import EquationsOfLamb, EquationsOfLars
 
 STEPS = 12
 GROUPS = [{"params": ["embed.weight"], "lr": 3e-2, "weight_decay": 0.3}]
@@ -26,63 +26,6 @@ def rate_and_decay(name: str, options: dict[str, Any]) -> tuple[float, float]:
     if name == "embed.weight":
         return 3e-2, 0.3
     return options["lr"] * (options["matrix_lr_scale"] if is_matrix(name) else 1.0), options["weight_decay"]
-
-
-def is_plain(name: str, parameter: Tensor, exclude: list[str] | None) -> bool:
-    return parameter.dim() == 1 if exclude is None else name in exclude
-
-
-class EquationsOfLamb:
-    """Algorithm 2 of arXiv 1904.00962 on whole tensors."""
-
-    def __init__(self, model: TinyTransformer, **options: Any) -> None:
-        self.params, self.options, self.t = dict(model.named_parameters()), options, 0
-        self.m = {name: torch.zeros_like(p) for name, p in self.params.items()}
-        self.v = {name: torch.zeros_like(p) for name, p in self.params.items()}
-
-    @torch.no_grad()
-    def step(self) -> None:
-        (beta1, beta2), eps = self.options["betas"], self.options["eps"]
-        low, high = self.options.get("weight_norm_bounds") or (0.0, float("inf"))
-        self.t += 1
-        for name, x in self.params.items():
-            lr, decay = rate_and_decay(name, self.options)
-            g = x.grad
-            assert g is not None
-            self.m[name] = beta1 * self.m[name] + (1 - beta1) * g
-            self.v[name] = beta2 * self.v[name] + (1 - beta2) * g * g
-            r = self.m[name] / (1 - beta1**self.t) / ((self.v[name] / (1 - beta2**self.t)).sqrt() + eps)
-            if is_plain(name, x, self.options.get("exclude")):
-                x -= lr * r
-                continue
-            u = r + decay * x
-            phi = min(max(float(x.pow(2).sum().sqrt()), low), high)
-            ratio = phi / float(u.pow(2).sum().sqrt()) if phi > 0 else 1.0
-            x -= lr * ratio * u
-
-
-class EquationsOfLars:
-    """Algorithm 1 of arXiv 1708.03888 on whole tensors, and Nesterov's step."""
-
-    def __init__(self, model: TinyTransformer, **options: Any) -> None:
-        self.params, self.options = dict(model.named_parameters()), options
-        self.v = {name: torch.zeros_like(p) for name, p in self.params.items()}
-
-    @torch.no_grad()
-    def step(self) -> None:
-        momentum, eta = self.options["momentum"], self.options["trust_coefficient"]
-        for name, w in self.params.items():
-            lr, decay = rate_and_decay(name, self.options)
-            g = w.grad
-            assert g is not None
-            if is_plain(name, w, self.options.get("exclude")):
-                update = lr * g
-            else:
-                w_norm, g_norm = float(w.pow(2).sum().sqrt()), float(g.pow(2).sum().sqrt())
-                ratio = eta * w_norm / (g_norm + decay * w_norm) if w_norm > 0 else 1.0
-                update = lr * ratio * (g + decay * w)
-            self.v[name] = momentum * self.v[name] + update
-            w -= update + momentum * self.v[name] if self.options.get("nesterov") else self.v[name]
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -100,7 +43,14 @@ def make(kind: str, model: TinyTransformer, extra: dict[str, Any]) -> Any:
 
 
 def equations(kind: str, model: TinyTransformer, extra: dict[str, Any]) -> EquationsOfLamb | EquationsOfLars:
-    return EquationsOfLamb(model, **LAMB, **extra) if kind == "lamb" else EquationsOfLars(model, **LARS, **extra)
+    options, exclude = {**(LAMB if kind == "lamb" else LARS), **extra}, extra.get("exclude")
+    cls = EquationsOfLamb if kind == "lamb" else EquationsOfLars
+    return cls(
+        model,
+        rate_and_decay=lambda name: rate_and_decay(name, options),
+        is_plain=lambda name, parameter: parameter.dim() == 1 if exclude is None else name in exclude,
+        **options,
+    )
 
 
 def pair(dtype: torch.dtype = torch.float64) -> tuple[TinyTransformer, TinyTransformer]:

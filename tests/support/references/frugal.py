@@ -109,7 +109,8 @@ class ReferenceFrugal:
         """Columns that span the subspace, on the shorter side of the matrix."""
         rows, columns = gradient.shape
         rank = self.share(min(rows, columns))
-        if self.selection == "random":
+        # A gradient of zero has no directions.
+        if self.selection == "random" or not gradient.any():
             generator = torch.Generator().manual_seed(seed_of(self.seed, self.refresh, name.removesuffix(".weight")))
             size = (min(rows, columns), rank)
             return orthonormal(torch.randn(size, generator=generator, dtype=gradient.dtype))

@@ -1,6 +1,7 @@
 """Updates with gradients that are missing or not finite, under every ZeRO stage."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,79 @@ def test_the_norm_with_fp16_autocast_is_that_of_the_gradients(one_rank: RankPool
     """It was 65536 times as large: that of the scaled loss."""
     for told, expected in one_rank.run(autocast_norms, 1e-3)[0]:
         assert told == pytest.approx(expected, rel=2e-2)
+
+
+def autocast_steps(kind: str, stage: int, loss_factor: float) -> dict[str, Any]:
+    """Steps with a clip and fp16 autocast, by an engine and by ``torch.autocast`` with a ``GradScaler``."""
+    torch.manual_seed(0)
+    twin = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1))
+    model = copy.deepcopy(twin)
+    start = copy.deepcopy(twin.state_dict())
+
+    def groups(of: nn.Module) -> list[dict[str, Any]]:
+        """Two, which DeepSpeed steps one after the other."""
+        return [
+            {"params": [p for p in of.parameters() if p.dim() == 2]},
+            {"params": [p for p in of.parameters() if p.dim() == 1], "lr": 0.5 if kind == "SGD" else 2e-2},
+        ]
+
+    def made(of: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups(of), lr=1.0) if kind == "SGD" else torch.optim.AdamW(groups(of), lr=1e-2)
+
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.05,
+        "torch_autocast": {"enabled": True, "dtype": "float16"},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = initialize(model=model, optimizer=made(model), config=config)
+    optimizer, scaler = made(twin), torch.amp.GradScaler("cpu")
+    told, norms = [], []
+    for step in range(7):
+        x = torch.randn(8, 20, generator=torch.Generator().manual_seed(step))
+        own = x.chunk(dist.get_world_size())[dist.get_rank()]
+        engine.backward(engine(own).float().square().mean() * loss_factor)
+        engine.step()
+        told.append(engine.get_global_grad_norm())
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            y = twin(x)
+        scaler.scale(y.float().square().mean() * loss_factor).backward()
+        scaler.unscale_(optimizer)
+        norms.append(float(nn.utils.clip_grad_norm_(twin.parameters(), 0.05)))
+        scaler.step(optimizer)
+        scaler.update()
+    weights = full_weights(engine)
+    moved = {name: value - start[name] for name, value in twin.state_dict().items()}
+    found = {
+        "told": [float(norm) for norm in told],
+        "norms": norms,
+        "skipped": engine.skipped_steps,
+        "error": max(float((weights[n] - start[n] - m).norm() / m.norm()) for n, m in moved.items()),
+    }
+    finish(engine)
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("kind", ["SGD", pytest.param("AdamW", marks=pytest.mark.slow)])
+def test_fp16_autocast_clips_the_gradients_and_not_the_scaled_ones(two_ranks: RankPool, kind: str, stage: int) -> None:
+    """ZeRO clipped by the norm of gradients times 65536: a step of SGD was 61,800 times too short."""
+    for found in two_ranks.run(autocast_steps, kind, stage, 1.0):
+        assert found["skipped"] == 0
+        assert found["told"] == pytest.approx(found["norms"], rel=2e-2)
+        assert found["error"] < 2e-2
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_fp16_autocast_lowers_a_scale_that_is_too_high(two_ranks: RankPool, stage: int) -> None:
+    """ZeRO left every step out that was not finite, without telling the scaler: all of them, for ever."""
+    for found in two_ranks.run(autocast_steps, "SGD", stage, 50.0):
+        overflows = sum(not math.isfinite(norm) for norm in found["norms"])
+        assert 0 < overflows < 6
+        assert found["skipped"] == overflows
+        assert found["error"] < 2e-2
 
 
 def losses_beside_autocast(stage: int) -> list[list[float]]:
