@@ -113,10 +113,13 @@ def test_training_is_bit_equal(
         if settles and not changed:
             saved, resident = max(levels)
             assert stats.written > saved * STEPS
-            assert stats.read > stats.written / 2
-            # Whatever is in flight is on disk once its forward is through, but for what is read ahead: of so small
-            # layers, three whole inputs.
-            assert resident < saved / 3 or layout.get("recompute") == "full"
+            if layout.get("recompute") == "full":
+                # Layers' inputs: the schedule itself holds the first ones, and so small ones are all read ahead.
+                assert stats.read > 0
+            else:
+                assert stats.read > stats.written / 2
+                # Whatever is in flight is on disk once its forward is through, but for what is read ahead.
+                assert resident < saved / 3
     assert not list(tmp_path.iterdir())
 
 
