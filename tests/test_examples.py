@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.support import forked
 from tests.support.command import BIN, ROOT, environment
@@ -73,6 +74,49 @@ def test_a_script_for_deepspeed_changes_its_import_and_nothing_else(tmp_path: Pa
     assert losses_of_script(ours, with_adamw, ranks) == losses_of_script(own, with_adamw, ranks)
     first, last = losses_of_script(ours, with_grass, ranks)
     assert float(last) < 0.8 * float(first)
+
+
+# By script: the option that takes the place where it saves, and whether it takes a DeepSpeed file.
+LIBRARIES = {
+    "with_trainer": ("--output_dir", True),
+    "with_sft_trainer": ("--output_dir", True),
+    "with_accelerate": ("--save", False),
+    "with_lightning": ("--save", False),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "stage"),
+    [
+        ("with_sft_trainer", 1, None),
+        *(
+            pytest.param(name, ranks, stage, marks=pytest.mark.slow)
+            for name in LIBRARIES
+            for ranks in (1, 2)
+            for stage in (None, 0, 1, 2, 3)
+            if (name, ranks, stage) != ("with_sft_trainer", 1, None) and (name, stage) != ("with_lightning", None)
+        ),
+    ],
+)
+def test_a_script_of_each_library(name: str, ranks: int, stage: int | None, tmp_path: Path) -> None:
+    place, takes_file = LIBRARIES[name]
+    words = [str(EXAMPLES / f"{name}.py"), place, str(tmp_path / "saved")]
+    if stage is not None and takes_file:
+        settings = json.loads((EXAMPLES / "trainer.json").read_text())
+        settings["zero_optimization"]["stage"] = stage
+        file = tmp_path / "deepspeed.json"
+        file.write_text(json.dumps(settings))
+        words += ["--deepspeed", str(file)]
+    elif stage is not None:
+        words += ["--stage", str(stage)]
+    done = forked.python(*words, ranks=ranks, cwd=tmp_path, TORCHELASTIC_RUN_ID="examples")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, last = figures(r"loss (\S+) -> ([\d.]+)", done.stdout)
+    assert float(last) < 0.5 * float(first)
+    if takes_file:
+        saved = load_file(tmp_path / "saved" / "model.safetensors")
+        assert saved["model.layers.0.mlp.up_proj.weight"].shape == (128, 64)
+        assert not any("compact" in key for key in saved)
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ class Watch:
 
     def __init__(self, name: str, owner: torch.optim.Optimizer) -> None:
         self._name, self._owner_type = name, type(owner).__name__
+        self._owner = weakref.ref(owner)
         self.is_on, self.honours_weight = True, True
         self._noted: tuple[Any, ...] = ()
         self._moved = False
@@ -73,6 +74,8 @@ class Watch:
         """As :meth:`look`, of the tensors themselves; edits of the weight are taken over."""
         if not self.is_on or not self._noted:
             return
+        if self._is_taken(layer):
+            raise RuntimeError(self._changed())
         if not layer.is_whole():
             # Cut in pieces: by our engine, or by one that the optimizer's step refuses.
             return
@@ -95,6 +98,12 @@ class Watch:
         self._noted = _state_of(layer)
         if self._uses >= self._next:
             self._next *= 2
+
+    def _is_taken(self, layer: "CompactUnit") -> bool:
+        """Whether ``compact`` lies in a larger buffer, as engines put it, and the optimizer knows of no engine."""
+        compact = layer.compact
+        is_part = compact.untyped_storage().nbytes() > compact.numel() * compact.element_size()
+        return is_part and not getattr(self._owner(), "in_engine", True)
 
     def _changed(self) -> str:
         owner = self._owner_type

@@ -4,7 +4,9 @@ import gc
 import warnings
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (every engine's start imports it)
+import lightning.pytorch  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
+import trl.trainer.sft_trainer  # noqa: F401
 
 import narrowgauge.engine.backends.ddp.training
 import narrowgauge.engine.backends.deepspeed.build

@@ -1,0 +1,47 @@
+"""``accelerator.prepare`` trains with our optimizers: to the weights of a plain loop around ``initialize``."""
+
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from tests.integrations.fine_tuning import accelerate_refuses, train_by_loop, trained_by_accelerate, weights_in
+from tests.support.ranks import RankPool
+from tests.support.zero import worst
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def by_loop(one_rank: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    folder = tmp_path_factory.mktemp("loop")
+    one_rank.run(train_by_loop, folder)
+    return weights_in(folder)
+
+
+@pytest.mark.parametrize(
+    ("stage", "client"),
+    [
+        (2, False),
+        *(pytest.param(*case, marks=slow) for case in ((None, True), (0, False), (1, True), (3, False), (3, True))),
+    ],
+)
+def test_weights_are_those_of_a_plain_loop(
+    stage: int | None, client: bool, by_loop: dict[str, Tensor], two_ranks: RankPool, tmp_path: Path
+) -> None:
+    assert two_ranks.run(trained_by_accelerate, tmp_path, stage=stage, client=client) == ["Grass", "Grass"]
+    assert worst(weights_in(tmp_path), by_loop) < 1e-5
+
+
+def test_an_optimizer_that_is_passed_trains_under_cpu_offload(
+    by_loop: dict[str, Tensor], one_rank: RankPool, tmp_path: Path
+) -> None:
+    """Accelerate took DeepSpeed's Adam in its place."""
+    found = one_rank.run(trained_by_accelerate, tmp_path, stage=2, client=True, cpu_offload=True)
+    assert found == ["Grass"]
+    assert worst(weights_in(tmp_path), by_loop) < 1e-5
+
+
+def test_ranks_that_accelerate_does_not_know_of_are_refused(one_rank: RankPool) -> None:
+    (said,) = one_rank.run(accelerate_refuses, 4)
+    assert "expected the launcher's 4 process ranks, got 1" in said
