@@ -62,7 +62,7 @@ def test_training_is_that_of_a_second_statement(case: str, kind: str, hidden: in
         losses = []
         for trained in (model, twin):
             trained.zero_grad()
-            loss = trained(mixture_batch(step, 32))
+            loss = trained(mixture_batch(step, 64))
             loss.backward()
             losses.append(float(loss.detach()))
         assert bool(expert_gradient(model, 1).any()) == (step % 3 != 0)
