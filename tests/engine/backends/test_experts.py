@@ -174,7 +174,7 @@ def plain_run(
     return losses, model.state_dict(), saved
 
 
-@pytest.mark.cover(1)
+@pytest.mark.quick("mixtral-columns-deepspeed-3", "nemotron_h-rows-deepspeed-2")
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
 @pytest.mark.parametrize(
     ("kind", "side"), [("mixtral", "columns"), ("gpt_oss", "rows"), ("llama4", "columns"), ("nemotron_h", "rows")]
@@ -186,7 +186,7 @@ def test_two_ranks_equal_plain_pytorch_and_resume(
     check(two_ranks, tmp_path, kind, engine, stage, optimizer, reference(kind, side))
 
 
-@pytest.mark.cover(1)
+@pytest.mark.quick("gpt_oss-deepspeed-2")
 @pytest.mark.parametrize(("engine", "stage"), [("ddp", 0), ("deepspeed", 2), ("deepspeed", 3)])
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_galore_on_two_ranks_equals_plain_pytorch_and_resumes(
@@ -196,7 +196,7 @@ def test_galore_on_two_ranks_equals_plain_pytorch_and_resumes(
     check(two_ranks, tmp_path, kind, engine, stage, {"type": "GaLore", "params": GALORE}, plain_galore(kind))
 
 
-@pytest.mark.cover(1)
+@pytest.mark.quick("mixtral-Frugal-deepspeed-3", "gpt_oss-Apollo-deepspeed-1", "mixtral-Lamb-ddp-0")
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
 @pytest.mark.parametrize("optimizer", SHARDED)
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])

@@ -1,6 +1,5 @@
 """Order, token files, packing and the cache."""
 
-import multiprocessing
 import os
 import struct
 import time
@@ -21,6 +20,7 @@ from narrowgauge.engine.data.prepare import prepare_data
 from narrowgauge.engine.data.tokenizer import load_tokenizer
 from narrowgauge.engine.data.tokens import TokenFile, write_tokens
 from narrowgauge.engine.errors import DataError, UserError
+from tests.support.forked import server
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 10, 64, 65, 1000])
@@ -213,7 +213,7 @@ def prepare_in_process(folder: str, cache: str, queue: Any) -> None:
 
 
 def test_processes_that_start_together_build_once(corpus: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = server()
     queue = context.Queue()
     arguments = (str(corpus), str(tmp_path), queue)
     processes = [context.Process(target=prepare_in_process, args=arguments) for _ in range(3)]

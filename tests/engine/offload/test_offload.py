@@ -78,7 +78,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 QUICK = ("zero2-rows", "zero3-columns", "zero1-adamw", "zero2-adaptive")
 
 
-@pytest.mark.quick("zero3-columns", "zero1-adamw")
+@pytest.mark.quick("zero3-columns")
 @pytest.mark.parametrize(
     ("config", "offload"),
     [pytest.param(*case, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, case in CASES.items()],

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -21,6 +22,7 @@ MODEL = {
 }
 
 
+@pytest.mark.slow
 def test_a_mixture_is_trained_compact_and_exported(corpus: Path, tmp_path: Path) -> None:
     """It was refused: 87 % of its matrices were dense."""
     from transformers import AutoModelForCausalLM

@@ -121,7 +121,8 @@ def test_a_finished_run_shows_its_summary_at_once(finished: Path) -> None:
     assert len(losses(finished / "run")) == 12
 
 
-@pytest.mark.parametrize(("ranks", "launcher"), [pytest.param(1, "none", marks=pytest.mark.slow), (2, "deepspeed")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "launcher"), [(1, "none"), (2, "deepspeed")])
 def test_other_launchers_give_the_same_run(finished: Path, tmp_path: Path, ranks: int, launcher: str) -> None:
     config = str(finished / "config.json")
     result = command.run("train", config, "--set", f"logging.run_dir={tmp_path}/run", ranks=ranks, launcher=launcher)
@@ -156,22 +157,22 @@ def test_a_killed_run_resumes_bit_equal(corpus: Path, tmp_path: Path, changes: d
     config = str(tiny_config(corpus, tmp_path, **changes))
     more = [
         "--set",
-        "training.steps=60",
+        "training.steps=32",
         "--set",
-        "training.eval_interval=30",
+        "training.eval_interval=16",
         "--set",
         "training.keep_checkpoints=100",
     ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     process = forked.start("train", config, *more, "--set", f"logging.run_dir={cut}", ranks=2)
     deadline = time.monotonic() + 400
-    while not any(step >= 21 for step in losses(cut)):
+    while not any(step >= 9 for step in losses(cut)):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     reached = max(losses(cut))
-    assert 21 <= reached < 60
+    assert 9 <= reached < 32
     result = forked.run("train", config, *more, "--set", f"logging.run_dir={cut}", ranks=2)
     assert result.returncode == 0, result.stderr
     assert "resumed after step" in result.stdout

@@ -65,8 +65,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2-SP-selective": (2, {**TP2, **SP, **SELECTIVE}),
 }
 
-QUICK = {("columns", "TP2-SP-DP2-overlap"), ("rows", "TP2-SP-PP2"), ("multinomial", "TP2-full"), ("galore", "TP2-SP")}
+QUICK = {("rows", "TP2-SP-PP2"), ("galore", "TP2-SP")}
 SLOW = {
+    ("multinomial", "TP2-full"),
     *((optimizer, layout) for optimizer in ("columns", "rows", "galore") for layout in LAYOUTS),
     *((optimizer, layout) for optimizer in OPTIMIZERS for layout in ("one", "TP2-SP-DP2-overlap")),
     ("groups", "TP2-SP-PP2"),
