@@ -43,7 +43,8 @@ class Shapes:
 
     @staticmethod
     def of(model: nn.Module) -> "Shapes":
-        targets = {id(linear.weight): linear for linear in find_targets(model, None).values()}
+        found = find_targets(model, None).values()
+        targets = {id(linear.weight): linear for linear in found if isinstance(linear, nn.Linear)}
         dense = [p.numel() for p in model.parameters() if id(p) not in targets]
         matrices = [(linear.out_features, linear.in_features) for linear in targets.values()]
         return Shapes(matrices, dense, _hidden(model))
