@@ -312,8 +312,9 @@ def trained_by_lightning(folder: Path, *, stage: int, client: bool = True, save_
             enable_model_summary=False,
             logger=False,
         )
-        # Lightning does not go forward in the data itself.
-        rest = Subset(Samples(), range(0 if resume is None else BATCH * (save_at or 0), STEPS * BATCH))
+        # Lightning goes on in the middle of an epoch, with the first batches of its data.
+        start = BATCH * (save_at or 0) if resume is not None else 0
+        rest = Subset(Samples(), [(start + number) % (STEPS * BATCH) for number in range(STEPS * BATCH)])
         order = DistributedSampler(rest, ranks, int(os.environ.get("RANK", "0")), shuffle=False)
         loader = DataLoader(rest, batch_size=BATCH // ACCUMULATION // ranks, sampler=order)
         module = Module(client=client)
