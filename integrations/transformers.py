@@ -190,9 +190,15 @@ def _problems(trainer: Trainer, *, is_ours: bool, asked: Mapping[str, Any]) -> l
     found = {
         "activation_offloading": getattr(args, "activation_offloading", False) and "activation_offload" in asked,
         "fsdp": trainer.is_fsdp_enabled and bool(asked),
+        "loss_type": "activation_offload" in asked
+        and getattr(args, "loss_type", None) in ("nll", "chunked_nll")
+        and trainer.is_deepspeed_enabled
+        and deepspeed_config(trainer.accelerator)["zero_optimization"]["stage"] == 3,
     }
     reasons = {
         "activation_offloading": "it is TRL's, beside narrowgauge's activation_offload: one is allowed",
+        "loss_type": f"at ZeRO-3 TRL's {getattr(args, 'loss_type', None)} looks for the head's parameter where"
+        " activation_offload keeps a tensor: one of both is allowed",
         "fsdp": "not supported: use DistributedDataParallel or DeepSpeed",
         "fp16": "not supported with our optimizers: use bf16",
         "auto_find_batch_size": "not supported with our optimizers: the model would be converted again",

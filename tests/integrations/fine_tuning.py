@@ -188,7 +188,9 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def trained_by_accelerate(folder: Path, *, stage: int | None, client: bool = False, cpu_offload: bool = False) -> str:
+def trained_by_accelerate(
+    folder: Path, *, stage: int | None, client: bool = False, cpu_offload: bool = False, bf16: bool = False
+) -> str:
     """A loop of one's own with Accelerate, saved and loaded in the middle.
 
     Args:
@@ -212,6 +214,7 @@ def trained_by_accelerate(folder: Path, *, stage: int | None, client: bool = Fal
     accelerator = prepare_accelerator(
         Accelerator(
             cpu=stage is None,
+            mixed_precision="bf16" if bf16 else "no",
             deepspeed_plugin=plugin,
             gradient_accumulation_steps=ACCUMULATION,
             step_scheduler_with_optimizer=False,

@@ -33,6 +33,15 @@ def test_weights_are_those_of_a_plain_loop(
     assert worst(weights_in(tmp_path), by_loop) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16(stage: int, one_rank: RankPool, tmp_path: Path) -> None:
+    one_rank.run(trained_by_accelerate, tmp_path, stage=stage, bf16=True)
+    one_rank.run(train_by_loop, tmp_path / "loop", bf16=True)
+    found, expected = weights_in(tmp_path), weights_in(tmp_path / "loop")
+    assert worst({k: v.float() for k, v in found.items()}, {k: v.float() for k, v in expected.items()}) < 1e-3
+
+
 def test_an_optimizer_that_is_passed_trains_under_cpu_offload(
     by_loop: dict[str, Tensor], one_rank: RankPool, tmp_path: Path
 ) -> None:
