@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from narrowgauge.engine.config.config import load_config
 from tests.support import forked
 from tests.support.command import ROOT, losses, tiny_config
+from tests.support.megatron_models import FAMILIES, SIZES
 
 ADAMW = {"type": "AdamW", "params": {"lr": 0.005}}
 
@@ -53,6 +55,34 @@ def test_a_run_is_resumed_in_another_layout_and_exported(corpus: Path, tmp_path:
     assert exported.keys() == plain.keys()
     assert all(torch.allclose(exported[name], plain[name], rtol=0, atol=2e-5) for name in plain)
     assert AutoModelForCausalLM.from_pretrained(folders[0] / "model").config.model_type == "llama"
+
+
+@pytest.mark.slow
+def test_a_mixture_records_how_its_experts_are_used(corpus: Path, tmp_path: Path) -> None:
+    """Compact experts, a balance loss over the whole batch and dropped tokens, in a whole run."""
+    sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"}
+    config = tiny_config(
+        corpus,
+        tmp_path,
+        engine="megatron",
+        model={"config": {"model_type": "mixtral", **sizes, **FAMILIES["mixtral"], "router_aux_loss_coef": 0.1}},
+        megatron={"expert_parallel": 2, "balance_loss": "global", "expert_capacity_factor": 1.0},
+        training={"steps": 3},
+        zero_optimization={"stage": 0},
+        logging={"run_dir": str(tmp_path / "run"), "tensorboard": True},
+    )
+    result = forked.run("train", str(config), ranks=2)
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    experts = [record["experts"] for record in records if "experts" in record]
+    assert len(experts) == 3
+    for own in experts:
+        assert own["balance_loss"] >= 0.9
+        assert all(1.0 <= load <= 2.0 for load in own["max_load"].values())
+        # What the most chosen expert has above an even share, in all micro-batches together, is dropped at least.
+        assert max(own["max_load"].values()) / 4 - 1 / 4 <= own["dropped"] * len(own["max_load"])
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert len(events.Scalars("experts/max_load/0")) == len(events.Scalars("experts/dropped")) == 3
 
 
 @pytest.mark.slow
