@@ -91,7 +91,12 @@ def narrowgauge_initializes(blocks: dict[str, Any]) -> Iterator[None]:
         if "optimizer" not in settings and given.get("optimizer") is None:
             # Inference under ZeRO-3.
             return original(config=settings, **given)
-        return initialize(config=_in_json(settings) | blocks, **given)
+        # Which calls DeepSpeed's own for optimizers that are not narrowgauge's.
+        deepspeed.initialize = original
+        try:
+            return initialize(config=_in_json(settings) | blocks, **given)
+        finally:
+            deepspeed.initialize = initialize_instead
 
     deepspeed.initialize = initialize_instead
     try:

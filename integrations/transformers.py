@@ -128,6 +128,8 @@ class _Alone(_Prepared):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
+        # Of a training that has raised.
+        self.on_train_end(args, state, control)
         # DeepSpeed's I/O is for its engine.
         model: Any = self.trainer.model
         self.activation_offload = make_offload_together(self._config, model, auto="threads")

@@ -20,7 +20,7 @@ class CoresetBlock(StrictBlock):
     """Share of the large batch that is trained."""
     directions: Count = 4
     """Of ``colm``: random directions along which each example's gradient is estimated, drawn anew for each step."""
-    epsilon: Annotated[Number, Field(gt=0.0)] = 1e-3
+    epsilon: Annotated[Number, Field(gt=0.0)] = 1e-2
     """Of ``colm``: step along a direction, on both sides."""
     coordinates: Count = 2560
     """Of ``colm``: of a source's vectors those with the largest mean are compared."""

@@ -1,7 +1,7 @@
 """The part of each large batch that a run trains."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -70,17 +70,29 @@ class Coreset:
 
     Attributes:
         kept: of the last step, how many examples of each source were trained, by name.
+        tokens: of the last step, in all that was trained.
     """
 
     def __init__(
-        self, block: CoresetBlock, engine: TrainingEngine, samples: Mixture, batches: Batches, *, seed: int
+        self,
+        block: CoresetBlock,
+        engine: TrainingEngine,
+        samples: Mixture,
+        batches: Batches,
+        *,
+        seed: int,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         """
+        Args:
+            beat: called before each micro-batch that is looked at.
+
         Raises:
             UserError: the model has no such layer, or the data no such source.
         """
         self._block, self._engine, self._samples, self._batches, self._seed = block, engine, samples, batches, seed
         self.kept: dict[str, int] = {}
+        self.tokens, self._beat = 0, beat
         self._whole = self._whole_sources()
         self._layer, self._vectors = "", None
         if block.method == "colm":
@@ -126,6 +138,7 @@ class Coreset:
         chosen = samples[places]
         names = [source.name for source in self._samples.sources]
         counts = Counter(self._samples.number_of_source(sample) for sample in chosen.tolist())
+        self.tokens = int(self._samples.tokens(chosen).sum())
         self.kept = {name: counts[number] for number, name in enumerate(names)}
         return chosen
 
@@ -141,6 +154,7 @@ class Coreset:
 
     def _look_at(self, group: list[int], directions: Tensor | None) -> Tensor:
         """Slopes of the examples ``(micro-batch, D)``, or their losses ``(micro-batch, 1)``."""
+        self._beat()
         engine = self._engine
         batch = self._samples.micro_batch(group).to(engine.device)
         if directions is None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from ..errors import DataError
 from ..files import read_json, write_json
 from .encode import Example
 
@@ -30,6 +31,11 @@ def write_examples(folder: Path, examples: Iterable[Example], *, vocab_size: int
         (folder / "hashes.bin").open("wb") as hashes,
     ):
         for example in examples:
+            if len(example.tokens) and not 0 <= example.tokens.min() <= example.tokens.max() < vocab_size:
+                raise DataError(
+                    f"data.tokenizer: expected tokens below its length, {vocab_size}, got"
+                    f" {example.tokens.min()} to {example.tokens.max()}"
+                )
             raw = example.tokens.astype(dtype).tobytes()
             tokens.write(raw)
             learned.write(example.learned.tobytes())

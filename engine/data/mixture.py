@@ -103,6 +103,10 @@ class Mixture:
         """How many tokens are learned in each sample."""
         return self._column(samples, 2)
 
+    def tokens(self, samples: Numbers) -> Numbers:
+        """How many tokens each sample has."""
+        return self._column(samples, 1)
+
     def _column(self, samples: Numbers, column: int) -> Numbers:
         numbers = np.searchsorted(self._ends, samples, side="right")
         found = np.empty(len(samples), np.int64)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..checkpoint.files import Checkpoint
 from ..config.lora_block import LoraBlock
+from ..errors import UserError
 from ..lora.adapters import NAME, add_adapters
 
 
@@ -37,6 +38,25 @@ def write_adapter(checkpoint: Checkpoint, block: LoraBlock, model: nn.Module, ba
     config.save_pretrained(str(folder))
 
 
+def _check_merge(model: Any, adapter: Path, base: str) -> None:
+    """Refuse an adapter of one of two layers that share a weight: merged, it would be the other's too.
+
+    Raises:
+        UserError: naming the layer.
+    """
+    ends = {id(module): module for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    if len({id(module.weight) for module in ends.values()}) == len(ends):
+        return
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        keys = list(file.keys())
+    for name, module in model.named_modules():
+        if id(module) in ends and any(key.startswith(f"base_model.model.{name}.lora_") for key in keys):
+            raise UserError(
+                f"{base}: embedding and head share a weight, and the adapter is for {name} alone: expected an export"
+                " without --merge"
+            )
+
+
 def write_merged(adapter: Path, base: str, folder: Path) -> None:
     """Write the base with the adapter's products added to its weights, as a Hugging Face folder in the base's dtype."""
     from peft import PeftModel
@@ -45,6 +65,7 @@ def write_merged(adapter: Path, base: str, folder: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(
         base, dtype="auto", local_files_only=True, trust_remote_code=False
     )
+    _check_merge(model, adapter, base)
     with torch.no_grad():
         merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     merged.save_pretrained(str(folder))

@@ -187,7 +187,12 @@ class _Run:
         if block is None:
             return None
         assert isinstance(plan.train_data, Mixture)
-        return Coreset(block, self.engine, plan.train_data, plan.batches, seed=plan.training.seed)
+
+        def beat() -> None:
+            self.watchdog.beat(f"{self.doing}, choosing examples")
+
+        self.history["tokens"] = 0
+        return Coreset(block, self.engine, plan.train_data, plan.batches, seed=plan.training.seed, beat=beat)
 
     def _loop(self, first_step: int, view: ProgressView | None, metrics: MetricsLog | None) -> None:
         plan, training = self.plan, self.plan.training
@@ -235,9 +240,9 @@ class _Run:
         sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
         self.doing = f"step {step}"
         if self.coreset is not None:
-            self.watchdog.beat(f"{self.doing}, choosing examples")
             with self._phase("choice"):
                 batches = iter(list(self.coreset.micro_batches(step)))
+            self.history["tokens"] += self.coreset.tokens
         sums[0] = engine.train_step(batches, self._phase)
         sent = {
             "reduced": round(traffic.reduced - before[0]),
@@ -254,6 +259,7 @@ class _Run:
         moved, stalled = self.offload_meter.step()
         seconds = {**self.timer.collect(), "data_wait": self.data_wait, **stalled}
         seconds["step"] = time.perf_counter() - started
+        tokens = self.tokens_per_step if self.coreset is None else self.coreset.tokens
         if not math.isfinite(mean):
             folder = plan.run_dir / CHECKPOINTS
             raise UserError(f"step {step}: the loss is {mean}; checkpoints of before are in {folder}").shared()
@@ -268,8 +274,8 @@ class _Run:
             **learning_rates,
             "grad_norm": engine.grad_norm(),
             "skipped": is_skipped,
-            "tokens": step * self.tokens_per_step,
-            "tokens_per_second": self.tokens_per_step / seconds["step"],
+            "tokens": step * self.tokens_per_step if self.coreset is None else self.history["tokens"],
+            "tokens_per_second": tokens / seconds["step"],
             "bytes": {**sent, **moved},
             "seconds": seconds,
             **({"coreset": self.coreset.kept} if self.coreset is not None else {}),

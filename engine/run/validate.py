@@ -9,9 +9,10 @@ from rich.table import Table
 
 from ..backends import backend_of
 from ..config.config import Batches, Config, load_config
-from ..lora.adapters import check_lora
+from ..coreset.coreset import check_coreset
+from ..lora.adapters import add_adapters, check_lora
 from ..protocol import HeldByRank
-from .model import check_model, model_config
+from .model import abstract_model, check_model, model_config
 from .packable import check_packing
 
 _GIB = 1 << 30
@@ -49,11 +50,14 @@ def _check(config: Config, world_size: int) -> tuple[Batches, Sequence[HeldByRan
     backend.check(config)
     check_lora(config)
     batches = config.batches(backend.data_parallel_size(config, world_size))
+    check_coreset(config, batches)
     check_model(parsed.model)
     # The tokenizer's, where it is trained on the data, is not known before.
     vocab_size = parsed.data.vocab_size if parsed.data.tokenizer is None else None
     described = model_config(parsed.model, vocab_size=vocab_size, sequence_length=parsed.data.sequence_length)
     backend.check_model(config, described, world_size)
+    if parsed.lora is not None:
+        add_adapters(abstract_model(described), parsed.lora, seed=None)
     check_packing(parsed.data, described)
     return batches, backend.rehearse(config, described, world_size)
 

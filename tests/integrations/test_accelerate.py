@@ -1,13 +1,17 @@
 """``accelerator.prepare`` trains with our optimizers: to the weights of a plain loop around ``initialize``."""
 
 from pathlib import Path
+from typing import Any
 
+import deepspeed
 import pytest
 from torch import Tensor
 
+from narrowgauge.integrations.accelerate import narrowgauge_initializes
 from tests.integrations.fine_tuning import accelerate_refuses, train_by_loop, trained_by_accelerate, weights_in
+from tests.support.models import tiny
 from tests.support.ranks import RankPool
-from tests.support.zero import worst
+from tests.support.zero import finish, train_step, worst
 
 slow = pytest.mark.slow
 
@@ -54,3 +58,34 @@ def test_an_optimizer_that_is_passed_trains_under_cpu_offload(
 def test_ranks_that_accelerate_does_not_know_of_are_refused(one_rank: RankPool) -> None:
     (said,) = one_rank.run(accelerate_refuses, 4)
     assert "expected the launcher's 4 process ranks, got 1" in said
+
+
+def foreign_with_offload(folder: str) -> tuple[int, int]:
+    """How often DeepSpeed's own ``initialize`` was called, and the bytes that a step's forward has written."""
+    calls, original = [], deepspeed.initialize
+
+    def counted(*args: Any, **given: Any) -> Any:
+        calls.append(1)
+        return original(*args, **given)
+
+    deepspeed.initialize = counted
+    try:
+        block = {"path": folder, "keep_resident": 0, "min_tensor_bytes": 0}
+        config = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+        with narrowgauge_initializes({"activation_offload": block}):
+            engine, *_ = deepspeed.initialize(model=tiny(), config=config)
+    finally:
+        deepspeed.initialize = original
+    train_step(engine, 0)
+    written = engine.activation_offload.stats().written
+    finish(engine)
+    return len(calls), written
+
+
+def test_any_optimizer_goes_with_the_offload(one_rank: RankPool, tmp_path: Path) -> None:
+    """Optimizers that are not narrowgauge's are made by DeepSpeed's function, which was looked up in its place: endless
+    calls of itself.
+    """
+    ((calls, written),) = one_rank.run(foreign_with_offload, str(tmp_path))
+    assert calls == 1
+    assert written > 10_000

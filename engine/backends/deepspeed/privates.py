@@ -146,6 +146,12 @@ def zero_scaler(wrapper: Any) -> torch.amp.GradScaler | None:
     return None if scaler is None or wrapper.custom_loss_scaler else scaler
 
 
+def autocast_scaler(engine: DeepSpeedEngine) -> torch.amp.GradScaler | None:
+    """What scales the loss for fp16 autocast, at any stage."""
+    own: Any = engine
+    return own.torch_autocast_z0_gradscaler or zero_scaler(own.optimizer)
+
+
 @contextmanager
 def unscaled_by(wrapper: Any, scale: float) -> Iterator[None]:
     """Let ZeRO's update take gradients for ``scale`` times as large as they are, and unscale them itself."""

@@ -22,7 +22,7 @@ from ...micro_batch import Batch, micro_batch_of
 from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
 from ...report.dense_traffic import dense_traffic, dense_traffic_zero3, trained_when_dense
 from ...report.parameters import count_parameters
-from .privates import gather_again, groups_of, is_persistent, is_sharded, own_shard
+from .privates import autocast_scaler, gather_again, groups_of, is_persistent, is_sharded, own_shard
 from .shards import local_shards, masters_to_model
 from .traffic import TrafficCounter
 
@@ -173,6 +173,8 @@ class DeepSpeedTraining:
         if self._deepspeed.fp16_enabled():
             scaler = vars(self._deepspeed.optimizer.loss_scaler)
             counters["loss_scaler"] = {k: v for k, v in scaler.items() if isinstance(v, int | float)}
+        if (autocast := autocast_scaler(self._deepspeed)) is not None:
+            counters["autocast_scaler"] = autocast.state_dict()
         return counters | {name: places.state_dict() for name, places in self._places_in_data()}
 
     def _places_in_data(self) -> Iterator[tuple[str, Any]]:
@@ -190,6 +192,8 @@ class DeepSpeedTraining:
         for name, places in self._places_in_data():
             if name in values:
                 places.load_state_dict(values[name])
+        if (autocast := autocast_scaler(engine)) is not None and "autocast_scaler" in values:
+            autocast.load_state_dict(dict(values["autocast_scaler"]))
         # Where the next step ends is counted from here, and the number of micro-batches in a step may have changed.
         engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
         if engine.fp16_enabled():

@@ -113,6 +113,21 @@ def test_a_run_goes_on_from_its_adapter_and_its_own_base_only(
     assert "where there is now other contents" in result.stderr
 
 
+def test_a_factor_of_a_tied_head_is_not_merged(corpus: Path, tmp_path: Path) -> None:
+    """The embedding would have changed with it: other logits, without a word."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "vocab_size": 640, "max_position_embeddings": 32}
+    tied = LlamaConfig(tie_word_embeddings=True, **sizes)
+    LlamaForCausalLM(tied).save_pretrained(tmp_path / "tied")
+    config = config_of(corpus, tmp_path, tmp_path / "tied", lora={"target_modules": ["q_proj", "lm_head"]})
+    assert run("train", str(config), "--set", "training.steps=2").returncode == 0
+    result = run("export", str(tmp_path / "run"), str(tmp_path / "merged"), "--merge")
+    assert result.returncode == 2
+    assert "the adapter is for lm_head alone" in result.stderr
+    assert not (tmp_path / "merged").exists()
+    assert run("export", str(tmp_path / "run"), str(tmp_path / "adapter")).returncode == 0
+
+
 @pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)] + [3])
 def test_losses_are_those_of_one_process_at_every_stage(
     trained: Path, corpus: Path, base: Path, tmp_path: Path, stage: int

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrowgauge.engine import initialize
-from narrowgauge.engine.backends.deepspeed.privates import groups_and_masters
+from narrowgauge.engine.backends.deepspeed.privates import autocast_scaler, groups_and_masters
+from narrowgauge.engine.backends.deepspeed.training import DeepSpeedTraining
+from narrowgauge.engine.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from tests.support.cases import cases
 from tests.support.models import token_batch
 from tests.support.ranks import RankPool
@@ -344,3 +346,29 @@ def test_an_engine_with_autocast_changes_no_other_of_the_process(one_rank: RankP
     (found,) = one_rank.run(losses_beside_autocast, stage)
     assert found[1] == found[0]
     assert found[2] == found[0]
+
+
+def scales_over_a_checkpoint(stage: int, folder: str) -> list[float]:
+    """The scale that was saved, and those of an engine before and after it has loaded."""
+    autocast = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+    found = []
+    for load in (False, True):
+        engine = make_engine("AdamW", {"stage": stage}, 1, **autocast)
+        training, scaler = DeepSpeedTraining(engine), autocast_scaler(engine)
+        assert scaler is not None
+        micro_step(engine, 0)
+        if load:
+            found.append(scaler.get_scale())
+            load_checkpoint(training, Path(folder) / "tag")
+        else:
+            scaler.update(1024.0)
+            save_checkpoint(training, Path(folder) / "tag", {})
+        found.append(scaler.get_scale())
+        finish(engine)
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_autocasts_scale_is_in_the_checkpoint(one_rank: RankPool, tmp_path: Path, stage: int) -> None:
+    """A run that went on began at 65536 again, and left out steps that the whole run made."""
+    assert one_rank.run(scales_over_a_checkpoint, stage, str(tmp_path)) == [[1024.0, 65536.0, 1024.0]]
