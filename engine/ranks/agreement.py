@@ -81,7 +81,9 @@ def agree(settings: dict[str, Any], *, error: str | None = None, choice: str | N
         _store = store_of_attempt(found, rank, size, _REPORT_TIMEOUT) if may_restart() else found
     else:
         rank, size = process_rank(), world_size()
-    store = PrefixStore(f"narrowgauge/{_meetings}", _store)
+    # Of the meetings on this store: a process may have been in other groups before, with other ranks.
+    number = _store.add(f"narrowgauge/meetings/{rank}", 1)
+    store = PrefixStore(f"narrowgauge/{number}", _store)
     versions = {f"version of {name}": found for name, found in installed_versions().items()}
     local = {"process ranks on this host": os.environ.get("LOCAL_WORLD_SIZE", "a number not given")}
     report = {

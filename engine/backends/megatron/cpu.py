@@ -221,6 +221,8 @@ PATCHES: dict[str, Patch] = {
 }
 
 _installed: ExitStack | None = None
+# The patch that is left out: then nothing is installed beside.
+_left_out: str | None = None
 
 
 @contextmanager
@@ -230,11 +232,16 @@ def cpu_support(*, without: str | None = None) -> Iterator[None]:
     Args:
         without: a patch to leave out.
     """
-    with ExitStack() as stack:
-        for name, patch in PATCHES.items():
-            if name != without:
-                stack.enter_context(patch.applied())
-        yield
+    global _left_out
+    before, _left_out = _left_out, without
+    try:
+        with ExitStack() as stack:
+            for name, patch in PATCHES.items():
+                if name != without:
+                    stack.enter_context(patch.applied())
+            yield
+    finally:
+        _left_out = before
 
 
 def install() -> None:
@@ -244,7 +251,7 @@ def install() -> None:
     a while, so that they may be gone where the rest is in place.
     """
     global _installed
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or _left_out is not None:
         return
     if _installed is None:
         _installed = ExitStack()
