@@ -109,9 +109,10 @@ class Watch:
         owner = self._owner_type
         return (
             f"{self._name}.compact: expected values that only {owner} changes, got others, which never reach the"
-            f" layer's weight (another optimizer trains them?). Train with the {owner} that was made from this model;"
-            " under DeepSpeed give it to narrowgauge.engine.initialize. For another optimizer call"
-            f" {owner}.revert() first, and make the other one from the model's parameters afterwards"
+            " layer's weight (another optimizer trains them, or FSDP or another engine has cut them?). Train with the"
+            f" {owner} that was made from this model; under DeepSpeed give it to narrowgauge.engine.initialize. For"
+            f" another optimizer call {owner}.revert() first, and make the other one from the model's parameters"
+            " afterwards"
         )
 
     def refuse(self, optimizer: torch.optim.Optimizer) -> None:

@@ -82,14 +82,15 @@ def test_what_the_next_backward_asks_for_is_read_before(tmp_path: Path) -> None:
     for done in run_step(model, schedule, 0, offload):
         settle(offload)
         rest(offload)
-        read[done] = offload.stats().read
+        # What is still in memory, as its write is late, is not read.
+        read[done] = offload.stats().read + offload.stats().forwarded
     first, second, last = MicroBatch(0), MicroBatch(1), MicroBatch(3)
     # Before the first backward, during the forward that it follows.
     early = read["forward", MicroBatch(2)] - read["forward", second]
     assert 2 * NBYTES <= early <= window
     # What the first one read is its own rest, and the second's beginning.
     whole = read["backward", last] / 4
-    assert read["backward", first] == pytest.approx(whole + early, abs=NBYTES + 8192)
+    assert whole < read["backward", first] <= whole + window
     # But for what the test itself holds: the last layer's output.
     written = offload.stats().written
     assert written - 4 * (NBYTES + 8192) <= read["backward", last] <= written
