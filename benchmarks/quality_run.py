@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.compare import machine
 from benchmarks.quality_data import Task, Text, build_model
 from benchmarks.quality_methods import METHODS, Shapes
-from narrowgauge.engine.config.run_blocks import ScheduleBlock
-from narrowgauge.engine.run.schedule import make_schedule
+from narrowgauge.engine.config.rate_blocks import ScheduleBlock
+from narrowgauge.engine.run.schedule import rule_of
 
 _FORMAT = 1
 _RANKS = 2
@@ -101,7 +102,7 @@ def _train(run: Run, text: Text) -> dict[str, Any]:
         **method.options,
     )
     block = ScheduleBlock(type="cosine", warmup_steps=task.warmup_steps, decay_steps=None, min_lr_ratio=0.0)
-    schedule = make_schedule(block, task.steps)(optimizer)
+    schedule = LambdaLR(optimizer, rule_of(block, task.steps))
     trained = [p for p in model.parameters() if p.requires_grad]
     seconds: dict[str, list[float]] = {"step": [], "optimizer": []}
     losses: dict[int, float | None] = {}

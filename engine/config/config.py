@@ -46,12 +46,14 @@ class Config:
         raw: the JSON as given, with overrides applied.
         parsed: the same, typed.
         optimizer_options: of one of :mod:`narrowgauge.optimizers`; None where the optimizer is DeepSpeed's or torch's.
+        matrix_factor: of the rates of matrices, where the optimizer is not ours.
     """
 
     source: str
     raw: dict[str, Any]
     parsed: RunConfig
     optimizer_options: Options | None
+    matrix_factor: float = 1.0
 
     @property
     def zero_stage(self) -> int:

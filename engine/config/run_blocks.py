@@ -9,6 +9,7 @@ from .coreset_block import CoresetBlock
 from .launch_block import LaunchBlock
 from .lora_block import LoraBlock
 from .offload_block import ActivationOffloadBlock
+from .rate_blocks import BatchRuleBlock, ScheduleBlock, WidthRuleBlock
 
 
 class ModelBlock(StrictBlock):
@@ -76,17 +77,6 @@ class DataBlock(StrictBlock):
     num_workers: int = Field(1, ge=0)
 
 
-class ScheduleBlock(StrictBlock):
-    """The learning rate over the run, from transformers."""
-
-    type: Literal["constant", "cosine", "wsd"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    decay_steps: int | None = Field(None, gt=0)
-    """Of ``wsd``: steps of the final decay; default a fifth of the run."""
-    min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0)
-    """The last learning rate relative to the highest."""
-
-
 class TrainingBlock(StrictBlock):
     """How long, and what happens on the way."""
 
@@ -96,6 +86,8 @@ class TrainingBlock(StrictBlock):
     """Times that all training samples are seen, up to a whole step."""
     seed: int = 0
     lr_schedule: ScheduleBlock | None = None
+    batch_rule: BatchRuleBlock | None = None
+    width_rule: WidthRuleBlock | None = None
     eval_interval: Count | None = None
     """Steps between evaluations; there is always one at the end."""
     eval_sequences: Count = 128

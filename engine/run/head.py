@@ -50,6 +50,7 @@ def write_head(engine: TrainingEngine, plan: Plan, first_step: int, tokens_per_s
         "train_micro_batch_size_per_gpu": plan.batches.micro,
         "gradient_accumulation_steps": plan.batches.accumulation_steps,
         "steps": plan.steps,
+        **({"rates": plan.rates.applied} if plan.rates.applied else {}),
         "resolved": redact(plan.config.parsed.model_dump(mode="json", exclude_unset=False, exclude_none=True)),
         "model": model_block(engine),
         "data_fingerprint": plan.prepared.fingerprint,
@@ -60,6 +61,8 @@ def write_head(engine: TrainingEngine, plan: Plan, first_step: int, tokens_per_s
         f"{parameters:,} parameters, {plan.config.raw['optimizer']['type']} at {engine.description} on"
         f" {ranks} rank{'s' if ranks > 1 else ''}, {tokens_per_step:,} tokens per step; {plan.run_dir}"
     )
+    for line in plan.rates.describe():
+        logger.info(line)
     for name, counts in plan.prepared.counts().items():
         logger.info(f"{name}: {describe(counts)}")
     if plan.prepared.tokenizer is not None:

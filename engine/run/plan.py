@@ -32,6 +32,7 @@ from ..ranks.environment import process_rank, world_size
 from ..run_folder import RunLock, check_same_run, check_shared, check_writable, folder_beside
 from .model import abstract_model, check_model, model_config
 from .packable import check_packing
+from .rates import Rates, check_rates, rates_of
 from .sample import check_prompt
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class Plan:
     train_data: Samples
     eval_data: Samples
     steps: int
+    tokens_per_step: int
+    rates: Rates
     model_config: PretrainedConfig
     run_dir: Path
 
@@ -108,6 +111,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     if parsed.training.steps is not None:
         _check_schedule(config, parsed.training, parsed.training.steps)
     check_lora(config)
+    check_rates(config)
     batches = config.batches(backend.data_parallel_size(config, world_size()))
     check_coreset(config, batches)
     run_dir = local_path(parsed.logging.run_dir, "logging.run_dir")
@@ -145,6 +149,8 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         assert parsed.training.epochs is not None
         steps = math.ceil(parsed.training.epochs * len(train_data) / large_batch(parsed.coreset, batches))
         _check_schedule(config, parsed.training, steps)
+    tokens_per_step = round(batches.total * train_data.tokens_per_sample)
+    rates = rates_of(config, described, batch_size=batches.total, num_steps=steps, tokens_per_step=tokens_per_step)
     return Plan(
         config,
         parsed.model,
@@ -156,6 +162,8 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         train_data,
         eval_data,
         steps,
+        tokens_per_step,
+        rates,
         described,
         run_dir,
     )
@@ -165,7 +173,7 @@ def _check_schedule(config: Config, training: TrainingBlock, steps: int) -> None
     schedule = training.lr_schedule
     if schedule is None:
         return
-    if schedule.type == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > steps:
+    if schedule.type in ("wsd", "power") and schedule.warmup_steps + (schedule.decay_steps or 0) > steps:
         raise config.error(
             f"training.lr_schedule: expected at most training.steps, {steps}, as warmup_steps and decay_steps together,"
             f" got {schedule.warmup_steps} and {schedule.decay_steps}"

@@ -1,4 +1,4 @@
-"""Learning rate over the run: the schedules of ``training.lr_schedule``, as transformers has them.
+"""Learning rate over the run: the schedules of ``training.lr_schedule``, as transformers has them, and ``power``.
 
 Written here because importing transformers' takes longer than all the rest of a run's start.
 """
@@ -6,30 +6,53 @@ Written here because importing transformers' takes longer than all the rest of a
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-from torch.optim.lr_scheduler import LambdaLR
+from ..config.rate_blocks import ScheduleBlock
 
-from ..config.run_blocks import ScheduleBlock
+Rule = Callable[[int], float]
+"""The rate of a step, the first being 0, relative to the highest."""
 
 
-def make_schedule(block: ScheduleBlock, num_steps: int) -> Callable[[Any], LambdaLR]:
-    """A function that builds the schedule for an optimizer; every group keeps its own highest rate.
+def rule_of(block: ScheduleBlock | None, num_steps: int, *, tokens_per_step: int = 0, highest: float = 0.0) -> Rule:
+    """The rate over the run, relative to ``highest``.
 
     ``cosine`` falls from the highest rate to ``min_lr_ratio`` of it over the run; ``wsd`` holds it and falls over the
-    last ``decay_steps``, also on a cosine. Both, and ``constant``, first rise over ``warmup_steps``: from zero, ``wsd``
-    from ``min_lr_ratio``.
+    last ``decay_steps``, also on a cosine. ``power`` is ``min(highest, batch * a * n ** b)`` after ``n`` tokens, with
+    the batch in sequences of ``reference_length`` tokens: neither the length of the run nor the batch size moves the
+    best ``a`` and ``b`` (Shen et al. 2024, "Power Scheduler", arXiv 2408.13359); with ``decay_steps`` it ends as
+    ``wsd`` does. All, and ``constant``, first rise over ``warmup_steps``: from zero, ``wsd`` from ``min_lr_ratio``.
+
+    Args:
+        block: None for a constant rate.
+        tokens_per_step: for ``power``.
+        highest: the rate of ``optimizer.params.lr``, for ``power``.
     """
+    if block is None:
+        return _constant
     warmup, lowest = block.warmup_steps, block.min_lr_ratio
     if block.type == "cosine":
-        rule = partial(_cosine, begin=warmup, end=num_steps, lowest=lowest, warmup=warmup, lowest_of_warmup=0.0)
-    elif block.type == "wsd":
+        return partial(_cosine, begin=warmup, end=num_steps, lowest=lowest, warmup=warmup, lowest_of_warmup=0.0)
+    if block.type == "wsd":
         decay_steps = block.decay_steps if block.decay_steps is not None else max(1, num_steps // 5)
         begin = num_steps - decay_steps
-        rule = partial(_cosine, begin=begin, end=num_steps, lowest=lowest, warmup=warmup, lowest_of_warmup=lowest)
-    else:
-        rule = partial(_warmup, warmup=warmup, lowest=0.0)
-    return lambda optimizer: LambdaLR(optimizer, rule)
+        return partial(_cosine, begin=begin, end=num_steps, lowest=lowest, warmup=warmup, lowest_of_warmup=lowest)
+    if block.type == "power":
+        begin = num_steps - (block.decay_steps or 0)
+        end = partial(_cosine, begin=begin, end=num_steps, lowest=lowest, warmup=warmup, lowest_of_warmup=0.0)
+        rise = partial(_warmup, warmup=warmup, lowest=0.0)
+        scale = tokens_per_step / block.reference_length * block.coefficient
+        return partial(
+            _power,
+            scale=scale / highest if highest > 0.0 else math.inf,
+            exponent=block.exponent,
+            tokens_per_step=tokens_per_step,
+            around=end if block.decay_steps is not None else rise,
+        )
+    return partial(_warmup, warmup=warmup, lowest=0.0)
+
+
+def _constant(step: int) -> float:
+    return 1.0
 
 
 def _warmup(step: int, *, warmup: int, lowest: float) -> float:
@@ -42,3 +65,9 @@ def _cosine(step: int, *, begin: int, end: int, lowest: float, warmup: int, lowe
         return _warmup(step, warmup=warmup, lowest=lowest_of_warmup)
     progress = min(1.0, (step - begin) / max(1, end - begin))
     return 0.5 * (1.0 + math.cos(math.pi * progress)) * (1.0 - lowest) + lowest
+
+
+def _power(step: int, *, scale: float, exponent: float, tokens_per_step: int, around: Rule) -> float:
+    """The power law's share of the highest rate, within the warm-up and decay ``around`` it."""
+    tokens = step * tokens_per_step
+    return around(step) * (min(1.0, scale * tokens**exponent) if tokens else 1.0)

@@ -48,9 +48,9 @@ from ..run_folder import CHECKPOINTS, METRICS, SUMMARY, RunLock
 from .evaluate import evaluate
 from .head import model_block, write_head
 from .plan import Plan, plan_together
+from .rates import at_width
 from .resume import adapters_record, resume
 from .sample import try_sample
-from .schedule import make_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class _Run:
         self.doing = "the start"
         self.is_first_rank = process_rank() == 0
         self.timer, self.data_wait = PhaseTimer(), 0.0
-        self.tokens_per_step = round(plan.batches.total * plan.train_data.tokens_per_sample)
+        self.tokens_per_step = plan.tokens_per_step
         self.watchdog: Watchdog
         self.engine: TrainingEngine
         self.offload_meter = OffloadMeter(None)
@@ -175,12 +175,7 @@ class _Run:
         # A rank that cannot read the weights takes the others with it; they would wait for it.
         agree({}, error=error)
         assert model is not None
-        schedule = plan.training.lr_schedule
-        return backend.build(
-            plan.config,
-            model,
-            schedule=make_schedule(schedule, plan.steps) if schedule is not None else None,
-        )
+        return backend.build(at_width(plan.config, plan.rates.matrix_factor), model, schedule=plan.rates.make())
 
     def _make_coreset(self) -> Coreset | None:
         plan, block = self.plan, self.plan.config.parsed.coreset
@@ -390,6 +385,7 @@ class _Run:
             "steps": plan.steps,
             "tokens": plan.steps * self.tokens_per_step,
             **({"data": counts} if (counts := plan.prepared.counts()) else {}),
+            **({"rates": applied} if (applied := plan.rates.applied) else {}),
             "tokens_per_second": self.tokens_per_step / median["step"],
             **self.history,
             "parameters": engine.parameter_counts(),

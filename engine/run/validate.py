@@ -14,6 +14,7 @@ from ..lora.adapters import add_adapters, check_lora
 from ..protocol import HeldByRank
 from .model import abstract_model, check_model, model_config
 from .packable import check_packing
+from .rates import check_rates
 
 _GIB = 1 << 30
 
@@ -49,6 +50,7 @@ def _check(config: Config, world_size: int) -> tuple[Batches, Sequence[HeldByRan
     backend = backend_of(parsed.engine)
     backend.check(config)
     check_lora(config)
+    check_rates(config)
     batches = config.batches(backend.data_parallel_size(config, world_size))
     check_coreset(config, batches)
     check_model(parsed.model)

@@ -19,6 +19,7 @@ from ...offload.attach import make_offload_together
 from ...protocol import Schedule
 from ...ranks.agreement import make_process_group
 from ...ranks.environment import process_rank, world_size
+from ..matrix_groups import matrix_groups
 from .keys import torch_optimizer
 from .traffic import CountedCommunicator, DdpTraffic
 from .training import DdpTraining
@@ -74,6 +75,8 @@ def _make_optimizer(config: Config, model: nn.Module, traffic: DdpTraffic) -> to
         arguments = config.engine_settings()["optimizer"].get("params", {})
         kind = torch_optimizer(block.type)
         arguments = adam_arguments(arguments) if kind is torch.optim.AdamW else arguments
+        if config.matrix_factor != 1.0:
+            return kind(matrix_groups(model, arguments, config.matrix_factor), **arguments)
         return kind([p for p in model.parameters() if p.requires_grad], **arguments)
     except (ValueError, TypeError) as error:
         raise config.error(within("optimizer.params", str(error))) from error

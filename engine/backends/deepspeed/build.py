@@ -7,6 +7,7 @@ from torch import nn
 from ...config.config import Config
 from ...protocol import Schedule
 from ...ranks.environment import world_size
+from ..matrix_groups import matrix_groups
 from .initialize import initialize
 from .training import DeepSpeedTraining
 
@@ -32,5 +33,8 @@ def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> Dee
     settings = run_settings(config)
     if config.offload() is not None:
         settings["activation_offload"] = config.raw["activation_offload"]
-    engine, *_ = initialize(model=model, config=settings, lr_scheduler=schedule)
+    groups = None
+    if config.optimizer_options is None and config.matrix_factor != 1.0:
+        groups = matrix_groups(model, config.raw["optimizer"].get("params", {}), config.matrix_factor)
+    engine, *_ = initialize(model=model, config=settings, lr_scheduler=schedule, model_parameters=groups)
     return DeepSpeedTraining(engine)

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
+from torch.optim.lr_scheduler import LambdaLR
 
 from narrowgauge.engine.backends import backend_of, engine_names
 from narrowgauge.engine.backends.deepspeed.supported import check_supported
 from narrowgauge.engine.config.config import load_config
-from narrowgauge.engine.config.run_blocks import ModelBlock, ScheduleBlock
+from narrowgauge.engine.config.rate_blocks import ScheduleBlock
+from narrowgauge.engine.config.run_blocks import ModelBlock
 from narrowgauge.engine.errors import ConfigError
 from narrowgauge.engine.run.model import abstract_model, model_config, preset_names
-from narrowgauge.engine.run.schedule import make_schedule
+from narrowgauge.engine.run.schedule import rule_of
 from tests.support.command import ROOT
 
 BASE: dict[str, Any] = {
@@ -102,7 +104,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_right_one(misspelt: str, right
         ("training={}", "training: expected one of 'steps' and 'epochs', got none"),
         (
             'training={"steps": 3, "lr_schedule": {"type": "cos"}}',
-            "training.lr_schedule.type: expected 'constant', 'cosine' or 'wsd', got \"cos\"",
+            "training.lr_schedule.type: expected 'constant', 'cosine', 'wsd' or 'power', got \"cos\"",
         ),
         ("bf16.enabled=False", 'bf16.enabled: expected false, got the string "False"'),
         ('zero_optimization.stage="3"', 'zero_optimization.stage: expected 3, got the string "3"'),
@@ -277,7 +279,7 @@ def test_schedules_fall_as_they_say() -> None:
     ):
         block = ScheduleBlock.model_validate({"type": kind, "warmup_steps": 2, "min_lr_ratio": 0.1})
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        schedule = make_schedule(block, 20)(optimizer)
+        schedule = LambdaLR(optimizer, rule_of(block, 20))
         rates = {}
         for step in range(21):
             rates[step] = optimizer.param_groups[0]["lr"]
@@ -298,7 +300,7 @@ def test_schedules_are_those_of_transformers(kind: str, warmup: int) -> None:
     }
     block = ScheduleBlock.model_validate({"type": kind, "warmup_steps": warmup, "min_lr_ratio": 0.1})
     rates = []
-    for build in (make_schedule(block, 20), theirs[kind]):
+    for build in (lambda o: LambdaLR(o, rule_of(block, 20)), theirs[kind]):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
         schedule = build(optimizer)
         rates.append([])
