@@ -68,7 +68,8 @@ class DataBlock(StrictBlock):
     chat_template: str | None = Field(default=None, min_length=1)
     """A file with a chat template, in place of the tokenizer's."""
     tokenizer: str | None = None
-    """A Hugging Face tokenizer folder or a sentencepiece ``.model``; without it one is trained on the text."""
+    """A Hugging Face tokenizer folder or a sentencepiece ``.model``; without it that in ``model.path``'s folder, and
+    where there is none, one that is trained on the text."""
     vocab_size: Count = 4096
     """Of the tokenizer that is trained."""
     sequence_length: int = Field(512, gt=1)

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..micro_batch import NOT_LEARNED
 from .loader import Samples
 from .mixture import Mixture
-from .run_data import prepare
+from .run_data import prepare, with_own_tokenizer
 from .tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def show_data(config: str | Path | Mapping[str, Any], *, overrides: Sequence[str
     Raises:
         UserError: the configuration or the data does not hold.
     """
-    checked = load_config(config, overrides)
+    checked = with_own_tokenizer(load_config(config, overrides))
     block, training = checked.parsed.data, checked.parsed.training
     if block is None:
         raise checked.error("data: expected this block, got none")

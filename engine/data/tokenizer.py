@@ -20,6 +20,7 @@ _TRAINING_LINES = 100_000
 # What sentencepiece takes at most; it leaves longer lines out.
 _LINE_BYTES = 4192
 _NEAR_SPACE = re.compile(rb"[ \t](?=[^ \t]{0,200}$)")
+_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _HF_CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
     "add_bos_token": False,
@@ -30,6 +31,11 @@ _HF_CONFIG = {
     "bos_token": "<s>",
     "eos_token": "</s>",
 }
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether any of the files that a Hugging Face tokenizer is read from lies in a folder."""
+    return any((folder / name).is_file() for name in _FILES)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -22,7 +22,7 @@ from ..config.run_blocks import DataBlock, LoggingBlock, ModelBlock, TrainingBlo
 from ..coreset.coreset import check_coreset, large_batch
 from ..data.loader import Samples
 from ..data.mixture import Mixture
-from ..data.run_data import Prepared, prepare
+from ..data.run_data import Prepared, prepare, with_own_tokenizer
 from ..errors import UserError
 from ..files import local_path
 from ..lora.adapters import add_adapters, check_lora
@@ -98,6 +98,7 @@ def plan_together(
 
 
 def _make_plan(config: Config, fresh: bool) -> Plan:
+    config = with_own_tokenizer(config)
     parsed = config.parsed
     missing = [key for key in ("model", "data", "training", "logging", "optimizer") if getattr(parsed, key) is None]
     if missing:

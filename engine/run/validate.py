@@ -10,6 +10,7 @@ from rich.table import Table
 from ..backends import backend_of
 from ..config.config import Batches, Config, load_config
 from ..coreset.coreset import check_coreset
+from ..data.run_data import with_own_tokenizer
 from ..lora.adapters import add_adapters, check_lora
 from ..protocol import HeldByRank
 from .model import abstract_model, check_model, model_config
@@ -41,6 +42,7 @@ def validate(
 
 
 def _check(config: Config, world_size: int) -> tuple[Batches, Sequence[HeldByRank]]:
+    config = with_own_tokenizer(config)
     parsed = config.parsed
     missing = [key for key in ("model", "data", "training", "logging", "optimizer") if getattr(parsed, key) is None]
     if missing:

@@ -146,6 +146,9 @@ def test_losses_are_those_of_one_process_at_every_stage(
         {"optimizer": {"type": "Lamb", "params": {**RATE}}},
         {"optimizer": {"type": "Frugal", "params": {**RATE, "density": 0.25}}},
         {"optimizer": {"type": "Grass", "params": {**RATE, "density": 0.5, "refresh_interval": 3}}},
+        {"optimizer": {"type": "GaLore", "params": {**RATE, "density": 0.5, "refresh_interval": 3}}},
+        {"optimizer": {"type": "Apollo", "params": {**RATE, "rank": 2, "refresh_interval": 3}}},
+        {"optimizer": {"type": "Lars", "params": {**RATE, "lr": 1.0}}},
         {"model": {"gradient_checkpointing": "reentrant"}},
         {"model": {"gradient_checkpointing": "non-reentrant"}},
         {"lora": {"base": "nf4", "rank": RANK}},
@@ -153,7 +156,20 @@ def test_losses_are_those_of_one_process_at_every_stage(
         {"lora": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"], "rslora": True}},
         {"lora": {"target_modules": ["embed_tokens", "v_proj"]}},
     ],
-    ids=["lamb", "frugal", "grass", "reentrant", "non-reentrant", "nf4", "offload", "whole", "embedding"],
+    ids=[
+        "lamb",
+        "frugal",
+        "grass",
+        "galore",
+        "apollo",
+        "lars",
+        "reentrant",
+        "non-reentrant",
+        "nf4",
+        "offload",
+        "whole",
+        "embedding",
+    ],
 )
 def test_adapters_go_with(corpus: Path, base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     changes = json.loads(json.dumps(changes).replace("{folder}", str(tmp_path)))

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from narrowgauge.engine.config.run_blocks import DataBlock
+from narrowgauge.engine.data.run_data import prepare
 from tests.launcher.conftest import Call
 from tests.launcher.conftest import call as call
 from tests.support import forked
@@ -77,9 +80,7 @@ def test_kinds_of_files_ranks_and_resumed_runs_have_equal_losses(folder: Path, t
 
 def lengths(folder: Path) -> list[int]:
     """Tokens of the examples that are trained on, from the cache."""
-    from narrowgauge.engine.config.run_blocks import DataBlock
     from narrowgauge.engine.data.examples import PreparedExamples
-    from narrowgauge.engine.data.run_data import prepare
 
     block = config_of(folder, folder)["data"] | {"sequence_length": 1000}
     found = prepare(DataBlock.model_validate(block))
@@ -115,6 +116,33 @@ def test_data_shows_what_is_learned(folder: Path, tmp_path: Path, call: Call) ->
     text = call("data", "quickstart", "--set", f"data.cache_dir={tmp_path}/none", "--set", 'data.train=["none.txt"]')
     assert text.returncode == 2
     assert "data.train: 'none.txt' names no file" in text.stderr
+
+
+def test_a_model_from_a_folder_is_trained_with_the_tokenizer_that_lies_there(
+    folder: Path, tmp_path: Path, call: Call
+) -> None:
+    """Without ``data.tokenizer`` one was trained on texts, whose tokens are not the model's, and nothing was said."""
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    described = LlamaConfig(vocab_size=320, num_attention_heads=4, max_position_embeddings=64, **shape)
+    base = tmp_path / "base"
+    LlamaForCausalLM(described).save_pretrained(str(base))
+    config = config_of(folder, tmp_path, tokenizer=None)
+    config["model"], config["training"]["steps"] = {"path": str(base)}, 1
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": "the cat sat on the mat"}] * 4)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = [f'data.train=["{texts}"]', f'data.validation=["{texts}"]', "data.vocab_size=270"]
+    said = call("data", str(tmp_path / "config.json"), *(word for change in words for word in ("--set", change)))
+    assert said.returncode == 0, said.stderr
+    assert f"{base} holds no tokenizer, and data.tokenizer names none" in " ".join(said.stdout.split())
+    save_tokenizer(base)
+    result = forked.run("train", str(tmp_path / "config.json"))
+    assert result.returncode == 0, result.stderr
+    assert f"data.tokenizer: that of the model, {base}" in " ".join(result.stdout.split())
+    resolved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert resolved["resolved"]["data"]["tokenizer"] == str(base)
+    named = {**config["data"], "tokenizer": str(base)}
+    assert resolved["data_fingerprint"] == prepare(DataBlock.model_validate(named)).fingerprint
+    assert (tmp_path / "run" / "tokenizer" / "chat_template.jinja").is_file()
 
 
 @pytest.mark.parametrize(
