@@ -42,6 +42,10 @@ class _ConsoleHandler(logging.Handler):
 def show_libraries_less() -> None:
     """Keep other libraries' chatter out of the output; warnings about the user's model or data remain."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # transformers' bars too, of files that are read within a second.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # peft asks models of transformers by an old name.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.modeling_utils")
     # torch announces renamed collectives at every call of DeepSpeed's.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").addFilter(lambda record: not record.getMessage().startswith(_KNOWN))
