@@ -209,7 +209,6 @@ def _problems(trainer: Trainer, *, is_ours: bool, asked: Mapping[str, Any]) -> l
         "create_optimizer": f"{type(trainer).__name__} has one of its own, which would not be called",
         "n_gpu": f"expected one GPU per process, got {args.n_gpu}: start the script with torchrun",
         "distributed_config": "the model was cut while it was loaded",
-        "peft_config": "adapters with a DeepSpeed file are not supported: frozen weights would not be saved",
         "parallelism_config": "tensor, context and sequence parallelism are not supported",
     }
     if is_ours:
@@ -222,7 +221,6 @@ def _problems(trainer: Trainer, *, is_ours: bool, asked: Mapping[str, Any]) -> l
             "create_optimizer": type(trainer).create_optimizer is not Trainer.create_optimizer,
             "n_gpu": args.n_gpu > 1 and not trainer.is_deepspeed_enabled,
             "distributed_config": trainer.is_distributed_loading_by_transformers,
-            "peft_config": trainer.is_deepspeed_enabled and hasattr(trainer.model, "peft_config"),
             "parallelism_config": parallelism is not None and parallelism.total_size > parallelism.data_parallel_size,
         }
     ranks = ranks_problem(args.world_size)

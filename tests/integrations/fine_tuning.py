@@ -11,6 +11,7 @@ from accelerate.utils import DummyOptim, DummyScheduler
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Subset
@@ -28,6 +29,7 @@ from narrowgauge.integrations.accelerate import cpu_ranks, prepare_accelerator
 from narrowgauge.integrations.lightning import NarrowgaugeStrategy
 from narrowgauge.integrations.transformers import prepare_trainer
 from narrowgauge.optimizers import Grass
+from tests.support.chat import save_tokenizer
 from tests.support.zero import full_weights
 
 STEPS, BATCH, ACCUMULATION, WARMUP = 5, 8, 2, 1
@@ -43,6 +45,8 @@ SHAPE = LlamaConfig(
     num_key_value_heads=2,
     tie_word_embeddings=False,
 )
+# Of LoRA's, those whose columns Grass chooses from.
+FACTORS = ["*.lora_A.default"]
 PARAMS: dict[str, dict[str, Any]] = {
     "Grass": {"density": 0.25, "refresh_interval": 2, "matrix_lr_scale": 0.5},
     "GaLore": {"density": 0.25, "refresh_interval": 2, "matrix_lr_scale": 0.5},
@@ -69,6 +73,14 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(SHAPE)
 
 
+def adapted() -> PeftModel:
+    """With LoRA's factors beside each layer of the attention."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    found = get_peft_model(model(), config)
+    assert isinstance(found, PeftModel)
+    return found
+
+
 def block(name: str) -> dict[str, Any]:
     """As people write it for the Trainer: what it knows is left to it."""
     return {"type": name, "params": {"lr": "auto", "weight_decay": "auto", **PARAMS[name]}}
@@ -89,7 +101,12 @@ def deepspeed_file(stage: int, name: str | None = "Grass") -> dict[str, Any]:
     }
 
 
-def arguments(folder: Path, file: dict[str, Any] | None = None, **more: Any) -> TrainingArguments:
+def arguments(
+    folder: Path,
+    file: dict[str, Any] | None = None,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **more: Any,
+) -> Any:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = {
         "output_dir": str(folder),
@@ -115,7 +132,7 @@ def arguments(folder: Path, file: dict[str, Any] | None = None, **more: Any) -> 
         chosen["use_cpu"] = True
     else:
         chosen |= {"deepspeed": file, "accelerator_config": cpu_ranks()}
-    return TrainingArguments(**{**chosen, **more})
+    return kind(**{**chosen, **more})
 
 
 def _forget_deepspeed() -> None:
@@ -131,11 +148,17 @@ def trained_by_trainer(
     name: str = "Grass",
     resume: str | None = None,
     offload: dict[str, Any] | None = None,
+    adapters: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
     """Train, save the model in ``folder/final``; without a stage alone or under DistributedDataParallel."""
-    args = arguments(folder, deepspeed_file(stage, name) if stage is not None else None, **more)
-    trainer = Trainer(model=model(), args=args, train_dataset=Samples(), eval_dataset=Samples())
+    file = deepspeed_file(stage, name) if stage is not None else None
+    if file is not None and adapters:
+        file["optimizer"]["params"]["target_modules"] = FACTORS
+    args = arguments(folder, file, **more)
+    trainer = Trainer(
+        model=adapted() if adapters else model(), args=args, train_dataset=Samples(), eval_dataset=Samples()
+    )
     assert trainer.is_deepspeed_enabled == (stage is not None)
     prepare_trainer(trainer, optimizer=block(name) if stage is None else None, activation_offload=offload)
     trainer.train(resume_from_checkpoint=resume)
@@ -149,17 +172,23 @@ def trained_by_trainer(
     }
 
 
-def train_by_loop(folder: Path, *, name: str = "Grass", bf16: bool = False, in_module: bool = False) -> None:
+def train_by_loop(
+    folder: Path, *, name: str = "Grass", bf16: bool = False, in_module: bool = False, adapters: bool = False
+) -> None:
     """The same steps, in a loop of one's own, on one rank at ZeRO-1.
 
     Args:
+        adapters: they are trained, and saved as peft does.
         in_module: the model is a part of another, so that its parameters, which choices are drawn by, have other names.
     """
     params = {"lr": LR, "weight_decay": DECAY, **PARAMS[name]}
     if name != "Lars":
         params["eps"] = EPSILON
+    if adapters:
+        params["target_modules"] = FACTORS
+    whole = adapted() if adapters else Module(client=False) if in_module else model()
     engine, *_ = initialize(
-        model=Module(client=False) if in_module else model(),
+        model=whole,
         config={
             "train_batch_size": BATCH,
             "gradient_accumulation_steps": ACCUMULATION,
@@ -176,6 +205,9 @@ def train_by_loop(folder: Path, *, name: str = "Grass", bf16: bool = False, in_m
         for micro_batch in tokens.chunk(ACCUMULATION):
             engine.backward(engine(input_ids=micro_batch, labels=micro_batch).loss)
             engine.step()
+    if adapters:
+        engine.module.save_pretrained(str(folder))
+        return
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         key.removeprefix("model." if in_module else ""): value.contiguous()
@@ -184,8 +216,8 @@ def train_by_loop(folder: Path, *, name: str = "Grass", bf16: bool = False, in_m
     save_file(weights, folder / "model.safetensors")
 
 
-def weights_in(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
+def weights_in(folder: Path, name: str = "model.safetensors") -> dict[str, Tensor]:
+    return load_file(folder / name)
 
 
 def trained_by_accelerate(
@@ -371,3 +403,22 @@ def refusals_of_trainer(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[
         except ConfigError as error:
             said[case] = str(error)
     return said
+
+
+def refusal_of_sft(folder: Path, *, stage: int) -> str:
+    """What ``prepare_trainer`` says of TRL's loss with activation offload."""
+    import datasets
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    datasets.disable_progress_bars()
+    args = arguments(folder, deepspeed_file(stage), SFTConfig, bf16=False, max_length=16)
+    tokenizer = AutoTokenizer.from_pretrained(str(save_tokenizer(folder / "tokenizer")))
+    records = datasets.Dataset.from_list([{"text": "the cat sat"}] * BATCH)
+    shape = LlamaConfig(**{**SHAPE.to_diff_dict(), "vocab_size": len(tokenizer)})
+    trainer = SFTTrainer(LlamaForCausalLM(shape), args, train_dataset=records, processing_class=tokenizer)
+    try:
+        prepare_trainer(trainer, activation_offload={"path": str(folder), "capacity_bytes": 1 << 24})
+    except ConfigError as error:
+        return str(error)
+    return ""

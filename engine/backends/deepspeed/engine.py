@@ -11,6 +11,7 @@ from narrowgauge.optimizers.compact.backend import LocalBackend, SubspaceBackend
 
 from ...checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from ...files import write_text
+from ...lora.adapters import is_adapted
 from ...ranks.together import together
 from .privates import ConsolidationHook
 from .shards import EngineShards
@@ -88,12 +89,13 @@ class Engine(ConsolidationHook):
 
         Args:
             client_state: JSON values.
+            exclude_frozen_parameters: of a model with adapters, whose frozen base is left out always.
 
         Raises:
             CheckpointError: a rank could not write.
-            ValueError: ``exclude_frozen_parameters``: the frozen weights are the model.
+            ValueError: ``exclude_frozen_parameters`` without adapters: the frozen weights are the model.
         """
-        if exclude_frozen_parameters:
+        if exclude_frozen_parameters and not is_adapted(self.module):
             raise ValueError("exclude_frozen_parameters: the frozen weights hold what was trained; they are needed")
         tag = tag if tag is not None else f"global_step{self.global_steps}"
         save_checkpoint(DeepSpeedTraining(self), Path(save_dir) / tag, client_state or {})
@@ -117,6 +119,9 @@ class Engine(ConsolidationHook):
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Restore what :meth:`save_checkpoint` wrote, with any number of ranks; called like DeepSpeed's.
 
+        Args:
+            load_module_strict: False is for adapters, whose base is not in the checkpoint.
+
         Returns:
             The checkpoint's folder and its ``client_state``; ``(None, None)`` if no tag is given and there is no
             ``latest``.
@@ -124,7 +129,7 @@ class Engine(ConsolidationHook):
         Raises:
             CheckpointError: it is damaged, or belongs to another model.
         """
-        if not load_module_strict or custom_load_fn is not None:
+        if custom_load_fn is not None or not (load_module_strict or is_adapted(self.module)):
             raise ValueError("load_module_strict=False and custom_load_fn are not supported with our optimizers")
         latest = Path(load_dir) / "latest"
         if tag is None and not latest.is_file():

@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as process_groups
 from torch import Tensor
 
+from narrowgauge.optimizers.layers.compact import compact_units
 from narrowgauge.optimizers.layers.shape import add_shape_source
 
 # Of the weights, given the keywords for the schedule's step.
@@ -261,8 +262,18 @@ class ConsolidationHook(DeepSpeedEngine):
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
         self.before_consolidation()
-        state: dict[str, torch.Tensor] | None = super()._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
-        return self.after_consolidation(state) if state is not None else None
+        model: Any = self.module
+        # Frozen for DeepSpeed, which would leave them out: they hold what was trained.
+        compact = {id(unit.weight) for unit in compact_units(model)}
+        state: dict[str, torch.Tensor] | None = super()._zero3_consolidated_16bit_state_dict(
+            exclude_frozen_parameters and not compact
+        )
+        if state is None:
+            return None
+        if exclude_frozen_parameters:
+            frozen = {name for name, p in model.named_parameters() if not p.requires_grad and id(p) not in compact}
+            state = {name: tensor for name, tensor in state.items() if name not in frozen}
+        return self.after_consolidation(state)
 
     def before_consolidation(self) -> None: ...
 
