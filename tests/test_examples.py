@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.support import forked
-from tests.support.command import BIN, ROOT, environment
+from tests.support.command import BIN, ROOT, environment, free_port
 
 EXAMPLES = ROOT / "examples"
 
@@ -51,11 +50,8 @@ def test_zero(tmp_path: Path) -> None:
 
 
 def losses_of_script(script: Path, config: Path, ranks: int) -> tuple[str, ...]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     # What a launcher sets, which forks for several ranks do themselves.
-    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     words = (str(script), "--deepspeed", "--deepspeed_config", str(config))
     done = forked.python(*words, ranks=ranks, cwd=ROOT, **(single if ranks == 1 else {}))
     assert done.returncode == 0, done.stdout + done.stderr

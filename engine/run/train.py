@@ -191,23 +191,13 @@ class _Run:
 
     def _loop(self, first_step: int, view: ProgressView | None, metrics: MetricsLog | None) -> None:
         plan, training = self.plan, self.plan.training
-        sampler = RankSampler(
-            partial(plan.train_data.order, seed=training.seed),
-            first_step=first_step,
-            last_step=plan.steps,
-            micro_batch_size=plan.batches.micro,
-            accumulation_steps=plan.batches.accumulation_steps,
-            rank=self.engine.data_parallel.rank,
-            world_size=self.engine.data_parallel.size,
-        )
         # What a coreset takes is not known ahead.
-        workers = plan.data.num_workers if self.coreset is None else 0
-        waited_for = self._watch(training_loader(plan.train_data, sampler, workers))
+        read_ahead = self._read_ahead(first_step) if self.coreset is None else iter(())
         self.stop.begin()
         if first_step == 0:
             self.history["eval_loss_first"] = self._evaluate(0, view, metrics)
         for step in range(first_step + 1, plan.steps + 1):
-            record = self._step(step, waited_for)
+            record = self._step(step, read_ahead)
             if metrics is not None and (step % plan.logging.interval == 0 or step == plan.steps):
                 self._record(metrics, step, record)
             if view is not None:
@@ -287,6 +277,19 @@ class _Run:
 
     def _folder_is_gone(self) -> UserError:
         return UserError(f"logging.run_dir: {self.plan.run_dir} was deleted or replaced while the run was going on")
+
+    def _read_ahead(self, first_step: int) -> Iterator[Batch]:
+        plan, ranks = self.plan, self.engine.data_parallel
+        sampler = RankSampler(
+            partial(plan.train_data.order, seed=plan.training.seed),
+            first_step=first_step,
+            last_step=plan.steps,
+            micro_batch_size=plan.batches.micro,
+            accumulation_steps=plan.batches.accumulation_steps,
+            rank=ranks.rank,
+            world_size=ranks.size,
+        )
+        return self._watch(training_loader(plan.train_data, sampler, plan.data.num_workers))
 
     def _watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, with the time that the step waits for them."""

@@ -29,15 +29,19 @@ def environment(**extra: str) -> dict[str, str]:
     return {**own, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **extra}
 
 
+def free_port() -> str:
+    """One that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def arguments(*words: str, ranks: int = 1, launcher: str = "torchrun") -> list[str]:
     """The command line of ``narrowgauge WORDS``, alone or on several ranks."""
     if ranks == 1:
         return [str(BIN / "narrowgauge"), *words]
     if launcher == "deepspeed":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        begin = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port, "--module"]
+        begin = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", free_port(), "--module"]
         return [*begin, "narrowgauge.launcher", *words]
     return [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks), "-m", "narrowgauge.launcher", *words]
 

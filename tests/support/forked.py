@@ -13,7 +13,6 @@ import io
 import multiprocessing
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from tests.support.command import ROOT, environment
+from tests.support.command import ROOT, environment, free_port
 
 _SECONDS_TO_END = 30.0
 
@@ -44,10 +43,7 @@ class Forked:
         self._streams = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
         context, common = server(), environment(**extra)
         if ranks > 1:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = str(probe.getsockname()[1])
-            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
             common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         self._processes = []
         for rank in range(ranks):

@@ -1,12 +1,11 @@
 """Ranks that meet before there is a process group, without a launcher that hosts the rendezvous."""
 
-import socket
 import subprocess
 import sys
 
 import pytest
 
-from tests.support.command import environment
+from tests.support.command import environment, free_port
 
 SCRIPT = """
 import os, time, torch
@@ -51,10 +50,7 @@ def test_the_group_of_a_second_run_knows_nothing_of_the_first() -> None:
 
 
 def run_on_three_ranks(script: str, delay: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DELAY": delay}
+    common = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "DELAY": delay}
     processes = [
         subprocess.Popen(  # noqa: S603
             [sys.executable, "-c", script],

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import tempfile
 import threading
 import time
@@ -64,6 +63,7 @@ from tests.offload.faults import (
     within,
 )
 from tests.offload.support import rest, wait_until
+from tests.support.command import free_port
 
 IN_PLACE = pytest.mark.parametrize("in_place", [True, False], ids=["in_place", "staged"])
 OffloadMaker = Callable[..., ActivationOffload]
@@ -1019,9 +1019,7 @@ def test_process_ends_without_close_while_copying(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrapped", [True, False], ids=["ddp", "all_reduce"])
 @pytest.mark.slow
 def test_error_on_one_rank_ends_both(tmp_path: Path, wrapped: bool, failing_rank: int) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = int(free_port())
     ranks = [python("train_on_rank", str(tmp_path), rank, port, failing_rank, wrapped) for rank in range(2)]
     try:
         results = [outcome(process) for process in ranks]
