@@ -31,12 +31,14 @@ def examples(heading: str) -> list[object]:
     return found
 
 
-def check(words: list[str], folder: Path) -> None:
+def check(words: list[str], folder: Path) -> str:
+    """What it prints."""
     path = f"{BIN}:{environment()['PATH']}"
     result = subprocess.run(  # noqa: S603
         words, cwd=folder, env=environment(PATH=path), capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("block", examples("python"))
@@ -82,5 +84,8 @@ def test_the_reference_is_made_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("sphinx")
     words = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", str(ROOT / "docs")]
     check([*words, str(tmp_path / "docs")], tmp_path)
-    page = (tmp_path / "docs" / "api" / "optimizers.html").read_text()
-    assert 'id="narrowgauge.optimizers.Grass"' in page
+    for page, name in (
+        ("optimizers", "optimizers.Grass"),
+        ("integrations", "integrations.transformers.prepare_trainer"),
+    ):
+        assert f'id="narrowgauge.{name}"' in (tmp_path / "docs" / "api" / f"{page}.html").read_text()
