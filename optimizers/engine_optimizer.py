@@ -7,7 +7,7 @@ import weakref
 from abc import ABC
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import wraps
-from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar, cast
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -227,7 +227,10 @@ def keywords_of(
 
         self, model, *_ = inspect.signature(init).parameters.values()
         keywords = inspect.signature(options_type).parameters.values()
-        cast(Any, __init__).__signature__ = inspect.Signature([self, model, *keywords])
+        made: Any = __init__
+        made.__signature__ = inspect.Signature([self, model, *keywords])
+        # Documentation would look for the keywords' defaults in the constructor that is wrapped.
+        del made.__wrapped__
         return __init__
 
     return decorate
