@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
+from transformers.pytorch_utils import Conv1D
 
 from narrowgauge.optimizers.numerics.seeds import derive_seed
 
@@ -63,8 +64,14 @@ class _Drawing:
             below = child if isinstance(child, PreTrainedModel) else owner
             self.visit(_join(name, child_name), child, below)
         with self._whole(_reached(module)), self._kept(name, module):
-            torch.manual_seed(derive_seed(self._seed, "weights", name))
+            if isinstance(module, Conv1D):
+                self._seeded(name)
+                _draw_as_constructed(module)
+            self._seeded(name)
             owner._init_weights(module)
+
+    def _seeded(self, name: str) -> None:
+        torch.manual_seed(derive_seed(self._seed, "weights", name))
 
     @contextmanager
     def _kept(self, name: str, module: nn.Module) -> Iterator[None]:
@@ -78,6 +85,12 @@ class _Drawing:
         finally:
             for parameter in tied:
                 delattr(parameter, _KEEP)
+
+
+def _draw_as_constructed(module: Conv1D) -> None:
+    """What its constructor draws, and no rule of some families': transformers leaves that out for ZeRO-3."""
+    nn.init.normal_(module.weight, std=0.02)
+    nn.init.zeros_(module.bias)
 
 
 def _join(name: str, key: str) -> str:

@@ -138,6 +138,11 @@ def abstract_model(config: PretrainedConfig) -> nn.Module:
             f"model: transformers trains a {config.model_type} to repeat the token that it is given, not to predict the"
             " next one: expected another model type"
         )
+    if config.model_type in _OF_IMAGES:
+        raise UserError(
+            f"model: transformers trains a {config.model_type} on images with their captions: expected another model"
+            " type"
+        )
     for key, (bidirectional, causal) in _DIRECTIONS.items():
         if getattr(model.config, key, causal) == bidirectional:
             raise UserError(
@@ -165,5 +170,7 @@ _NOT_SHIFTED = {
     "xlm",
     "xlnet",
 }
+# Whose loss counts on an image before the text.
+_OF_IMAGES = {"git"}
 # What models have that are trained on masked tokens too, as BERT is: its value then, and for causal language models.
 _DIRECTIONS = {"is_decoder": (False, True), "use_bidirectional_attention": (True, False)}

@@ -10,7 +10,10 @@ from ..compact.backend import SubspaceBackend
 from ..compact.optimizer import CompactOptimizer, Converted
 from ..engine_optimizer import keywords_of
 from ..layers.experts import StackedMatrices
+from ..layers.registry import to_selected
+from ..layers.shared_copy import SharedCopy
 from ..layers.targets import find_targets
+from ..layers.unit import CompactUnit
 from ..layers.vocabulary import find_vocabulary
 from ..numerics.seeds import derive_seed
 from ..numerics.selection import SELECTION_RULES, select_index
@@ -79,7 +82,9 @@ class Grass(CompactOptimizer[GrassOptions]):
         ranks = ranks_of(
             targets, rank=options.rank, density=options.density, budget=options.budget, strata=options.strata
         )
-        layers, full_rank = convert_selected(targets, ranks, self.rule, seed=options.seed, strata=options.strata)
+        layers, full_rank = convert_selected(
+            targets, ranks, self.rule, self._to_compact, seed=options.seed, strata=options.strata
+        )
         self._local_shards = LocalShards(model)
         vocabulary = {target.name for target in targets if target.is_vocabulary}
         return Converted(layers, [name for name in full_rank if name not in vocabulary], vocabulary)
@@ -100,6 +105,11 @@ class Grass(CompactOptimizer[GrassOptions]):
                 if name not in found
             ]
         return targets
+
+    def _to_compact(
+        self, target: SelectedTarget, index: Tensor, contiguous: bool, shared: SharedCopy | None
+    ) -> CompactUnit:
+        return to_selected(target.module, side=target.side, index=index, contiguous=contiguous, shared=shared)
 
     def is_refresh_due(self) -> bool:
         return self._is_refreshed_after(self.num_steps)

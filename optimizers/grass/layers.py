@@ -1,17 +1,16 @@
 """The layers that train a selection of their weight: which rank each gets, and their conversion."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.experts import StackedMatrices
-from ..layers.registry import outputs_and_inputs, to_projected, to_selected
+from ..layers.registry import outputs_and_inputs
 from ..layers.shared_copy import SharedCopy
 from ..layers.targets import CompactLayer, rank_of
-from ..layers.unit import Side
-from ..numerics.selection import SelectionRule, replacement_scales, select_index
+from ..layers.unit import CompactUnit, Side
+from ..numerics.selection import SelectionRule, select_index
 from .budget import ranks_within
 
 
@@ -45,6 +44,9 @@ class SelectedTarget:
     @property
     def _shape(self) -> tuple[int, int]:
         return outputs_and_inputs(self.module)
+
+
+Convert = Callable[[SelectedTarget, Tensor, bool, SharedCopy | None], CompactUnit]
 
 
 def ranks_of(
@@ -87,9 +89,19 @@ def ranks_of(
 
 
 def convert_selected(
-    targets: Sequence[SelectedTarget], ranks: dict[str, int], rule: SelectionRule, *, seed: int, strata: int = 1
+    targets: Sequence[SelectedTarget],
+    ranks: dict[str, int],
+    rule: SelectionRule,
+    convert: Convert,
+    *,
+    seed: int,
+    strata: int = 1,
 ) -> tuple[list[CompactLayer], list[str]]:
     """Convert the targets whose rank is below the selected dimension.
+
+    Args:
+        convert: makes a target compact, with the first columns or rows, whether these are one block, and the copy of
+            them that its group shares.
 
     Returns:
         The compact layers, with ``compact`` still to be filled, and the names of the layers left as they are because
@@ -107,22 +119,6 @@ def convert_selected(
         index = select_index(
             rule, target.dim, ranks[target.name], seed=seed, refresh=0, name=target.group, strata=strata
         )
-        linear = target.module
-        if rule.repeats:
-            scales = replacement_scales(torch.ones(target.dim, dtype=torch.float64), index)
-            scales = scales.to(torch.promote_types(linear.weight.dtype, torch.float32))
-            module = (
-                to_projected(linear, right=scales, right_index=index)
-                if target.side == "columns"
-                else to_projected(linear, left=scales, left_index=index)
-            )
-        else:
-            module = to_selected(
-                linear,
-                side=target.side,
-                index=index,
-                contiguous=rule.contiguous and strata == 1,
-                shared=copies.get(target.group),
-            )
-        layers.append(CompactLayer(target.name, module))
+        unit = convert(target, index, rule.contiguous and strata == 1, copies.get(target.group))
+        layers.append(CompactLayer(target.name, unit))
     return layers, full

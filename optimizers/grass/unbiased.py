@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from ..layers.registry import to_projected
+from ..layers.shared_copy import SharedCopy
+from ..layers.unit import CompactUnit
 from ..numerics.seeds import derive_seed
 from ..numerics.selection import replacement_scales
 from .grass import Grass
+from .layers import SelectedTarget
 from .options import GrassOptions
 
 
@@ -21,6 +26,14 @@ class GrassUnbiased(Grass):
     @classmethod
     def carries_out(cls, options: GrassOptions) -> bool:
         return options.repeats
+
+    def _to_compact(
+        self, target: SelectedTarget, index: Tensor, contiguous: bool, shared: SharedCopy | None
+    ) -> CompactUnit:
+        scales = replacement_scales(torch.ones(target.dim, dtype=torch.float64), index)
+        scales = scales.to(torch.promote_types(target.module.weight.dtype, torch.float32))
+        key = "right" if target.side == "columns" else "left"
+        return to_projected(target.module, **{key: scales, f"{key}_index": index})
 
     def _fold(self, learning_rates: Sequence[float]) -> None:
         seed = derive_seed(self.options.seed, "step", self.num_steps)

@@ -52,7 +52,7 @@ class Coverage:
 
 
 def coverage_of(model: nn.Module, covered: Collection[str], reasons: Mapping[str, str]) -> Coverage:
-    """Count the trained matrices of two and more dimensions, outside of embeddings.
+    """Count the trained matrices of two and more dimensions, outside of embeddings; stacked biases are vectors.
 
     Args:
         covered: names of the layers, or parameters, that the method trains.
@@ -71,7 +71,7 @@ def coverage_of(model: nn.Module, covered: Collection[str], reasons: Mapping[str
             if any(key == unit.compact_key for unit in units):
                 continue
             trained = parameter.requires_grad or any(key == unit.weight_key for unit in units)
-            if not trained or len(whole_shape(parameter)) < 2 or id(parameter) in seen:
+            if not trained or not _is_matrix(module, key) or id(parameter) in seen:
                 continue
             if blocks and not name.startswith(blocks):
                 continue
@@ -86,6 +86,17 @@ def coverage_of(model: nn.Module, covered: Collection[str], reasons: Mapping[str
                     stacked[_pattern(name)] = "matrices stacked in one parameter, as experts are"
     largest = dict(sorted(dense.items(), key=lambda item: -item[1]))
     return Coverage(total, own, largest, stacked | {_pattern(f"{name}.weight"): why for name, why in reasons.items()})
+
+
+def _is_matrix(module: nn.Module, key: str) -> bool:
+    """Whether a parameter is a matrix, or several; experts' biases are stacked vectors, one beside each matrix."""
+    shape = whole_shape(module.get_parameter(key))
+    if len(shape) != 2:
+        return len(shape) > 2 and math.prod(shape) > max(shape)
+    if "bias" not in key:
+        return True
+    others = (whole_shape(p) for p in module.parameters(recurse=False))
+    return not any(len(other) == 3 and other[0] == shape[0] for other in others)
 
 
 def _pattern(name: str) -> str:

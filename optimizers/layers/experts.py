@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -79,6 +80,22 @@ class CompactLlama4Experts(CompactExperts):
         runs = [(e, e * tokens, (e + 1) * tokens) for e in range(len(own.down_proj)) if tokens]
         gate, up = self._product("gate_up_proj", hidden_states, runs).chunk(2, dim=-1)
         return self._product("down_proj", up * own.act_fn(gate), runs)
+
+
+class CompactSortedExperts(CompactExperts):
+    """JetMoE's, one linear layer for each expert, which are given rows that are sorted by expert already."""
+
+    is_transposed = False
+
+    def forward(self, inputs: Tensor, expert_size: Sequence[int]) -> Tensor:
+        """
+        Args:
+            inputs: ``(rows, inputs)``.
+            expert_size: how many rows each expert has.
+        """
+        ends = list(accumulate(expert_size, initial=0))
+        runs = [(e, first, last) for e, (first, last) in enumerate(pairwise(ends)) if last > first]
+        return self._product("weight", inputs, runs)
 
 
 @cache

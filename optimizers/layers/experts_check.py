@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import CompactExperts, CompactLlama4Experts, ExpertsMatrices
+from .experts import CompactExperts, CompactLlama4Experts, CompactSortedExperts, ExpertsMatrices
 from .shape import whole_shape
 
 _WIDTH, _HIDDEN, _TOKENS, _CHOICES = 6, 4, 16, 3
@@ -64,7 +64,7 @@ def _small(targets: list[ExpertsMatrices]) -> Any:
     small._parameters = {}
     for target in targets:
         num, inputs = target.num_matrices, _HIDDEN if target.key == "down_proj" else _WIDTH
-        outputs = {"gate_up_proj": 2 * _HIDDEN, "up_proj": _HIDDEN, "down_proj": _WIDTH}[target.key]
+        outputs = {"gate_up_proj": 2 * _HIDDEN, "up_proj": _HIDDEN, "down_proj": _WIDTH, "weight": _HIDDEN}[target.key]
         shapes: dict[str, tuple[int, ...]] = {
             target.key: (num, inputs, outputs) if target.transposed else (num, outputs, inputs)
         }
@@ -79,12 +79,16 @@ def _run(
 ) -> list[Tensor]:
     """Outputs, and gradients of inputs and of parameters of these names."""
     draw, parameters = _drawing(1), [getattr(module, name) for name in names]
-    num = whole_shape(module.down_proj)[0]  # pyright: ignore[reportArgumentType]
-    inputs = [draw(num if experts is CompactLlama4Experts else _TOKENS, _WIDTH).requires_grad_()]
-    choices = torch.argsort(draw(_TOKENS, num).abs(), dim=1)[:, : min(num, _CHOICES)]
-    weights = draw(*choices.shape).requires_grad_()
-    y = call(*inputs) if experts is CompactLlama4Experts else call(*inputs, choices, weights)
-    inputs += [] if experts is CompactLlama4Experts else [weights]
+    num = whole_shape(next(iter(module._parameters.values())))[0]  # pyright: ignore[reportArgumentType]
+    rows = num if experts is CompactLlama4Experts else _TOKENS
+    inputs, told = [draw(rows, _WIDTH).requires_grad_()], list[Any]()
+    if experts is CompactSortedExperts:
+        told = [[len(part) for part in torch.arange(rows).tensor_split(num)]]
+    elif experts is CompactExperts:
+        choices = torch.argsort(draw(rows, num).abs(), dim=1)[:, : min(num, _CHOICES)]
+        inputs.append(draw(*choices.shape).requires_grad_())
+        told = [choices, inputs[1]]
+    y = call(inputs[0], *told)
     return [y, *torch.autograd.grad(y, [*inputs, *parameters], draw(*y.shape))]
 
 

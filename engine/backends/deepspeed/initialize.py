@@ -30,6 +30,7 @@ from .extensions import ensure_extensions
 from .fp32 import warn_of_fp32
 from .gradients import mend_updates
 from .keys import FORCED
+from .leaves import gather_stacks_at_once
 from .loading import follow_loads
 from .offload import attach_offload
 from .privates import configure_python_gc, forget_autocast, keep_autocast, release_destroyed_groups
@@ -105,6 +106,8 @@ def initialize(
         raise checked.error(
             f"optimizer: the {type(client).__name__} that was passed to initialize was made from another model"
         )
+    if checked.zero_stage == 3:
+        gather_stacks_at_once(model)
     arguments = {
         "args": args,
         "model": model,

@@ -33,7 +33,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-# The first GPT's matrices are drawn where they are made, which no seed of a module's reaches.
+# No rule of transformers draws the first GPT's matrices, which their constructor does.
 OTHERS = sorted({name for name, found in recorded().items() if "share" in found} - FAMILIES.keys() - {"openai-gpt"})
 
 
@@ -116,6 +116,18 @@ def test_they_are_distributed_as_without_seeds_of_their_own(family: str) -> None
 
 def built_at_stages(family: str) -> list[dict[str, Tensor]]:
     return [built(family, "deepspeed", stage) for stage in (0, 3)]
+
+
+def test_what_no_rule_draws_is_the_same_at_every_stage(two_ranks: RankPool) -> None:
+    """transformers leaves out what constructors draw for ZeRO-3: the first GPT started from whatever was in memory."""
+    expected = built("openai-gpt", "ddp")
+    matrices = torch.cat([p.flatten() for name, p in expected.items() if name.endswith("c_fc.weight")])
+    assert float(matrices.std()) == pytest.approx(0.02, rel=0.05)
+    for stages in two_ranks.run(built_at_stages, "openai-gpt"):
+        for found in stages:
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                assert torch.equal(found[name], value), name
 
 
 CHEAP = ("llama-tied", "gpt2", "mamba", "recurrent_gemma")

@@ -137,6 +137,7 @@ def test_the_text_model_of_a_composite_is_trained(family: str, expected: str) ->
             r"gemma4_assistant: StrictDataclass.* hidden_size_per_layer_input must be 0",
         ),
         ({"model_type": "bart"}, r"trains a bart to repeat the token that it is given"),
+        ({"model_type": "git"}, r"trains a git on images with their captions"),
         ({"model_type": "lama"}, r"'lama' is not a model type of transformers"),
         ({**SMALL, "model_type": "llama", "num_attention_heads": 5}, r"hidden size .*\(32\).* heads \(5\)|32.*5"),
     ],

@@ -33,8 +33,9 @@ FAMILIES = [
     "minimax",
     "phimoe",
     "qwen3_next",
+    "jetmoe",
 ]
-QUICK = ("mixtral", "gpt_oss", "llama4_text", "deepseek_v3")
+QUICK = ("mixtral", "gpt_oss", "llama4_text", "deepseek_v3", "jetmoe")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_experts_are_compact_and_a_step_is_that_of_plain_pytorch(family: str) ->
     assert any(isinstance(module, CompactExperts) for module in model.modules())
     assert optimizer.coverage.share > 0.8
     stacked = {layer.name for layer in optimizer.layers if layer.module.num_matrices > 1}
-    assert {n for n, p in twin.named_parameters() if p.dim() == 3 and "_proj" in n} == stacked
+    assert {n for n, p in twin.named_parameters() if p.dim() == 3 and ("_proj" in n or family == "jetmoe")} == stacked
     compact = {layer.weight_name for layer in optimizer.layers}
     reference = ReferenceGrass(
         twin,

@@ -13,6 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from narrowgauge.optimizers import FullNorm, Grass
 from narrowgauge.optimizers.layers.experts import CompactExperts
+from narrowgauge.optimizers.layers.find_experts import find_experts
 from tests.support.mixture import (
     CHOICES,
     EXPERTS,
@@ -324,6 +325,38 @@ def test_experts_that_compute_something_else_stay_dense() -> None:
     assert {"blocks.*.experts.gate_up_proj", "blocks.*.experts.down_proj"} == set(optimizer.coverage.dense) - {
         "blocks.*.router.weight"
     }
+
+
+class Counted(MixtralExperts):
+    """Counts how often it is run."""
+
+    runs = 0
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        Counted.runs += 1
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+
+def test_of_experts_that_are_alike_one_is_tried() -> None:
+    """It took 69 ms for each layer of a model, at every start."""
+    layers = nn.ModuleList(experts_module("mixtral") for _ in range(4))
+    for layer in layers:
+        layer.__class__, layer.config = Counted, layers[0].config
+    # Of all rows together instead of each expert's.
+    layers[2].act_fn = nn.Softmax(dim=0)
+    Counted.runs = 0
+    assert {name.partition(".")[0] for name in find_experts(layers)} == {"0", "1", "3"}
+    assert Counted.runs == 2
+
+
+def test_stacked_biases_are_no_matrices() -> None:
+    model = mixture("gpt_oss")
+    coverage = Grass(model, density=0.3).coverage
+    sizes = {name: p.numel() for name, p in mixture("gpt_oss").named_parameters()}
+    covered = sum(size for name, size in sizes.items() if is_compact(name))
+    router = sum(size for name, size in sizes.items() if "router" in name)
+    assert (coverage.covered, coverage.total) == (covered, covered + router)
+    assert coverage.dense == {"blocks.*.router.weight": router}
 
 
 def test_only_selected_inputs_are_kept_and_no_full_gradient_is_formed() -> None:

@@ -64,9 +64,9 @@ class ReferenceGrass:
             if name in self.matrices:
                 dim = parameter.shape[-1 if self.selects_last(name) else -2]
                 rank = max(1, round(self.density * dim))
-                self.index[name] = reference_index(
-                    dim, rank, self.seed, self.refreshes, name.removesuffix(".weight"), self.block
-                )
+                # Stacked experts go by the parameter's name, of which a module may have several.
+                own = name if parameter.dim() == 3 else name.removesuffix(".weight")
+                self.index[name] = reference_index(dim, rank, self.seed, self.refreshes, own, self.block)
             if first or name in self.matrices:
                 self.m[name] = torch.zeros_like(self.take(name, parameter))
                 self.v[name] = torch.zeros_like(self.m[name])
