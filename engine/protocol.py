@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from .config.config import Config
     from .config.engine_keys import EngineKeys
     from .config.run_blocks import ModelBlock
+    from .forecast.held import Rank
+    from .forecast.sent import Sent
+    from .forecast.whole_model import Traces
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Opens one of the phases ``forward``, ``backward`` and ``optimizer`` of a step: they are timed and watched."""
@@ -334,6 +337,29 @@ class Backend(Protocol):
     def rehearse(self, config: "Config", model_config: "PretrainedConfig", world_size: int) -> Sequence[HeldByRank]:
         """Build what each process rank would hold, without storage and in this process alone, after
         :meth:`check_model`; nothing where the engine does not say.
+        """
+        ...
+
+    def forecast(
+        self,
+        config: "Config",
+        model_config: "PretrainedConfig",
+        world_size: int,
+        *,
+        on_gpu: bool,
+        steps: int,
+        traces: "Traces | None" = None,
+    ) -> "Sequence[tuple[Rank, Sent]]":
+        """What each kind of process rank will hold and send, without storage and in this process alone, after
+        :meth:`check_model`.
+
+        Args:
+            on_gpu: of a run on GPUs and NCCL, not on CPUs and gloo.
+            steps: of the run; what happens now and then is a mean over them.
+            traces: of other forecasts of the same model, to go on from.
+
+        Raises:
+            UserError: it cannot be told ahead, or the optimizer's options do not fit the model.
         """
         ...
 

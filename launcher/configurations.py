@@ -30,3 +30,9 @@ def packaged_configurations() -> dict[str, Path]:
     folder = Path(str(files("narrowgauge.configs")))
     found = (path for path in sorted(folder.rglob("*.json")) if path.parent.name != "models")
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+
+
+def packaged_models() -> list[str]:
+    """The names of the sizes in ``configs/models/``, which ``model.preset`` takes."""
+    folder = Path(str(files("narrowgauge.configs"))) / "models"
+    return sorted(path.stem for path in folder.glob("*.json"))

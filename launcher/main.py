@@ -17,7 +17,7 @@ from narrowgauge.engine.ranks.environment import process_rank, world_size
 from narrowgauge.engine.ranks.exit_codes import EXIT_BAD_INPUT, EXIT_PREEMPTED
 from narrowgauge.engine.ranks.preemption import Preempted
 
-from .commands import machine, runs, slurm
+from .commands import machine, plans, runs, slurm, start
 
 _SECONDS_TO_END = 4.0
 
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train larger language models on fewer GPUs and slower networks: DeepSpeed ZeRO with compact gradients.",
 )
-for command in (runs.train, runs.data, runs.launch, runs.export, machine.build, machine.doctor):
+for command in (start.init, runs.train, plans.plan, runs.data, runs.launch, runs.export, machine.build, machine.doctor):
     app.command()(command)
 app.add_typer(slurm.slurm, name="slurm")
 app.add_typer(machine.bench, name="bench")

@@ -10,7 +10,7 @@ from narrowgauge.optimizers import OPTIMIZERS, CompactOptimizer, EngineOptimizer
 from narrowgauge.optimizers.options import OptionError, Options, is_required, options_of
 
 from ..errors import did_you_mean
-from .problems import explained
+from .explained import explained
 
 
 def read_options(name: str, params: Any) -> tuple[Options | None, list[str]]:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from ..errors import did_you_mean
+from .explained import explained
 from .redaction import HIDDEN, redact
 from .run_blocks import OWN_BLOCKS
 
@@ -66,38 +67,6 @@ def unknown_names(block: str, name: str, params: Iterable[str], allowed: Collect
     ]
 
 
-_EXPLAINED = {
-    "max_grad_norm": "gradients are clipped by the top-level key gradient_clipping",
-    **dict.fromkeys(
-        ("max_coeff", "min_coeff"),
-        "it bounds the trust ratio of DeepSpeed's Lamb, another than narrowgauge's, which bounds the weights' norm"
-        " in it by weight_norm_bounds",
-    ),
-    "bias_correction": "it is of DeepSpeed's optimizers; narrowgauge's always correct the bias, as true does",
-    "eps_inside_sqrt": "it is of DeepSpeed's Lamb; narrowgauge's adds eps outside the root, as false does",
-    **dict.fromkeys(
-        ("adam_w_mode", "torch_adam"), "it is of DeepSpeed's Adam; narrowgauge's decay is always decoupled, as AdamW's"
-    ),
-    **dict.fromkeys(
-        (
-            "freeze_step",
-            "cuda_aware",
-            "comm_backend_name",
-            "coeff_beta",
-            "factor_max",
-            "factor_min",
-            "factor_threshold",
-        ),
-        "it is of DeepSpeed's 1-bit optimizers",
-    ),
-}
-
-
-def explained(key: str) -> str:
-    """``; what to use instead`` for a key that people know from another optimizer, or nothing."""
-    return f"; {_EXPLAINED[key]}" if key in _EXPLAINED else ""
-
-
 def _describe(item: Any, schema: type[BaseModel]) -> str:
     """One of pydantic's errors as ``.path: what was found; what is allowed``."""
     # A union's members add their own names to the path; only keys that are in the file are the user's.
@@ -128,14 +97,15 @@ def _names_at(schema: type[BaseModel], path: Sequence[Any]) -> set[str]:
         if isinstance(key, int):
             continue
         field = next((f for name, f in schema.model_fields.items() if key in (name, f.alias)), None)
-        inner = _model_in(field.annotation) if field is not None else None
+        inner = model_in(field.annotation) if field is not None else None
         if inner is None:
             return set()
         schema = inner
     return {alias for name, field in schema.model_fields.items() for alias in (name, field.alias) if alias}
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The block that a key's type allows, if it allows one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+    return next((found for part in get_args(annotation) if (found := model_in(part))), None)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..protocol import TrainingEngine
 from .dense_traffic import trained_when_dense
+from .heap import HeapMeter
 
 SCHEMA_VERSION = 1
 
@@ -53,6 +54,13 @@ def peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def tensor_memory(heap: HeapMeter) -> int:
+    """The most bytes in tensors: on a GPU those of the whole run; else what the process was given in its first steps,
+    without what it had before the model. 0 where it is not known.
+    """
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else heap.peak or 0
 
 
 def max_over_ranks(value: float, device: torch.device) -> float:

@@ -40,10 +40,25 @@ def print_summary(summary: dict[str, Any], run_dir: str, console: Console) -> No
     table.add_row("peak memory, per rank", _mib(sizes["peak_memory"]))
     table.add_row("step, median", f"{seconds['step_median']:.3f} s")
     console.print(table)
+    if told := summary.get("forecast", {}):
+        console.print(_told(told), highlight=False)
     if summary.get("sample"):
         console.print("[bold]sample:[/bold]")
         console.print(summary["sample"], markup=False, highlight=False)
     console.print(f"run folder: {run_dir}", highlight=False)
+
+
+def _told(forecast: dict[str, Any]) -> str:
+    """What was told ahead, and how far it was from what was measured."""
+    if "unavailable" in forecast:
+        return f"not told ahead: {forecast['unavailable']}"
+    names = {"peak_memory": "memory in tensors", "reduced_per_step": "reduced", "gathered_per_step": "gathered"}
+    parts = []
+    for key, name in names.items():
+        predicted, measured = forecast[key]["predicted"], forecast[key]["measured"]
+        if predicted and measured:
+            parts.append(f"{name} {_mib(predicted)} ({predicted / measured - 1:+.1%})")
+    return "told ahead, against what was measured: " + (", ".join(parts) or "nothing that was measured")
 
 
 def _mib(count: float) -> str:

@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from ..ranks.environment import ensure_environment, process_rank, world_size
 from ..ranks.failure import FailureWatch
 from ..ranks.preemption import Preempted, StopRequest
 from ..ranks.watchdog import Watchdog
+from ..report.heap import HeapMeter
 from ..report.metrics import MetricsLog, step_records
 from ..report.progress import ProgressView
 from ..report.summary import (
@@ -40,12 +41,14 @@ from ..report.summary import (
     max_over_ranks,
     optimizer_state_bytes,
     peak_memory,
+    tensor_memory,
     traffic_bytes,
 )
 from ..report.summary_table import print_summary
 from ..report.timing import PhaseTimer
 from ..run_folder import CHECKPOINTS, METRICS, SUMMARY, RunLock
 from .evaluate import evaluate
+from .foretold import WATCHED_STEPS, Foretold, foretell
 from .head import model_block, write_head
 from .plan import Plan, plan_together
 from .rates import at_width
@@ -85,6 +88,8 @@ def train(
         with FailureWatch() as failures:
             run = _Run(plan, console, stop, lock)
             try:
+                if run.is_first_rank:
+                    run.foretold = foretell(plan)
                 backend = backend_of(plan.config.parsed.engine)
                 backend.prepare(plan.config, console)
                 backend.init_distributed()
@@ -125,12 +130,16 @@ class _Run:
         self.offload_meter = OffloadMeter(None)
         self.retention = Retention(plan.run_dir / CHECKPOINTS, plan.training.keep_checkpoints)
         self.coreset: Coreset | None = None
+        # On process rank 0.
+        self.foretold = Foretold({})
+        self.heap: HeapMeter
         # Of a run that trains adapters, on process rank 0.
         self.adapters: dict[str, Any] | None = None
         self.history: dict[str, Any] = {"loss_first": None, "loss_last": None, "eval_loss_first": None}
 
     def execute(self) -> None:
         plan = self.plan
+        self.heap = HeapMeter()
         self.engine = self._make_engine()
         self.closing.callback(self.engine.close)
         self.adapters = adapters_record(plan) if self.is_first_rank else None
@@ -197,7 +206,8 @@ class _Run:
         if first_step == 0:
             self.history["eval_loss_first"] = self._evaluate(0, view, metrics)
         for step in range(first_step + 1, plan.steps + 1):
-            record = self._step(step, read_ahead)
+            with self.heap.watching() if step <= first_step + WATCHED_STEPS else nullcontext():
+                record = self._step(step, read_ahead)
             if metrics is not None and (step % plan.logging.interval == 0 or step == plan.steps):
                 self._record(metrics, step, record)
             if view is not None:
@@ -354,14 +364,20 @@ class _Run:
                 engine, plan.prepared.tokenizer, training.sample_prompt, training.sample_tokens, training.seed
             )
         memory = max_over_ranks(peak_memory(), engine.device)
+        tensors = max_over_ranks(tensor_memory(self.heap), engine.device)
         if self.is_first_rank:
-            summary = finite(self._summarize(int(memory), sample))
+            summary = finite(self._summarize(int(memory), int(tensors), sample))
             write_json(plan.run_dir / SUMMARY, summary)
             print_summary(summary, str(plan.run_dir), self.console)
         dist.barrier()
 
-    def _summarize(self, memory: int, sample: str | None) -> dict[str, Any]:
-        """The figures of the whole run, also of parts that other processes trained."""
+    def _summarize(self, memory: int, tensors: int, sample: str | None) -> dict[str, Any]:
+        """The figures of the whole run, also of parts that other processes trained.
+
+        Args:
+            memory: see :func:`~narrowgauge.engine.report.summary.peak_memory`.
+            tensors: the most in tensors; 0 where that is not known.
+        """
         plan, engine = self.plan, self.engine
         # The first steps build what later ones reuse.
         records = step_records(plan.run_dir)
@@ -402,6 +418,9 @@ class _Run:
             },
             "seconds": {"step_median": median.pop("step"), **median, **offloaded.pop("seconds")},
             **offloaded,
+            "forecast": self.foretold.beside(
+                {"peak_memory": tensors or None, "reduced_per_step": reduced, "gathered_per_step": gathered}
+            ),
             "sample": sample,
         }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PretrainedConfig
 
 from ..backends import backend_of
 from ..config.config import Batches, Config, load_config
@@ -31,7 +32,8 @@ def validate(
         UserError: the run would be refused.
     """
     checked = load_config(config, overrides)
-    batches, held = _check(checked, world_size)
+    batches, described = check_for(checked, world_size)
+    held = backend_of(checked.parsed.engine).rehearse(checked, described, world_size)
     console.print(
         f"{checked.source}: fits {world_size} process ranks: {batches.total} sequences per step, in"
         f" {batches.accumulation_steps} micro-batches of {batches.micro}",
@@ -41,7 +43,12 @@ def validate(
         console.print(_table(held))
 
 
-def _check(config: Config, world_size: int) -> tuple[Batches, Sequence[HeldByRank]]:
+def check_for(config: Config, world_size: int) -> tuple[Batches, PretrainedConfig]:
+    """Check all of a configuration that needs neither data nor a run folder, for a number of process ranks.
+
+    Raises:
+        UserError: the run would be refused.
+    """
     config = with_own_tokenizer(config)
     parsed = config.parsed
     missing = [key for key in ("model", "data", "training", "logging", "optimizer") if getattr(parsed, key) is None]
@@ -63,7 +70,7 @@ def _check(config: Config, world_size: int) -> tuple[Batches, Sequence[HeldByRan
     if parsed.lora is not None:
         add_adapters(abstract_model(described), parsed.lora, seed=None)
     check_packing(parsed.data, described)
-    return batches, backend.rehearse(config, described, world_size)
+    return batches, described
 
 
 def _table(held: Sequence[HeldByRank]) -> Table:

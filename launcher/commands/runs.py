@@ -9,7 +9,7 @@ from narrowgauge.engine.errors import UserError
 from narrowgauge.engine.ranks.environment import process_rank, world_size
 
 from ..output import make_console, show_libraries_less
-from .arguments import ConfigArgument, SetOption
+from .arguments import ConfigArgument, SetOption, check_spelling_alone
 
 
 def train(
@@ -24,6 +24,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a model. Runs alone, under torchrun, and under deepspeed; resumes where its run folder has a checkpoint."""
+    check_spelling_alone(config, set_ or [])
     if validate:
         _validate(config, set_ or [], ranks or world_size())
         return
@@ -67,6 +68,7 @@ def _show_finished(summary: dict[str, object], run_dir: str) -> None:
 
 def data(config: ConfigArgument, set_: SetOption = None) -> None:
     """Show what a run would be trained on: ten samples, what of them is learned, and the lengths of each source."""
+    check_spelling_alone(config, set_ or [])
     show_libraries_less()
     from narrowgauge.engine.data.show import show_data
 
@@ -84,6 +86,7 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the commands.")] = False,
 ) -> None:
     """Train on all GPUs of this machine, of a SLURM allocation or of the machines in a hostfile."""
+    check_spelling_alone(config, set_ or [])
     show_libraries_less()
     from ..launch.command import launch as run
 

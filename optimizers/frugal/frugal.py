@@ -238,7 +238,7 @@ class Frugal(ShardedOptimizer[FrugalOptions]):
             parameter.add_(update)
             self._write_back(slot, parameter)
 
-    def bytes_summed(self, itemsize: int = 4) -> dict[str, int]:
+    def bytes_summed(self, itemsize: int = 4, *, sharded: bool | None = None) -> dict[str, int]:
         """Bytes of the buffers that one process rank sums over all ranks, beside the averaging of gradients.
 
         With ``majority_vote``, those of the all-reduces and of its own part of the all-gathers, which replace the
@@ -246,12 +246,14 @@ class Frugal(ShardedOptimizer[FrugalOptions]):
 
         Args:
             itemsize: of the optimizer's arithmetic, in bytes: 4 unless parameters are fp64.
+            sharded: whether parameters are cut over process ranks; default as they are now.
 
         Returns:
             ``step``: on every step; ``refresh``: in addition on the first step in a subspace. Where every rank holds
             all parameters whole, nothing is summed for ``svd`` and ``random``.
         """
-        if self.subspaces.selection in LOW_RANK and self.shards.num_process_ranks > 1:
+        is_cut = sharded if sharded is not None else self.shards.num_process_ranks > 1
+        if self.subspaces.selection in LOW_RANK and is_cut:
             return self._projections.bytes_summed(itemsize)
         step = 0
         if self.options.reduction == "majority_vote":

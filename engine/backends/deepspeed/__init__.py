@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     from ...config.config import Config
     from ...config.run_blocks import ModelBlock
+    from ...forecast.held import Rank
+    from ...forecast.sent import Sent
+    from ...forecast.whole_model import Traces
     from ...protocol import HeldByRank, Schedule
     from .keys import DeepSpeedKeys
     from .training import DeepSpeedTraining
@@ -41,6 +44,26 @@ class DeepSpeedBackend:
     def rehearse(self, config: "Config", model_config: "PretrainedConfig", world_size: int) -> "Sequence[HeldByRank]":
         """It does not say."""
         return ()
+
+    def forecast(
+        self,
+        config: "Config",
+        model_config: "PretrainedConfig",
+        world_size: int,
+        *,
+        on_gpu: bool,
+        steps: int,
+        traces: "Traces | None" = None,
+    ) -> "Sequence[tuple[Rank, Sent]]":
+        from ...forecast.whole_model import Traces, offloaded_of
+        from .forecast import rank_of, sent
+
+        traces = traces or Traces()
+        subject = traces.subject(config, model_config)
+        passes = traces.passes(config, model_config, config.batches(world_size).micro)
+        offloaded = offloaded_of(config, passes)
+        rank = rank_of(config, subject, passes, world_size=world_size, on_gpu=on_gpu, offloaded=offloaded)
+        return [(rank, sent(config, subject, world_size=world_size, on_gpu=on_gpu, steps=steps))]
 
     def prepare(self, config: "Config", console: "Console | None" = None) -> None:
         from .extensions import ensure_extensions

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     from ...config.config import Config
     from ...config.run_blocks import ModelBlock
+    from ...forecast.held import Rank
+    from ...forecast.sent import Sent
+    from ...forecast.whole_model import Traces
     from ...protocol import HeldByRank, Schedule
     from .keys import MegatronKeys
     from .training import MegatronTraining
@@ -46,6 +49,20 @@ class MegatronBackend:
         from .rehearse import rehearse
 
         return rehearse(config, model_config, world_size)
+
+    def forecast(
+        self,
+        config: "Config",
+        model_config: "PretrainedConfig",
+        world_size: int,
+        *,
+        on_gpu: bool,
+        steps: int,
+        traces: "Traces | None" = None,
+    ) -> "Sequence[tuple[Rank, Sent]]":
+        from .forecast import ranks_of
+
+        return list(ranks_of(config, model_config, world_size, on_gpu=on_gpu, steps=steps))
 
     def prepare(self, config: "Config", console: "Console | None" = None) -> None:
         """Nothing is compiled."""

@@ -27,15 +27,15 @@ def rehearse(config: Config, model_config: PretrainedConfig, world_size: int) ->
     size = layout.tensor * layout.data
     for stage in range(layout.pipeline):
         first = stage * size
-        with _group_of(first, world_size):
-            model = _build(config, model_config, world_size)
+        with group_of(first, world_size):
+            model = build_abstract(config, model_config, world_size)
             found.append(_held(model, config, f"{first}-{first + size - 1}" if size > 1 else str(first)))
             destroy_groups()
     return found
 
 
 @contextmanager
-def _group_of(process_rank: int, world_size: int) -> Iterator[None]:
+def group_of(process_rank: int, world_size: int) -> Iterator[None]:
     """A process group whose other members do not exist: its collectives do nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=process_rank, world_size=world_size)
     try:
@@ -44,7 +44,7 @@ def _group_of(process_rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _build(config: Config, model_config: PretrainedConfig, world_size: int) -> StagedModel:
+def build_abstract(config: Config, model_config: PretrainedConfig, world_size: int) -> StagedModel:
     layout, data = layout_of(config, world_size), config.parsed.data
     sequence_length = data.sequence_length if data is not None else model_config.max_position_embeddings
     place = make_groups(layout, seed=0)
@@ -64,17 +64,17 @@ def _held(model: StagedModel, config: Config, process_ranks: str) -> HeldByRank:
         shares += -(-tensor.numel() // copies) if distributed else tensor.numel()
     if config.optimizer_options is not None:
         # What a compact optimizer trains is known when its layers are.
-        return HeldByRank(process_ranks, _what(model), parameters, {"parameters": size})
+        return HeldByRank(process_ranks, what_of(model), parameters, {"parameters": size})
     sizes = {
         "parameters": size,
         "gradients": _FP32 * parameters,
         "masters": _FP32 * shares if config.bf16 else 0,
         "moments": 2 * _FP32 * shares,
     }
-    return HeldByRank(process_ranks, _what(model), parameters, sizes)
+    return HeldByRank(process_ranks, what_of(model), parameters, sizes)
 
 
-def _what(model: StagedModel) -> str:
+def what_of(model: StagedModel) -> str:
     layout, place, parts = model.layout, model.place, []
     for chunk in range(layout.chunks):
         layers = layout.layers_of(place, chunk, model.architecture.num_layers)

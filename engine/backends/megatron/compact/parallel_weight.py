@@ -235,7 +235,7 @@ class SelectedParallelWeight(CompactParallelWeight):
         part.__class__ = cls
         assert isinstance(part, SelectedParallelWeight)
         part.index = index.to(part.layer.weight.device)
-        part.local = cut.local_of(dim, part.index)
+        part.local = cut.local_of(dim, index).to(part.index.device)
         (m, n), (whole_m, whole_n) = cut.local, cut.shape
         if side == "columns":
             part._become((m, part.local.numel()), (whole_m, index.numel()), side)

@@ -1,0 +1,175 @@
+"""What process ranks hold and send under Megatron: one of each stage of the pipeline, in a group of its own."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from narrowgauge.optimizers.compact.backend import LocalBackend
+
+from ...config.config import Config
+from ...config.optimizer_params import make_optimizer
+from ...config.problems import within
+from ...errors import UserError, first_line
+from ...forecast.held import COMPACT, GRADIENTS, MASTERS, MOMENTS, SUBSPACES, WEIGHTS, Gradients, Rank
+from ...forecast.passes import Passes, shorten, trace, without_contents
+from ...forecast.sent import Sent
+from ...forecast.subject import on_meta
+from ...forecast.whole_model import offloaded_of
+from . import cpu
+from .compact.tree import ModelTree, compact_units_of
+from .groups import destroy_groups
+from .keys import layout_of, megatron_block
+from .model import StagedModel
+from .passes import schedule_of
+from .rehearse import build_abstract, group_of, what_of
+from .schedule import inputs_of, loss_of
+
+_FP32 = 4
+
+
+def ranks_of(
+    config: Config, model_config: PretrainedConfig, world_size: int, *, on_gpu: bool, steps: int
+) -> Iterator[tuple[Rank, Sent]]:
+    """A rank of each stage, with what it sends.
+
+    Raises:
+        ConfigError: the optimizer's options do not fit the model.
+        UserError: its passes cannot be told ahead.
+    """
+    layout = layout_of(config, world_size)
+    cpu.install()
+    size = layout.tensor * layout.data
+    for stage in range(layout.pipeline):
+        first = stage * size
+        with group_of(first, world_size):
+            try:
+                name = f"{first}-{first + size - 1}" if size > 1 else str(first)
+                yield _Stage(config, build_abstract(config, model_config, world_size), on_gpu).told(name, steps)
+            finally:
+                destroy_groups()
+
+
+class _Stage:
+    """A process rank's part of a model, on the meta device."""
+
+    def __init__(self, config: Config, model: StagedModel, on_gpu: bool) -> None:
+        self._config, self._model, self._on_gpu = config, model, on_gpu
+        self._block = megatron_block(config)
+        self._tree, self._own = ModelTree(model), None
+        options, block = config.optimizer_options, config.parsed.optimizer
+        assert block is not None
+        if options is not None:
+            try:
+                self._own = make_optimizer(block.type, self._tree, on_meta(options), LocalBackend())
+            except ValueError as error:
+                raise config.error(within("optimizer.params", str(error))) from error
+            self._tree.hand_over(self._own)
+        self._units = list(compact_units_of(self._own)) if self._own is not None else []
+
+    def told(self, process_ranks: str, steps: int) -> tuple[Rank, Sent]:
+        model, config = self._model, self._config
+        layout, element = model.layout, model.transformer.params_dtype.itemsize
+        compact = {id(unit.compact) for unit in self._units}
+        counts: dict[str, int] = dict.fromkeys(("total", "dense", "compact", "frozen"), 0)
+        trained = shares = reduced = gathered = 0.0
+        rings = 1.0 if self._on_gpu else 2.0
+        for parameter in model.parameters():
+            numel, is_compact = parameter.numel(), id(parameter) in compact
+            counts["compact" if is_compact else "dense" if parameter.requires_grad else "frozen"] += numel
+            counts["total"] += 0 if is_compact else numel
+            if not parameter.requires_grad:
+                continue
+            copies = layout.data if getattr(parameter, "allreduce", True) else layout.expert_data
+            trained, share = trained + numel, (copies - 1) / copies
+            if self._block.distributed_optimizer:
+                shares += -(-numel // copies)
+                reduced, gathered = reduced + rings * share * _FP32 * numel, gathered + share * element * numel
+            else:
+                shares, reduced = shares + numel, reduced + 2 * share * _FP32 * numel
+        batches = config.batches(layout.data)
+        largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
+        held = {
+            WEIGHTS: element * (counts["dense"] + counts["frozen"]),
+            COMPACT: element * counts["compact"],
+            GRADIENTS: round(_FP32 * trained),
+            MASTERS: round(_FP32 * shares) if config.bf16 else 0,
+            MOMENTS: round(2 * _FP32 * shares),
+            SUBSPACES: self._own.subspace_bytes() if self._own is not None else 0,
+        }
+        passes = [self._passes(number, batches.micro) for number in range(layout.chunks)]
+        moved = [offloaded_of(config, found) for found in passes]
+        schedule = schedule_of(layout, model.place, batches.accumulation_steps)
+        step = 2 * _FP32 * min(largest, round(shares))
+        rank = Rank(
+            process_ranks=process_ranks,
+            what=what_of(model),
+            counts=counts,
+            held=held,
+            gradients=Gradients(in_forward=0, in_backward=lambda made: 0, buffers=0, in_step=step),
+            chunks=passes,
+            schedule=[(name, micro_batch.chunk) for name, micro_batch in schedule.passes],
+            offloaded=[found for found, _ in moved] if any(found for found, _ in moved) else [],
+            offload_buffers=max(buffers for _, buffers in moved),
+            whole_weights=layout.tensor * held[WEIGHTS],
+            is_cut=self._block.distributed_optimizer,
+            bubble=(layout.pipeline - 1) / (batches.accumulation_steps * layout.chunks),
+        )
+        return rank, Sent(reduced=reduced, gathered=gathered, activations=self._between(batches.micro, schedule))
+
+    def _passes(self, number: int, micro: int) -> Passes:
+        model, config, place = self._model, self._config, self._model.place
+        layout, transformer = model.layout, model.transformer
+        assert config.parsed.data is not None
+        length, chunk = config.parsed.data.sequence_length, model.chunks[number]
+        found: Any = chunk
+        layers = found.decoder.layers
+        num_layers = shorten(layers)
+        found.decoder.num_layers_per_pipeline_rank = len(layers)
+        offload = config.offload()
+        chunk.train()
+        try:
+            with without_contents(chunk, self._units if number == 0 else [], self._tree):
+                tokens = torch.zeros(micro, length, dtype=torch.long)
+
+                def run() -> Tensor:
+                    if not layout.is_first(place, number):
+                        size = length // (layout.tensor if layout.sequence_parallel else 1)
+                        shape = (size, micro, transformer.hidden_size)
+                        found.set_input_tensor(torch.empty(shape, dtype=transformer.params_dtype, requires_grad=True))
+                    output = found(**inputs_of(tokens))
+                    return loss_of(output) if layout.is_last(place, number) else output
+
+                return trace(
+                    chunk,
+                    layers,
+                    run,
+                    [tokens],
+                    units=self._units,
+                    num_layers=num_layers,
+                    min_offloaded=offload.min_tensor_bytes if offload is not None else None,
+                    only_layer_inputs=offload is not None and offload.granularity == "layer_inputs",
+                )
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
+            kind = type(error).__name__
+            raise UserError(f"model: its passes cannot be told ahead: {kind}: {first_line(error)}") from error
+
+    def _between(self, micro: int, schedule: Any) -> float:
+        """Bytes per step of activations and their gradients: in each layer twice there and twice back, over the ranks
+        that share it; and from stage to stage.
+        """
+        model, layout, config = self._model, self._model.layout, self._config
+        assert config.parsed.data is not None
+        hidden = micro * config.parsed.data.sequence_length * model.transformer.hidden_size
+        hidden *= model.transformer.params_dtype.itemsize
+        passes = len(schedule.passes)
+        num_layers = model.architecture.num_layers // (layout.pipeline * layout.chunks)
+        found = 0.0
+        if layout.tensor > 1:
+            # A pass of a layer: two all-reduces, or as many gathers and scatters.
+            found += passes * num_layers * 2 * 2 * (layout.tensor - 1) / layout.tensor * hidden
+        if layout.pipeline > 1:
+            found += passes * hidden / (layout.tensor if layout.sequence_parallel else 1)
+        return found

@@ -1,0 +1,131 @@
+"""A forecast as tables for people. Light to import."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .forecast import Forecast
+
+_GIB = 1 << 30
+_GB = 1e9
+
+
+def show(found: "Forecast", console: Console) -> None:
+    """Print what each kind of process rank holds and sends; on a machine, also time and cost."""
+    counts: dict[str, int] = {}
+    for rank, _ in found.ranks:
+        for key, numel in rank.counts.items():
+            counts[key] = counts.get(key, 0) + numel
+    whole = counts if len(found.ranks) == 1 else {**counts, "total": counts["total"]}
+    console.print(
+        f"{found.config.source}: {_millions(whole)} million parameters in {len(found.ranks)} kind(s) of process rank",
+        highlight=False,
+    )
+    batches = found.batches
+    console.print(
+        f"{found.world_size} process ranks, {batches.total} sequences ({found.tokens_per_step:,} tokens) per step in"
+        f" {batches.accumulation_steps} micro-batches of {batches.micro}",
+        highlight=False,
+    )
+    console.print(_memory(found))
+    console.print(_saved(found))
+    console.print(_sent(found))
+    console.print(f"checkpoint: {found.checkpoint / _GB:,.1f} GB", highlight=False)
+    if found.machine is not None:
+        _time(found, console)
+
+
+def _millions(counts: Mapping[str, int]) -> str:
+    parts = ", ".join(f"{key} {counts[key] / 1e6:,.1f}" for key in ("dense", "compact", "frozen") if counts.get(key))
+    return f"{counts['total'] / 1e6:,.1f} ({parts})"
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number == 0 else "right")
+    return table
+
+
+def _memory(found: "Forecast") -> Table:
+    """Kinds downwards: eighty columns hold a few stages of a pipeline."""
+    table = _table("GiB per process rank, at its peak", "", *(rank.process_ranks for rank, _ in found.ranks))
+    peaks = [rank.peak for rank, _ in found.ranks]
+    table.add_row("when", *(peak.when for peak in peaks))
+    if len(peaks) > 1:
+        table.add_row("of the model", *(rank.what for rank, _ in found.ranks))
+    for kind in peaks[0].bytes:
+        if any(peak.bytes[kind] for peak in peaks):
+            table.add_row(kind, *(f"{peak.bytes[kind] / _GIB:,.2f}" for peak in peaks))
+    table.add_section()
+    table.add_row("all", *(f"{peak.total / _GIB:,.2f}" for peak in peaks))
+    if found.machine is not None:
+        table.add_row("a GPU has", *[f"{found.machine.gpu.usable / _GIB:,.2f}"] * len(peaks))
+    return table
+
+
+def _saved(found: "Forecast") -> Table:
+    table = _table("MiB saved for backward, a micro-batch", "", *(rank.process_ranks for rank, _ in found.ranks))
+    kinds = dict.fromkeys(kind for rank, _ in found.ranks for passes in rank.chunks for kind in passes.saved_by)
+    for kind in kinds:
+        row = [sum(passes.saved_by.get(kind, 0) for passes in rank.chunks) for rank, _ in found.ranks]
+        table.add_row(kind, *(f"{nbytes / 2**20:,.1f}" for nbytes in row))
+    if any(rank.offloaded for rank, _ in found.ranks):
+        table.add_row("of it on the drive", *(f"{sum(rank.offloaded) / 2**20:,.1f}" for rank, _ in found.ranks))
+    return table
+
+
+def _sent(found: "Forecast") -> Table:
+    machine = found.machine
+    per_node = machine.gpus if machine is not None else found.world_size
+    nodes = machine.nodes if machine is not None else 1
+    table = _table("MB sent per step", "", "a process rank", "within a node", "out of a node")
+    for name in ("reduced", "gathered", "activations"):
+        nbytes: float = getattr(found.sent, name)
+        # In a ring over all ranks one of a node's sends to another node.
+        out = nbytes if nodes > 1 else 0.0
+        table.add_row(name, *(f"{n / 1e6:,.1f}" for n in (nbytes, nbytes * per_node - out, out)))
+    return table
+
+
+def _time(found: "Forecast", console: Console) -> None:
+    machine, seconds = found.machine, found.seconds
+    assert machine is not None
+    assert seconds is not None
+    parts: dict[str, Any] = vars(seconds)
+    table = _table(f"seconds per step on {machine.described()}", "", "s", "share")
+    for name, value in parts.items():
+        if value:
+            table.add_row(name, f"{value:,.3f}", f"{value / seconds.step:.0%}")
+    table.add_section()
+    table.add_row("all", f"{seconds.step:,.3f}", f"{found.tokens_per_step / seconds.step:,.0f} tokens/s")
+    console.print(table)
+    for line in machine.assumptions(offloads=found.written > 0):
+        console.print(f"stated, not measured: {line}", highlight=False)
+    if found.days is not None:
+        hours = 24 * found.days * machine.world_size
+        cost = f", {hours * machine.price:,.0f} at {machine.price:g} an hour" if machine.price is not None else ""
+        console.print(f"{found.steps:,} steps: {found.days:,.2f} days, {hours:,.0f} GPU-hours{cost}", highlight=False)
+    if found.written:
+        _wear(found, console)
+
+
+def _wear(found: "Forecast", console: Console) -> None:
+    machine, options = found.machine, found.config.offload()
+    assert machine is not None
+    assert found.seconds is not None
+    assert options is not None
+    daily = found.written * machine.gpus / found.seconds.step * 86400
+    life = (
+        f"; {options.rated_tbw * 1e12 / daily / 365.25:,.1f} years of {options.rated_tbw:g} TB"
+        if options.rated_tbw
+        else ""
+    )
+    console.print(
+        f"drives of a node: {found.written * machine.gpus / _GB:,.1f} GB written per step, {daily / 1e12:,.1f} TB a"
+        f" day{life}",
+        highlight=False,
+    )

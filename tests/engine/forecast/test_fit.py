@@ -1,0 +1,92 @@
+"""``plan --fit`` against trying everything, and what it says where nothing fits."""
+
+import itertools
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from narrowgauge.engine.config.config import load_config
+from narrowgauge.engine.errors import UserError
+from narrowgauge.engine.forecast.fit import Found, Search, fit, order
+from narrowgauge.engine.forecast.hardware import GIB, RESERVED, Gpu
+from narrowgauge.engine.forecast.machine import Machine
+from narrowgauge.engine.run.validate import check_for
+
+CONFIG: dict[str, Any] = {
+    "model": {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 256,
+            "intermediate_size": 688,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 512,
+            "vocab_size": 1000,
+        }
+    },
+    "data": {"train": "stdlib", "vocab_size": 1000, "sequence_length": 512},
+    "training": {"steps": 100},
+    "logging": {"run_dir": "runs/fit"},
+    "train_batch_size": 64,
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": 1_000_000},
+    "optimizer": {"type": "Grass", "params": {"lr": 0.005, "density": 0.25}},
+    "activation_offload": {"path": ".", "min_tensor_bytes": 0},
+}
+
+
+def machine(free: float) -> Machine:
+    """Four GPUs with so many bytes for a run."""
+    return Machine(gpus=4, gpu=Gpu("small", RESERVED + free, 100e12, 1e12, 25e9))
+
+
+@pytest.fixture(scope="module")
+def everything() -> tuple[list[Found], Any]:
+    """All choices, with each micro-batch, whether they fit or not."""
+    config = load_config(CONFIG)
+    _, described = check_for(config, 4)
+    search = Search(config, described, machine(GIB))
+    choices = (replace(c, micro=m) for c, m in itertools.product(search.choices(), search.micro_batches()))
+    return [found for choice in choices if (found := search.tell(choice)) is not None], described
+
+
+@pytest.mark.parametrize("objective", ["fastest", "largest"])
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_it_finds_what_trying_everything_finds(everything: Any, objective: Any, share: float) -> None:
+    tried, described = everything
+    peaks = sorted(found.forecast.peak.total for found in tried)
+    room = peaks[int(share * len(peaks))]
+    best = max((found for found in tried if found.forecast.peak.total <= room), key=order(objective))
+    found = fit(load_config(CONFIG), described, machine(room), objective)
+    assert order(objective)(found) == order(objective)(best)
+    assert found.forecast.fits
+    written = load_config(found.raw)
+    assert written.batches(4).micro == found.choice.micro
+    assert written.batches(4).total == 64
+
+
+def test_where_nothing_fits(everything: Any) -> None:
+    tried, described = everything
+    least = min(found.forecast.peak.total for found in tried)
+    with pytest.raises(UserError) as caught:
+        fit(load_config(CONFIG), described, machine(least - 1), "fastest")
+    text = str(caught.value)
+    assert "nothing fits 4 x small" in text
+    assert "micro-batches of 1, " in text
+    assert f"takes {least / GIB:.1f}" in text
+    assert "it fits l" in text or "it fits a10-24" in text or "it fits rtx" in text
+
+
+def test_a_larger_micro_batch_follows_from_small_ones(everything: Any) -> None:
+    """Memory of 16 sequences, told from two and three, and run through at its size."""
+    from narrowgauge.engine.forecast.whole_model import Traces
+
+    _, described = everything
+    config = load_config(json.loads(json.dumps(CONFIG)), ["activation_offload.enabled=false"])
+    traces = Traces()
+    told, found = traces.passes(config, described, 16), traces._traced(config, described, 16)
+    assert told.saved == found.saved
+    assert [stretch.backward for stretch in told.stretches] == [stretch.backward for stretch in found.stretches]
+    assert told.flops == found.flops

@@ -1,0 +1,42 @@
+"""``narrowgauge init``: a first configuration, which fits."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from narrowgauge.engine.config.config import load_config
+from tests.launcher.conftest import Call
+
+
+def test_flags_make_a_configuration_that_fits(call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "config.json"
+    words = ["init", "--out", str(out), "--model", "llama-60m", "--data", "stdlib", "--gpus", "2", "--gpu", "l4-24"]
+    result = call(*words)
+    assert result.returncode == 0, result.stderr
+    config = load_config(out)
+    batches = config.batches(2)
+    assert batches.total == 64
+    assert config.raw["model"]["preset"] == "llama-60m"
+    assert config.raw["data"]["train"] == "stdlib"
+    # A model of 60 million parameters leaves room for large micro-batches, and nothing has to be computed twice.
+    assert config.raw["model"]["gradient_checkpointing"] == "none"
+    assert batches.micro > 1
+    told = call("plan", str(out), "--gpus", "2", "--gpu", "l4-24", "--json")
+    assert json.loads(told.stdout)["fits"]
+    assert "expected a file that is not there yet" in call(*words).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "stdlib", "--gpus", "2"], "--model: expected it, or a terminal to ask on, got neither"),
+        (["--model", "llama-8b", "--data", "stdlib", "--gpus", "2", "--gpu", "l4-24"], "'llama-8b'; did you mean"),
+        (["--model", "llama-60m", "--data", "stdlib", "--gpus", "2", "--gpu", "l4"], "did you mean 'l4-24'?"),
+    ],
+)
+def test_answers_that_do_not_hold(call: Call, tmp_path: Path, words: list[str], message: str) -> None:
+    result = call("init", "--out", str(tmp_path / "config.json"), *words)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "config.json").exists()

@@ -1,0 +1,77 @@
+"""``narrowgauge plan``: a configuration's memory, traffic, time and cost, without a GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launcher.conftest import Call
+
+SEVEN = "8gpu/llama-7b-pretrain"
+
+
+def test_seven_billion_on_eight_gpus(call: Call) -> None:
+    """Weights of 6,738 million parameters in bf16, their eighths once more, and activations as in docs/8gpu.md."""
+    result = call("plan", SEVEN, "--price", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    (rank,) = found["ranks"]
+    kinds = rank["peak"]["by_kind"]
+    assert rank["parameters"] == {"total": 6738415616, "dense": 262410240, "compact": 809500672, "frozen": 6476005376}
+    assert kinds["weights"] == 2 * 6738415616 or kinds["weights"] == pytest.approx(2 * 6738415616, rel=1e-6)
+    assert kinds["compact"] == 2 * 809500672
+    # Masters and moments of what is trained, an eighth on each process rank.
+    assert kinds["masters"] == pytest.approx(4 * (262410240 + 809500672) / 8, rel=1e-6)
+    assert kinds["moments"] == pytest.approx(8 * (262410240 + 809500672) / 8, rel=1e-6)
+    assert kinds["activations"] / 2**30 == pytest.approx(20.8, abs=0.1)
+    # Eight micro-batches, each all-reduced; and one gather.
+    trained = 2 * (262410240 + 809500672)
+    assert rank["sent"]["reduced"] == pytest.approx(2 * 8 * 7 / 8 * trained, rel=1e-6)
+    assert rank["sent"]["gathered"] == pytest.approx(7 / 8 * trained, rel=1e-6)
+    # Twice 2 x parameters x tokens forward (recomputed), and as much once for the inputs' gradients, at least.
+    tokens = 1024 * 2048
+    least = 3 * 2 * 6.6e9 * tokens / 8 / (0.6 * 989e12)
+    assert least < found["seconds"]["products"] < 1.6 * least
+    assert found["fits"]
+
+
+def test_tables_for_people(call: Call) -> None:
+    result = call("plan", SEVEN, "--price", "2", "--nodes", "2", "--link", "100gbit")
+    assert result.returncode == 0, result.stderr
+    for text in ("a GPU has", "saved for backward", "out of a node", "tokens/s", "GPU-hours", "at 2 an hour"):
+        assert text in result.stdout
+    assert "stated, not measured: collectives at 80% of 450 GB/s in a node and of 12.5 GB/s between nodes" in " ".join(
+        result.stdout.split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "h100-08"], "--gpu: expected one of b200-180, "),
+        (["--gpu", "h100-08"], "got 'h100-08'; did you mean 'h100-80'?"),
+        (["--link", "fast"], "--link: expected a speed such as 400gbit or 6GB/s, got 'fast'"),
+        (["--gpus", "7"], "train_batch_size: expected train_micro_batch_size_per_gpu (16) x"),
+        (["--gpu", "rtx3090-24"], "expected at most 21.0 GiB a process rank on rtx3090-24, got 3"),
+        (["--fit", "quickest"], "--fit: expected fastest or largest, got 'quickest'"),
+        (["--out", "a.json"], "--out: expected --fit with it"),
+        (["--set", "zero_optimisation.stage=1"], "zero_optimisation: unknown key; did you mean 'zero_optimization'?"),
+    ],
+)
+def test_what_cannot_be(call: Call, words: list[str], message: str) -> None:
+    result = call("plan", SEVEN, *words)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("error: ") == 1
+
+
+@pytest.mark.slow
+def test_it_writes_what_fits(call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "fit.json"
+    words = ["plan", SEVEN, "--gpu", "a100-40", "--fit", "fastest", "--out", str(out)]
+    result = call(*words)
+    assert result.returncode == 0, result.stderr
+    again = call("plan", str(out), "--gpu", "a100-40", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["fits"]
+    assert "expected a file that is not there yet" in call(*words).stderr
