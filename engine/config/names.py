@@ -13,6 +13,7 @@ from narrowgauge.optimizers.options import options_of
 from ..backends import backend_of, engine_names
 from .config import RunConfig
 from .problems import model_in
+from .spelling import digest_of_sources
 
 FILE = Path(__file__).with_name("names.json")
 
@@ -33,6 +34,7 @@ def all_names() -> dict[str, Any]:
         engines[engine] = own
         of_deepspeed |= theirs
     return {
+        "sources": digest_of_sources(),
         "engines": engines,
         "deepspeed": {"version": version("deepspeed"), "blocks": of_deepspeed},
         "optimizers": {name: [o.name for o in options_of(cls.options_type)] for name, cls in OPTIMIZERS.items()},

@@ -175,13 +175,15 @@ def sent(config: Config, subject: Subject, *, world_size: int, on_gpu: bool, ste
             # Rounded masters at a change of subspace.
             gathered += refreshes * subject.compact
         return Sent(reduced=2 * times * share * reduced_as * subject.trained + extra, gathered=share * gathered)
-    rings = 1 if on_gpu else 2
-    numels = subject.numels
-    kept = sum(numel for numel in numels if numel <= zero.param_persistence_threshold)
-    times = 1 if sum(numels) <= zero.max_reuse_distance else 2
-    gathered = share * element * (kept + micro_batches * times * (sum(numels) - kept))
+    rings, threshold = 1 if on_gpu else 2, zero.param_persistence_threshold
+    persistent = sum(numel for numel in subject.numels if numel <= threshold)
+    # Once a step, and once more in the two steps that DeepSpeed takes to learn the order; the others in forward and in
+    # backward.
+    gathered = persistent * (1 + min(2, steps) / steps) + 2 * micro_batches * (sum(subject.numels) - persistent)
     reduced = rings * micro_batches * share * reduced_as * subject.trained
     if isinstance(optimizer, CompactOptimizer):
-        gathered += refreshes * share * subject.compact
+        pairs = [p.numel() for layer in optimizer.layers for p in (layer.module.weight, layer.module.compact)]
+        gathered += refreshes * (subject.counts["compact"] + sum(numel for numel in pairs if numel <= threshold))
         extra += 2 * share * refreshes * subject.compact
+    gathered *= share * element
     return Sent(reduced=reduced + extra, gathered=gathered)
