@@ -11,37 +11,69 @@ from rich.table import Table
 
 from narrowgauge.engine.config.config import Config, load_config
 from narrowgauge.engine.config.launch_block import LaunchBlock
-from narrowgauge.engine.errors import UserError
+from narrowgauge.engine.config.slurm_block import SweepBlock
+from narrowgauge.engine.errors import UserError, did_you_mean
 from narrowgauge.engine.files import local_path, read_json
 from narrowgauge.engine.report.metrics import start_records, step_records
 from narrowgauge.engine.run_folder import CONFIG, SUMMARY
 
+_STRICT = "set -euo pipefail"
 SCRIPTS = ("pretrain", "finetune_1node", "sweep")
 
 
 def render(config: Path, overrides: Sequence[str], script: str) -> str:
-    """The batch script, with the values of ``launch.slurm`` in its ``#SBATCH`` lines.
+    """The batch script, with the values of ``launch.slurm`` in it.
 
     Raises:
         UserError: the configuration does not hold, or there is no such script.
     """
     if script not in SCRIPTS:
-        raise UserError(f"--script: expected one of {', '.join(SCRIPTS)}, got {script!r}")
-    options = (load_config(config, overrides).parsed.launch or LaunchBlock()).slurm
+        raise UserError(
+            f"--script: expected one of {', '.join(SCRIPTS)}, got {script!r}{did_you_mean(script, SCRIPTS)}"
+        )
+    checked = load_config(config, overrides)
+    block = (checked.parsed.launch or LaunchBlock()).slurm
     lines = files("narrowgauge.slurm").joinpath(f"{script}.sbatch").read_text().splitlines()
+    options = block.options
+    if script == "sweep":
+        if block.sweep is not None:
+            options = {"array": _array(block.sweep), **options}
+            _fill_in_sweep(lines, block.sweep)
+    elif block.sweep is not None:
+        raise checked.error(f"launch.slurm.sweep: expected --script sweep with it, got {script}")
     for key, value in options.items():
-        line = f"#SBATCH --{key}={value}" if value is not None else None
-        places = [
-            i for i, text in enumerate(lines) if text == f"#SBATCH --{key}" or text.startswith(f"#SBATCH --{key}=")
-        ]
-        if line is None:
-            lines = [text for i, text in enumerate(lines) if i not in places]
-        elif places:
-            lines[places[0]] = line
-        else:
-            last = max(i for i, text in enumerate(lines) if text.startswith("#SBATCH"))
-            lines.insert(last + 1, line)
+        _fill_in(lines, key, value)
+    if block.setup:
+        begins = lines.index(_STRICT)
+        # Not -u: modules and conda read variables that are not set.
+        lines[begins:begins] = ["set -eo pipefail", *block.setup]
     return "\n".join(lines) + "\n"
+
+
+def _fill_in(lines: list[str], key: str, value: str | int | bool | None) -> None:
+    """Put an option where the script has it, or below the last one; without a value, take it out."""
+    places = [i for i, text in enumerate(lines) if text == f"#SBATCH --{key}" or text.startswith(f"#SBATCH --{key}=")]
+    if value is None or value is False:
+        for place in reversed(places):
+            del lines[place]
+        return
+    text = f'"{value}"' if " " in str(value) else str(value)
+    line = f"#SBATCH --{key}" if value is True else f"#SBATCH --{key}={text}"
+    if places:
+        lines[places[0]] = line
+    else:
+        last = max(i for i, text in enumerate(lines) if text.startswith("#SBATCH"))
+        lines.insert(last + 1, line)
+
+
+def _array(sweep: SweepBlock) -> str:
+    return f"0-{len(sweep.values) - 1}" + (f"%{sweep.at_once}" if sweep.at_once is not None else "")
+
+
+def _fill_in_sweep(lines: list[str], sweep: SweepBlock) -> None:
+    for name, text in (("key", sweep.key), ("values", f"({' '.join(map(str, sweep.values))})")):
+        (place,) = [i for i, line in enumerate(lines) if line.startswith(f"{name}=")]
+        lines[place] = f"{name}={text}"
 
 
 def submit(config: Path, overrides: Sequence[str], script: str) -> str:

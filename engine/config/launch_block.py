@@ -1,11 +1,11 @@
 """The ``launch`` block: how the process ranks of a run are started."""
 
-import re
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from .blocks import Count, StrictBlock
+from .slurm_block import SlurmBlock
 
 
 class LaunchBlock(StrictBlock):
@@ -27,23 +27,7 @@ class LaunchBlock(StrictBlock):
     """Seconds that the ranks have to save when they are asked to end."""
     rendezvous_host: str | None = Field(default=None, min_length=1)
     """Where the hosts meet; default the first host's name."""
-    slurm: dict[str, str | int | None] = {}
-    """Options of sbatch without their dashes, such as ``{"nodes": 4, "partition": "gpu"}``; null leaves one out."""
+    slurm: SlurmBlock = SlurmBlock()
+    """Of batch jobs."""
     environment: dict[str, str] = {}
     """More variables for the ranks."""
-
-    @field_validator("slurm")
-    @classmethod
-    def _one_line_each(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key, text in value.items():
-            if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
-                raise ValueError(f"expected an option of sbatch without its dashes, got {key!r}")
-            if text is not None and not re.fullmatch(r"[^\s#'\"`$\\]+", str(text)):
-                raise ValueError(f"{key}: expected a word without spaces and quotes, got {text!r}")
-        asked = value.get("signal")
-        if asked is not None and not re.fullmatch(r"(?i)B:((SIG)?USR1|10)(@\d{1,5})?", str(asked)):
-            raise ValueError(
-                f"signal: expected B:USR1@SECONDS, got {asked!r}: the batch script (B:) hears USR1, lets the ranks save"
-                " and goes back into the queue; other signals end it, and without B: it hears none"
-            )
-        return value

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from narrowgauge.engine.config.launch_block import LaunchBlock
 from narrowgauge.engine.errors import UserError
 
 from ..hosts import read_hostfile
+from .container import container_words
 from .over_ssh import run_over_ssh
 from .process_tree import adopt_orphans, end_children
 from .signals import StopSignals, exit_code
@@ -80,6 +82,7 @@ def _slurm_command(block: LaunchBlock, words: Sequence[str], num_processes: int)
     )
     if listed.returncode != 0 or not listed.stdout.strip():
         raise UserError(f"SLURM_JOB_NODELIST: scontrol does not know its hosts: {listed.stderr.strip()}")
+    container = block.slurm.container
     job = os.environ["SLURM_JOB_ID"]
     # Jobs that share a node must not meet at one port.
     port = block.port + int(job) % min(1000, _LAST_PORT + 1 - block.port)
@@ -90,7 +93,12 @@ def _slurm_command(block: LaunchBlock, words: Sequence[str], num_processes: int)
         num_processes=num_processes,
         rendezvous=Rendezvous(f"{host}:{port}", job, num_hosts),
         with_gpus=num_gpus() > 0,
+        python=container.python if container is not None else sys.executable,
     )
+    flags: list[str] = []
+    if container is not None:
+        flags, around = container_words(container, Path.cwd(), with_gpus=num_gpus() > 0)
+        command = [*around, *command]
     srun = [_program("srun"), "--nodes", str(num_hosts), "--ntasks-per-node", "1"]
     if "SLURM_CPUS_PER_TASK" in os.environ:
         # Some versions of srun do not take it from the job.
@@ -98,9 +106,9 @@ def _slurm_command(block: LaunchBlock, words: Sequence[str], num_processes: int)
     srun += ["--kill-on-bad-exit=0", f"--wait={_SRUN_WAIT}"]
     if num_hosts > 1:
         # A log per node, beside the job's.
-        log = Path(str(block.slurm.get("output") or "%x-%j.log"))
+        log = Path(str(block.slurm.options.get("output") or "%x-%j.log"))
         srun += [f"--output={log.with_name(f'{log.stem}-%N{log.suffix}')}", "--open-mode=append"]
-    return [*srun, *command]
+    return [*srun, *flags, *command]
 
 
 def _program(name: str) -> str:

@@ -34,6 +34,7 @@ def torchrun_command(
     rendezvous: Rendezvous | None = None,
     address: str | None = None,
     with_gpus: bool = False,
+    python: str = sys.executable,
 ) -> list[str]:
     """The words of a torchrun command.
 
@@ -42,8 +43,9 @@ def torchrun_command(
         rendezvous: None on a single host.
         address: of this host, as the others reach it.
         with_gpus: ranks are bound to the CPUs near their GPU unless the configuration says otherwise.
+        python: the interpreter where the ranks run.
     """
-    words = [sys.executable, "-m", "narrowgauge.launcher.agent"]
+    words = [python, "-m", "narrowgauge.launcher.agent"]
     if rendezvous is None:
         words += ["--standalone"]
     else:

@@ -62,10 +62,14 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 def test_a_job_of_two_nodes_trains_and_shows_its_progress(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
-    config = config_of(corpus, tmp_path)
+    # The ranks have what the setup lines set.
+    setup = ["export OF_THE_SETUP=$UNSET_BEFORE/cache", "mkdir -p " + str(tmp_path / "of-the-setup")]
+    config = config_of(corpus, tmp_path, slurm={"setup": setup, "comment": "two words", "contiguous": True})
     number = submit(config, tmp_path)
     job = slurm.wait(number)
     assert job["JobState"] == "COMPLETED", logs(tmp_path)
+    assert job["Comment"] == "two"
+    assert (tmp_path / "of-the-setup").is_dir()
     assert "srun --nodes 2 --ntasks-per-node 1" in (tmp_path / "job.log").read_text()
     # Both nodes have this machine's name.
     assert "12 steps, 3,072 tokens" in (tmp_path / f"job-{socket.gethostname()}.log").read_text()

@@ -1,12 +1,14 @@
 """``narrowgauge slurm render``; jobs: ``tests/cluster``."""
 
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.launcher.conftest import Call
-from tests.support.command import tiny_config
+from tests.support.command import ROOT, tiny_config
 
 
 def config_of(corpus: Path, folder: Path, **slurm: Any) -> str:
@@ -33,9 +35,114 @@ def test_a_signal_that_the_script_does_not_hear_is_refused(
     assert f"launch.slurm: signal: expected B:USR1@SECONDS, got '{value}'" in done.stderr
 
 
-@pytest.mark.parametrize("value", ['"a b"', '"x;$(id)"', '"`id`"'])
-def test_an_option_that_is_no_word_is_refused(call: Call, corpus: Path, tmp_path: Path, value: str) -> None:
+@pytest.mark.parametrize("value", ['"a\\nb"', '"x;$(id)"', '"`id`"', '" a"', "[1]", "1.5"])
+def test_an_option_that_would_be_read_otherwise_is_refused(
+    call: Call, corpus: Path, tmp_path: Path, value: str
+) -> None:
     done = call("slurm", "render", config_of(corpus, tmp_path), "--set", f"launch.slurm.comment={value}")
     assert done.returncode == 2
-    assert "launch.slurm: " in done.stderr
-    assert "expected a word without spaces and quotes, got " in done.stderr
+    assert "launch.slurm: comment: expected text" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("partion", "partion: unknown option of sbatch; did you mean 'partition'?"),
+        ("gpus_per_node", "option of sbatch without its dashes, got 'gpus_per_node'; did you mean 'gpus-per-node'?"),
+        ("setups", "setups: unknown option of sbatch; did you mean 'setup'?"),
+    ],
+)  # fmt: skip
+def test_an_unknown_option_is_answered_with_the_nearest(
+    call: Call, corpus: Path, tmp_path: Path, key: str, message: str
+) -> None:
+    done = call("slurm", "render", config_of(corpus, tmp_path, **{key: 1}))
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+def parsed(script: str, tmp_path: Path) -> list[str]:
+    """The lines of a script that bash can read."""
+    path = tmp_path / "job.sbatch"
+    path.write_text(script)
+    found = subprocess.run(["/bin/bash", "-n", str(path)], capture_output=True, text=True, check=False)  # noqa: S603
+    assert found.returncode == 0, found.stderr
+    return script.splitlines()
+
+
+def test_setup_flags_and_values_with_spaces(call: Call, corpus: Path, tmp_path: Path) -> None:
+    setup = ["module load cuda/12.4", 'source "$HOME/venv/bin/activate"']
+    config = config_of(
+        corpus, tmp_path, setup=setup, exclusive=True, requeue=False, comment="two words", **{"bb-of-our-site": "x"}
+    )
+    lines = parsed(call("slurm", "render", config).stdout, tmp_path)
+    assert lines.count("#SBATCH --exclusive") == 1
+    assert '#SBATCH --comment="two words"' in lines
+    assert "#SBATCH --bb-of-our-site=x" in lines
+    assert not any("--requeue" in line for line in lines)
+    # Before the strictness about variables, and before the ranks are launched.
+    begins = lines.index(setup[0])
+    assert lines[begins - 1 : begins + 3] == ["set -eo pipefail", *setup, "set -euo pipefail"]
+    assert begins < next(i for i, line in enumerate(lines) if line.startswith("narrowgauge launch"))
+    refused = call("slurm", "render", config_of(corpus, tmp_path, setup=["a\nb"]))
+    assert "launch.slurm: setup: expected lines of shell, one each, got 'a\\nb'" in refused.stderr
+
+
+def test_a_sweep_is_over_the_values_of_any_key(call: Call, corpus: Path, tmp_path: Path) -> None:
+    sweep = {"key": "optimizer.params.density", "values": [0.125, 0.25, 0.5], "at_once": 2}
+    config = config_of(corpus, tmp_path, sweep=sweep)
+    script = call("slurm", "render", config, "--script", "sweep").stdout
+    lines = parsed(script, tmp_path)
+    assert lines.count("#SBATCH --array=0-2%2") == 1
+    begins = lines.index("key=optimizer.params.density")
+    ends = next(i for i, line in enumerate(lines) if line.startswith("narrowgauge launch"))
+    # What bash makes of it, for the last of the array.
+    body = "\n".join(
+        [*lines[begins:ends], lines[ends].removesuffix("&").replace("narrowgauge launch", 'printf "%s\\n"')]
+    )
+    environment = {"SLURM_ARRAY_TASK_ID": "2", "folder": "runs/sweep", "config": "a b.json"}
+    done = subprocess.run(["/bin/bash", "-euc", body], env=environment, capture_output=True, text=True, check=True)  # noqa: S603
+    words = ["a b.json", "--set", "optimizer.params.density=0.5", "--set", "logging.run_dir=runs/sweep-density-0.5"]
+    assert done.stdout.splitlines() == words
+    assert "launch.slurm.sweep: expected --script sweep with it" in call("slurm", "render", config).stderr
+    odd = config_of(corpus, tmp_path, sweep={"values": ["a b"]})
+    assert "sweep.values: expected numbers or words, got 'a b'" in call("slurm", "render", odd).stderr
+
+
+@pytest.mark.parametrize("name", ["llama-1b-pretrain", "llama-7b-finetune", "llama-13b-pretrain"])
+def test_a_configuration_for_one_server_asks_for_one_node(call: Call, tmp_path: Path, name: str) -> None:
+    """It asked for the four nodes of the script, with the batch of eight GPUs."""
+    lines = parsed(call("slurm", "render", f"8gpu/{name}").stdout, tmp_path)
+    assert [line for line in lines if line.startswith("#SBATCH --nodes")] == ["#SBATCH --nodes=1"]
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_the_ranks_of_a_job_run_in_the_container(call: Call, corpus: Path, tmp_path: Path, runtime: str) -> None:
+    """``launch --dry-run`` inside an allocation; which nodes it has, ``scontrol`` says."""
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin", "scontrol", "printf 'n1\\nn2\\n'")
+    program(tmp_path / "bin", "srun", "")
+    container = {
+        "runtime": runtime,
+        "image": "/images/our image.sif",
+        "mounts": ["/data:/data:ro"],
+        "python": "/opt/py",
+    }
+    config = config_of(corpus, tmp_path, container=container)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = call("launch", config, "--dry-run", **job, PATH=f"{tmp_path}/bin:/usr/bin:/bin")
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    inside = words[words.index("/opt/py") :]
+    assert inside[:7] == ["/opt/py", "-m", "narrowgauge.launcher.agent", "--nnodes", "2", "--rdzv-backend", "c10d"]
+    around = words[words.index(f"{tmp_path}/bin/srun") : words.index("/opt/py")]
+    if runtime == "pyxis":
+        expected = ["--container-image=/images/our image.sif", f"--container-mounts={ROOT}:{ROOT},/data:/data:ro"]
+        assert around[-3:] == [*expected, f"--container-workdir={ROOT}"]
+    else:
+        binds = ["--bind", f"{ROOT}:{ROOT}", "--bind", "/data:/data:ro"]
+        assert around[-9:] == ["apptainer", "exec", "--pwd", str(ROOT), *binds, "/images/our image.sif"]
