@@ -20,7 +20,7 @@ from narrowgauge.engine.run.validate import check_for
 def told(preset: str, *, gpus: int, gpu: str, length: int, micro: int, **changes: Any) -> Forecast:
     """The forecast of a packaged size in bf16, with layers recomputed."""
     raw: dict[str, Any] = {
-        "model": {"preset": preset, "gradient_checkpointing": "non-reentrant"},
+        "model": {"preset": preset} | ({} if "megatron" in changes else {"gradient_checkpointing": "non-reentrant"}),
         "data": {"train": "stdlib", "vocab_size": 32000, "sequence_length": length},
         "training": {"steps": 1000},
         "logging": {"run_dir": "runs/plan"},
@@ -70,13 +70,13 @@ def rows() -> Iterator[str]:
             dense = told(preset, gpus=8, gpu="h100-80", length=2048, micro=1, **zero(stage), **optimizer("AdamW"))
             total = dense.ranks[0][0].counts["total"]
             if stage == 2:
-                theirs, _ = estimate_zero2_model_states_mem_needs(total, 8, 1, False)
+                _, theirs = estimate_zero2_model_states_mem_needs(total, 8, 1, False)
             else:
                 # Its own sample's largest layer: the embedding.
                 layer = 32000 * (4096 if preset == "llama-7b" else 5120)
                 _, theirs, _ = estimate_zero3_model_states_mem_needs(total, layer, 8, 1, False, False, False)
             yield row(f"AdamW, {preset}, ZeRO-{stage}, 8 GPUs", dense, f"{theirs / GIB:.1f} states (DeepSpeed)")
-        cut = {"engine": "megatron", "megatron": {"tensor_parallel": 2}}
+        cut = {"engine": "megatron", "megatron": {"tensor_parallel": 2, "recompute": "full"}}
         dense = told(preset, gpus=8, gpu="h100-80", length=2048, micro=1, **cut, **optimizer("AdamW"))
         total = dense.ranks[0][0].counts["total"]
         yield row(f"AdamW, {preset}, TP2 DP4", dense, f"{total * (6 + 12 / 4) / GIB:.1f} states (Megatron)")

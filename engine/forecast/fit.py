@@ -83,9 +83,11 @@ class Found:
 class Search:
     """Forecasts of one configuration under different choices."""
 
-    def __init__(self, config: Config, model_config: PretrainedConfig, machine: Machine) -> None:
+    def __init__(
+        self, config: Config, model_config: PretrainedConfig, machine: Machine, traces: Traces | None = None
+    ) -> None:
         self._config, self._model_config, self._machine = config, model_config, machine
-        self._traces = Traces()
+        self._traces = traces or Traces()
         data_parallel = backend_of(config.parsed.engine).data_parallel_size(config, machine.world_size)
         self._total = config.batches(data_parallel).total
         self._per_rank = self._total // data_parallel
@@ -166,16 +168,24 @@ def order(objective: Objective) -> Callable[[Found], tuple[float, ...]]:
     return key
 
 
-def fit(config: Config, model_config: PretrainedConfig, machine: Machine, objective: Objective) -> Found:
+def fit(
+    config: Config,
+    model_config: PretrainedConfig,
+    machine: Machine,
+    objective: Objective,
+    *,
+    traces: Traces | None = None,
+) -> Found:
     """The best choice that fits.
 
     Args:
+        traces: of other forecasts of the same model, to go on from.
         objective: ``fastest``: most tokens per second; ``largest``: the largest density, and of those the fastest.
 
     Raises:
         UserError: nothing fits: names the closest, and what it would fit.
     """
-    search = Search(config, model_config, machine)
+    search = Search(config, model_config, machine, traces)
     fitting: list[Found] = []
     smallest: list[Found] = []
     for choice in search.choices():

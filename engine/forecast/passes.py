@@ -4,6 +4,7 @@ The operations are the run's own, at their full size; only one layer of each kin
 are alike.
 """
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -205,7 +206,9 @@ def without_contents(model: nn.Module, units: Sequence[Any], *others: nn.Module)
         units: its compact ones.
         others: modules that share its parameters.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # Parallel layers tell by their values which of them keep the same columns; layers seldom do.
+    own = {id(u): torch.arange(u.local.numel()) + n for n, u in enumerate(units) if hasattr(u, "local")}
+    with FakeTensorMode(allow_non_fake_inputs=True), _silent(logging.getLogger("torch._subclasses.fake_tensor")):
         made: dict[int, Any] = {}
         for module in (part for whole in (model, *others) for part in whole.modules()):
             for key, parameter in module._parameters.items():
@@ -216,12 +219,24 @@ def without_contents(model: nn.Module, units: Sequence[Any], *others: nn.Module)
                     module._buffers[key] = torch.empty_like(buffer, device="cpu")
         for unit in units:
             unit.watch = None
+            if id(unit) in own:
+                unit.local = own[id(unit)]
             for key, value in unit.subspace().items():
                 setattr(unit, key, torch.empty_like(value, device="cpu"))
             if unit.probe is not None:
                 omega = unit.omega
                 unit.start_probe(unit.probe_kind, None if omega is None else torch.empty_like(omega, device="cpu"))
         yield
+
+
+@contextmanager
+def _silent(log: logging.Logger) -> Iterator[None]:
+    """What cannot be run is told by whoever asked, without PyTorch's traceback."""
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _made(parameter: nn.Parameter, made: dict[int, Any]) -> nn.Parameter:
@@ -443,10 +458,13 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default:
-            # A value that is asked for: shapes follow from none.
-            return _zero_of(args[0].dtype)
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except DataDependentOutputException:
+            if func is not torch.ops.aten._local_scalar_dense.default:
+                raise
+            # Some value that is asked for; shapes that followed from it would be wrong, and are refused elsewhere.
+            return _some(args[0].dtype)
         packet = func._overloadpacket
         outputs = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
         for tensor in outputs:
@@ -473,10 +491,10 @@ class _Operations(TorchDispatchMode):
         self.now -= nbytes
 
 
-def _zero_of(dtype: torch.dtype) -> bool | int | float:
+def _some(dtype: torch.dtype) -> bool | int | float:
     if dtype is torch.bool:
-        return False
-    return 0.0 if dtype.is_floating_point else 0
+        return True
+    return 1.0 if dtype.is_floating_point else 1
 
 
 def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> float:

@@ -9,6 +9,7 @@ from narrowgauge.engine.config.config import load_config
 from tests.launcher.conftest import Call
 
 
+@pytest.mark.slow
 def test_flags_make_a_configuration_that_fits(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "config.json"
     words = ["init", "--out", str(out), "--model", "llama-60m", "--data", "stdlib", "--gpus", "2", "--gpu", "l4-24"]

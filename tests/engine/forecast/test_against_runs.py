@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "grass-1-inputs": {**zero(1), **GRASS, "activation_offload": {**OFFLOAD, "granularity": "layer_inputs"}},
     "grass-ddp": {"engine": "ddp", "zero_optimization": {"stage": 0}, **GRASS},
     "dense-tensor-parallel": {**under_megatron(tensor_parallel=2), **optimizer("AdamW")},
+    "grass-tensor-parallel": under_megatron(tensor_parallel=2),
     "dense-pipeline": {**under_megatron(pipeline_parallel=2), **optimizer("AdamW")},
 }
 
