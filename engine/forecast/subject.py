@@ -103,9 +103,11 @@ def subject_of(config: Config, model_config: PretrainedConfig) -> Subject:
     """The configuration's model, converted.
 
     Raises:
-        ConfigError: the optimizer's options do not fit it.
+        ConfigError: the optimizer's options do not fit it, or its weights are quantized.
     """
     parsed = config.parsed
+    if parsed.lora is not None and parsed.lora.base != "full":
+        raise config.error(f"lora.base: expected full, got {parsed.lora.base}: what 4 bits take is not told ahead")
     assert parsed.optimizer is not None
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     described = copy.deepcopy(model_config)
