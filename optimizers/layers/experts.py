@@ -34,6 +34,14 @@ class CompactExperts(CompactModule):
     stacked: dict[str, StackedWeight]
     is_transposed: bool
 
+    def __init_subclass__(cls) -> None:
+        """Of a class that is made for modules: what it computes with, the numbers of experts' tokens, is other in every
+        step, and torch.compile would compile it again and again.
+        """
+        super().__init_subclass__()
+        if "plain" in vars(cls):
+            cls.forward = torch.compiler.disable(cls.forward)  # pyright: ignore[reportAttributeAccessIssue]
+
     def compact_units(self) -> Sequence[CompactUnit]:
         return tuple(self.stacked.values())
 

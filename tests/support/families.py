@@ -66,8 +66,11 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "axial_pos_embds": False,
         "attention_head_size": 16,
         "local_attn_chunk_length": 16,
+        "local_attention_probs_dropout_prob": 0.0,
     },
     "xmod": {"default_language": "en_XX"},
+    # transformers sets the row of the token for padding to zero when it loads weights, too.
+    "youtu": {"pad_token_id": None},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},

@@ -15,6 +15,7 @@ from narrowgauge.optimizers import CompactOptimizer, GaLore, Grass
 from narrowgauge.optimizers.layers.projected_linear import ProjectedLinear
 from narrowgauge.optimizers.layers.selected_linear import SelectedLinear
 from narrowgauge.optimizers.layers.watch import unwatch
+from tests.support.mixture import EXPERTS, mixture, mixture_batch
 from tests.support.models import tiny, token_batch, train_steps
 from tests.support.ranks import RankPool
 from tests.support.zero import ds_config, finish, make_engine, train_step
@@ -81,6 +82,34 @@ def test_equals_bitsandbytes_stepping_the_compact_parameters_bit_for_bit(kind: s
             chooser._observe_next_step()
         stepper.zero_grad()
     assert optimizer.num_refreshes >= 3
+    wanted = twin.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+
+
+def test_stacked_experts_are_stepped_by_bitsandbytes_bit_for_bit() -> None:
+    """Through a refresh; an expert is idle in some steps."""
+    model, twin = mixture(hidden=128), mixture(hidden=128)
+    optimizer, chooser = Grass(model, **OPTIONS, base="AdamW8bit"), Grass(twin, **OPTIONS)
+    assert {layer.module.num_matrices for layer in chooser.layers} == {1, EXPERTS}
+    assert any(layer.module.compact.numel() >= 4096 for layer in chooser.layers)
+    stepper = cast(Any, bitsandbytes.optim).AdamW8bit(groups_of(chooser), **ADAM)
+    for step in range(INTERVAL + 2):
+        for network in (model, twin):
+            network(mixture_batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        stepper.step()
+        with torch.no_grad():
+            for unit in (layer.module for layer in chooser.layers):
+                # The same columns of every matrix.
+                unit.weight[..., unit.selected()] = unit.compact.view(*unit.weight.shape[:-1], -1)
+        chooser.num_steps += 1
+        if chooser.is_refresh_due():
+            chooser.refresh()
+            for layer in chooser.layers:
+                stepper.state[layer.module.compact] = {}
+        stepper.zero_grad()
+    assert optimizer.num_refreshes == 1
     wanted = twin.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
 

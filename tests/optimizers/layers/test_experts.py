@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from narrowgauge.optimizers import FullNorm, Grass
+from narrowgauge.optimizers import FullNorm, GaLore, Grass
 from narrowgauge.optimizers.layers.experts import CompactExperts
 from narrowgauge.optimizers.layers.find_experts import find_experts
 from tests.support.mixture import (
@@ -194,6 +194,21 @@ def test_a_state_is_resumed() -> None:
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert train(twin, other) == train(model, optimizer)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in twin.state_dict().items())
+
+
+@pytest.mark.quick("Grass")
+@pytest.mark.parametrize("name", ["Grass", "GaLore"])
+def test_a_compiled_model_trains_alike(name: str) -> None:
+    """Through two refreshes; the experts themselves, whose sizes are data, are not compiled."""
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"lr": 1e-2, "refresh_interval": 2, "density": 0.3}
+    models = [mixture(dtype=torch.float64) for _ in range(2)]
+    optimizers = [Grass(m, **options) if name == "Grass" else GaLore(m, **options) for m in models]
+    calls: list[Any] = [torch.compile(models[0], backend="aot_eager"), models[1]]
+    losses = [train(call, optimizer, 5) for call, optimizer in zip(calls, optimizers, strict=True)]
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-12
+    for key, value in models[1].state_dict().items():
+        assert float((models[0].state_dict()[key] - value).norm() / value.norm()) < 1e-12, key
 
 
 @pytest.mark.parametrize("moments", ["reset", "carry"])
