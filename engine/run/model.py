@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..config.run_blocks import ModelBlock
 from ..errors import UserError, did_you_mean, one_line
-from .model_folder import config_of_folder, text_config_of
+from .model_folder import config_of_folder, none_alone, text_config_of
 from .model_keys import keys_of
 
 
@@ -80,6 +80,8 @@ def _text_model(
     key = next((key for key in known.sub_configs if getattr(known, key, None) is text), "text_config")
     found = settings.pop(key, None)
     if not isinstance(found, dict):
+        if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise none_alone(known, "model.config")
         raise UserError(
             f"model.config: {known.model_type} is made of several models, of which only the text model is trained:"
             f" expected its keys in an object {key!r}, got none; or give them with the model_type {text.model_type!r}"

@@ -59,9 +59,14 @@ def text_config_of(config: PretrainedConfig, where: str) -> PretrainedConfig:
     try:
         return config.get_text_config()
     except ValueError as error:
-        raise UserError(
-            f"{where}: {config.model_type} is made of several models, none of which is a causal language model alone"
-        ) from error
+        raise none_alone(config, where) from error
+
+
+def none_alone(config: PretrainedConfig, where: str) -> UserError:
+    """For a composite without a text model that transformers builds by itself."""
+    return UserError(
+        f"{where}: {config.model_type} is made of several models, none of which is a causal language model alone"
+    )
 
 
 def _hint(path: str) -> str:

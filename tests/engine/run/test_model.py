@@ -138,6 +138,7 @@ def test_the_text_model_of_a_composite_is_trained(family: str, expected: str) ->
         ),
         ({"model_type": "bart"}, r"trains a bart to repeat the token that it is given"),
         ({"model_type": "git"}, r"trains a git on images with their captions"),
+        ({"model_type": "mllama"}, r"mllama is made of several models, none of which is a causal language model alone"),
         ({"model_type": "lama"}, r"'lama' is not a model type of transformers"),
         ({**SMALL, "model_type": "llama", "num_attention_heads": 5}, r"hidden size .*\(32\).* heads \(5\)|32.*5"),
     ],
