@@ -65,7 +65,8 @@ class Stretch:
             key: getattr(self, key) + times * (getattr(other, key) - getattr(self, key))
             for key in ("saved", "forward", "backward", "gradients", "observed", "flops", "moved")
         }
-        whole = {key: value if key in ("flops", "moved") else round(value) for key, value in found.items()}
+        # What a stretch takes beyond what is kept may be nothing, and not less.
+        whole = {key: value if key in ("flops", "moved") else max(0, round(value)) for key, value in found.items()}
         sizes = zip(self.offloadable, other.offloadable, strict=True)
         return Stretch(
             **whole,
