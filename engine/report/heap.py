@@ -2,8 +2,9 @@
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 # Seconds between looks; each takes some ten microseconds.
 _INTERVAL = 0.001
@@ -20,14 +21,19 @@ class _Info(ctypes.Structure):
         return int(self.value_7) + int(self.value_4)
 
 
-def heap_bytes() -> int | None:
-    """Bytes that the C library's allocator has given out and not got back; None where it does not say."""
+@cache
+def _ask() -> Callable[[], _Info] | None:
     with suppress(AttributeError, OSError):
         ask = ctypes.CDLL(None).mallinfo2
         ask.restype = _Info
-        info = ask()
-        return info.given_out
+        return ask
     return None
+
+
+def heap_bytes() -> int | None:
+    """Bytes that the C library's allocator has given out and not got back; None where it does not say."""
+    ask = _ask()
+    return ask().given_out if ask is not None else None
 
 
 class HeapMeter:
