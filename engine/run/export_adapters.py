@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from ..checkpoint.contents import write_tensors
 from ..checkpoint.files import Checkpoint
 from ..config.lora_block import LoraBlock
 from ..errors import UserError
@@ -31,7 +31,7 @@ def write_adapter(checkpoint: Checkpoint, block: LoraBlock, model: nn.Module, ba
             tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
     state = get_peft_model_state_dict(model, state_dict=tensors, adapter_name=NAME, save_embedding_layers=False)
     kept = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
-    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(kept, folder / "adapter_model.safetensors", {"format": "pt"})
     described: Any = model
     config = described.peft_config[NAME]
     config.base_model_name_or_path, config.inference_mode = base, True
@@ -74,3 +74,6 @@ def write_merged(adapter: Path, base: str, folder: Path) -> None:
     path.write_text(
         json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"}, indent=2)
     )
+    # safetensors makes files that nobody but their owner can read.
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(path.stat().st_mode)

@@ -82,6 +82,8 @@ def test_an_adapter_is_saved_exported_and_merged(trained: Path, base: Path, tmp_
     for words in (["adapter"], ["merged", "--merge"]):
         result = run("export", str(trained / "run"), str(tmp_path / words[0]), *words[1:])
         assert result.returncode == 0, result.stderr
+        # Weights were readable to their owner alone.
+        assert len({path.stat().st_mode for path in (tmp_path / words[0]).iterdir()}) == 1
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter"))
     wanted = logits(expected)
     assert float((logits(adapted) - wanted).abs().max()) < 1e-12
