@@ -1,11 +1,13 @@
 """The examples of the README and of ``docs/`` are run as they stand."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from narrowgauge.engine.config.config import load_config
 from tests.support import forked
@@ -59,6 +61,33 @@ def test_configuration(block: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(block)
     assert load_config(path).parsed.model is not None
+
+
+@pytest.mark.slow
+def test_the_whole_fine_tuning(tmp_path: Path) -> None:
+    """The page's blocks in turn, with fewer steps and after a quickstart of four."""
+    (tmp_path / "start.json").write_text((ROOT / "configs" / "quickstart.json").read_text())
+    changes = ["training.steps=4", "data.sequence_length=32", "training.eval_sequences=8", "training.sample_tokens=4"]
+    words = [word for change in [*changes, "bf16.enabled=false"] for word in ("--set", change)]
+    check([str(BIN / "narrowgauge"), "train", "start.json", *words], tmp_path)
+    blocks = re.findall(r"^```(bash|python|json)\n(.*?)^```", (ROOT / "docs" / "finetune.md").read_text(), re.M | re.S)
+    assert [kind for kind, _ in blocks] == ["bash", "python", "json", "bash", "bash", "bash"]
+    printed = ""
+    for kind, block in blocks:
+        if kind == "json":
+            assert '"steps": 150' in block
+            (tmp_path / "tune.json").write_text(block.replace('"steps": 150', '"steps": 40'))
+        elif kind == "python":
+            check([sys.executable, "-c", block], tmp_path)
+        else:
+            printed = check(["/bin/bash", "-euc", block.replace("narrowgauge train quickstart\n", "")], tmp_path)
+    summary = json.loads((tmp_path / "runs" / "parity" / "summary.json").read_text())
+    assert summary["eval_loss"] < 0.5 * summary["eval_loss_first"]
+    base, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    assert base.keys() == merged.keys()
+    changed = {name for name, value in merged.items() if not value.equal(base[name])}
+    assert changed == {name for name in base if name.endswith("_proj.weight")}
+    assert [line.startswith("Is ") for line in printed.splitlines()] == [True] * 6
 
 
 @pytest.mark.parametrize("page", PAGES + OTHERS, ids=lambda page: str(page.relative_to(ROOT)))
