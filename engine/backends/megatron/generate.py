@@ -30,8 +30,10 @@ class _Whole(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(self, model: StagedModel) -> None:
-        # transformers writes to it.
-        super().__init__(copy.deepcopy(model.config))
+        config = copy.deepcopy(model.config)  # transformers writes to it
+        # It has no experts of its own either, and transformers refuses another word.
+        config._experts_implementation = "eager"
+        super().__init__(config)
         self._staged = [model]
 
     @property
