@@ -13,8 +13,9 @@ from .config.redaction import redact
 from .errors import UserError
 from .files import read_json
 
-CONFIG, METRICS, SUMMARY, STARTS = "config.json", "metrics.jsonl", "summary.json", "starts.jsonl"
-CHECKPOINTS, TOKENIZER, TENSORBOARD = "checkpoints", "tokenizer", "tensorboard"
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+STARTS, ENDS = "starts.jsonl", "ends.jsonl"
+CHECKPOINTS, TOKENIZER, TENSORBOARD, PROFILE = "checkpoints", "tokenizer", "tensorboard", "profile"
 _LOCK = ".lock"
 
 # Seconds; a killed run's process ranks may take as long to be gone.
@@ -25,7 +26,8 @@ _SHARED_PATIENCE = 30.0
 # What may change between the parts of one run: how far it goes, how it is watched, where its bytes lie, and how it is
 # spread over ranks.
 _MAY_CHANGE = re.compile(
-    r"training\.(steps|epochs|eval_interval|eval_sequences|checkpoint_interval|keep_checkpoints|hang_timeout|sample_prompt|sample_tokens)"
+    r"training\.(steps|epochs|eval_interval|eval_sequences|checkpoint_interval|keep_checkpoints|hang_timeout|sample_prompt|sample_tokens|profile)"
+    r"|training\.profile\..*"
     r"|logging\..*|launch(\..*)?|data\.(cache_dir|num_workers)|zero_optimization(\..*)?|train_micro_batch_size_per_gpu"
     r"|train_batch_size|gradient_accumulation_steps|model\.gradient_checkpointing|activation_offload(\..*)?"
     r"|engine|megatron(\..*)?|steps_per_print|wall_clock_breakdown|comms_logger\..*"

@@ -27,7 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train larger language models on fewer GPUs and slower networks: DeepSpeed ZeRO with compact gradients.",
 )
-for command in (start.init, runs.train, plans.plan, runs.data, runs.launch, runs.export, machine.build, machine.doctor):
+for command in (start.init, runs.train, plans.plan, runs.data, runs.launch, runs.export, runs.report):
+    app.command()(command)
+for command in (machine.build, machine.doctor):
     app.command()(command)
 app.add_typer(slurm.slurm, name="slurm")
 app.add_typer(machine.bench, name="bench")

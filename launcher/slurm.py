@@ -5,6 +5,8 @@ import subprocess
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,9 +16,13 @@ from narrowgauge.engine.config.launch_block import LaunchBlock
 from narrowgauge.engine.config.slurm_block import SweepBlock
 from narrowgauge.engine.errors import UserError, did_you_mean
 from narrowgauge.engine.files import local_path, read_json
-from narrowgauge.engine.report.metrics import start_records, step_records
+from narrowgauge.engine.report.metrics import evaluation_records, start_records, step_records
+from narrowgauge.engine.report.progress import duration
 from narrowgauge.engine.run_folder import CONFIG, SUMMARY
 
+# What the time left is reckoned from; that a run stood still in between is told by steps that seem to take so many
+# times what they took.
+_LATEST_STEPS, _INTERRUPTED = 50, 3.0
 _STRICT = "set -euo pipefail"
 SCRIPTS = ("pretrain", "finetune_1node", "sweep")
 
@@ -108,15 +114,41 @@ def show_status(config: Path, overrides: Sequence[str], console: Console) -> Non
     table = Table(show_header=False)
     last = records[-1] if records else None
     step = last["step"] if last is not None else 0
-    table.add_row("step", f"{step} of {checked.parsed.training.steps or _steps_of(run_dir)}")
+    num_steps = checked.parsed.training.steps or _steps_of(run_dir)
+    table.add_row("step", f"{step} of {num_steps}")
     if last is not None:
         table.add_row("loss", f"{last['loss']:.4f}")
+    if evaluations := evaluation_records(run_dir):
+        found = evaluations[-1]
+        value = found["eval_loss"]
+        table.add_row(
+            "validation loss", f"{value:.4f} after step {found['step']}" if value is not None else "not finite"
+        )
+    if last is not None:
         table.add_row("tokens/s", f"{last.get('tokens_per_second', 0):,.0f}")
+        if isinstance(last.get("mfu"), float):
+            table.add_row("MFU", f"{last['mfu']:.1%}")
+        per_step = _seconds_per_step(records)
+        if per_step is not None and isinstance(num_steps, int) and step < num_steps:
+            table.add_row("left", f"{duration(per_step * (num_steps - step))} of training")
     table.add_row("restarts", str(len(starts) - 1))
     job = starts[-1].get("slurm_job")
     state = "finished" if (run_dir / SUMMARY).is_file() else _job_state(job) if job else "not known: not a SLURM job"
     table.add_row("state", f"{state} (job {job})" if job else state)
     console.print(table)
+
+
+def _seconds_per_step(records: Sequence[dict[str, Any]]) -> float | None:
+    """Of the latest steps, with what was between them; of runs of earlier versions, which have no times, without."""
+    latest = records[-_LATEST_STEPS:]
+    begin, end = (record.get("time") for record in (latest[0], latest[-1]))
+    steps = latest[-1]["step"] - latest[0]["step"]
+    waited = end - begin if steps and isinstance(begin, float) and isinstance(end, float) else None
+    alone = [each for record in latest if isinstance(each := record["seconds"].get("step"), float)]
+    middle = median(alone) if alone else None
+    if waited is None or middle is None or waited / steps > _INTERRUPTED * middle:
+        return middle
+    return waited / steps
 
 
 def _steps_of(run_dir: Path) -> int | str:

@@ -2,12 +2,14 @@
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import record_function
 
 from .backends.choice import choose_backend
 from .controller import Controller
@@ -140,7 +142,7 @@ class ActivationOffload:
             only_marked=self.granularity == "layer_inputs",
         )
         self._graphs = [*self._graphs[1 - num_known :], graph]
-        hooks = saved_tensors_hooks(_untraced(graph.pack), _untraced(graph.unpack))
+        hooks = saved_tensors_hooks(_untraced(_named(graph.pack, "save")), _untraced(_named(graph.unpack, "take back")))
         hooks.__enter__()
         stack = self._local.__dict__.setdefault("stack", [])
         stack.append(hooks)
@@ -233,6 +235,13 @@ def _start(options: OffloadOptions) -> tuple[Transport, Controller, Endurance]:
         may_resize=options.capacity_bytes is None,
     )
     return transport, controller, endurance
+
+
+def _named(hook: Callable[[Any], Any], what: str) -> Callable[[Any], Any]:
+    """The hook with a name in the trace of a forward that is being profiled."""
+    if not torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
+        return hook
+    return record_function(f"narrowgauge::offload, {what}")(hook)
 
 
 def _untraced(hook: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .blocks import Count, Flag, StrictBlock
 from .coreset_block import CoresetBlock
@@ -78,6 +78,20 @@ class DataBlock(StrictBlock):
     num_workers: int = Field(1, ge=0)
 
 
+class ProfileBlock(StrictBlock):
+    """Steps that are profiled."""
+
+    steps: list[int] = Field(min_length=2, max_length=2)
+    """The first and the last; each process rank writes a trace to ``profile/`` in the run folder."""
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, value: list[int]) -> list[int]:
+        if not 1 <= value[0] <= value[1]:
+            raise ValueError(f"expected the first step and the last, such as [10, 12], got {value}")
+        return value
+
+
 class TrainingBlock(StrictBlock):
     """How long, and what happens on the way."""
 
@@ -101,6 +115,7 @@ class TrainingBlock(StrictBlock):
     sample_prompt: str | None = None
     """Text the trained model continues at the end of the run."""
     sample_tokens: Count = 64
+    profile: ProfileBlock | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingBlock":
@@ -109,13 +124,39 @@ class TrainingBlock(StrictBlock):
         return self
 
 
+class SinkBlock(StrictBlock):
+    """A service that shows curves."""
+
+    project: str = Field("narrowgauge", min_length=1)
+    name: str | None = Field(default=None, min_length=1)
+    """Of the run; default the run folder's."""
+
+
+class WandbBlock(SinkBlock):
+    """Weights & Biases: ``pip install 'narrowgauge[wandb]'``."""
+
+    entity: str | None = Field(default=None, min_length=1)
+    """The user or team; default the account's."""
+    mode: Literal["online", "offline"] = "online"
+    """``offline``: only into the run folder, for ``wandb sync``."""
+
+
+class TrackioBlock(SinkBlock):
+    """trackio, on this machine or in a Space of Hugging Face: ``pip install 'narrowgauge[trackio]'``."""
+
+    space: str | None = Field(default=None, min_length=1)
+    """The Space, ``user/name``; default none: on this machine."""
+
+
 class LoggingBlock(StrictBlock):
     """Where the run leaves its traces."""
 
     run_dir: str = Field(min_length=1)
     interval: Count = 1
-    """Steps between lines of ``metrics.jsonl`` and TensorBoard points."""
+    """Steps between lines of ``metrics.jsonl`` and points of the other sinks."""
     tensorboard: Flag = True
+    wandb: WandbBlock | None = None
+    trackio: TrackioBlock | None = None
 
 
 class RunBlocks(StrictBlock):

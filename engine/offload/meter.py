@@ -38,7 +38,8 @@ def summarize_offload(records: Sequence[dict[str, Any]], offload: ActivationOffl
     """The ``bytes``, ``seconds`` and ``offload`` entries of a summary; empty where nothing was offloaded.
 
     Peaks are the highest of the steps under a plan: the first one, of which the plan is made, writes everything and
-    keeps it until it is written. Written, read and waited are per step.
+    keeps it until it is written. ``saved_activations_resident_median`` is the median step's of them: a single step in
+    which the disk was busy makes the highest. Written, read and waited are per step.
     """
     found = [record for record in records if BYTES[0] in record["bytes"]]
     if offload is None or not found:
@@ -51,7 +52,8 @@ def summarize_offload(records: Sequence[dict[str, Any]], offload: ActivationOffl
             if "peak" in key
             else round(fmean(record["bytes"][key] for record in found))
             for key in BYTES
-        },
+        }
+        | {"saved_activations_resident_median": round(median(record["bytes"][BYTES[1]] for record in planned))},
         "seconds": {"io_stall": median(record["seconds"]["io_stall"] for record in found)},
         "activation_offload": {
             key: getattr(stats, key)

@@ -1,32 +1,29 @@
-"""What a run writes while it goes: ``metrics.jsonl`` and TensorBoard, on process rank 0."""
+"""What a run writes while it goes, on process rank 0: ``metrics.jsonl``, and the same numbers to other sinks."""
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
 from ..files import finite, naming, parse_json, write_text
-from ..run_folder import METRICS, STARTS, TENSORBOARD
+from ..run_folder import ENDS, METRICS, STARTS
+
+if TYPE_CHECKING:
+    from .sinks import Sink
 
 logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """One JSON object a line, and the same numbers as TensorBoard scalars."""
+    """One JSON object a line, and the same numbers for other sinks."""
 
-    def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool) -> None:
-        """Open the files; what a run that was cut short wrote beyond ``first_step`` is taken out."""
-        self._path, self._scalars = run_dir / METRICS, run_dir / TENSORBOARD
+    def __init__(self, run_dir: Path, *, first_step: int, sinks: "Sequence[Sink]" = ()) -> None:
+        """Open the file; what a run that was cut short wrote beyond ``first_step`` is taken out."""
+        self._path, self._sinks = run_dir / METRICS, sinks
         kept = [_line(record) for record in _records(self._path) if first_step >= record["step"]]
         write_text(self._path, "".join(kept) if first_step else "")
         self._file = self._path.open("a", buffering=1)
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._scalars), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Add a record; null stands for what is not finite.
@@ -36,26 +33,19 @@ class MetricsLog:
         """
         with naming(self._path):
             self._file.write(_line({"step": step, **values}))
-        if self._writer is not None:
-            try:
-                for name, value in _flat(values):
-                    self._writer.add_scalar(name, value, step)
-            except OSError as error:
-                raise UserError(f"{self._scalars}: cannot be written: {error}") from error
+        for sink in self._sinks:
+            sink.write(step, values)
 
     def close(self) -> None:
-        """Close the files.
+        """Close the file and the sinks.
 
         Raises:
             OSError, UserError: naming what could not be written to its end.
         """
         with naming(self._path):
             self._file.close()
-        if self._writer is not None:
-            try:
-                self._writer.close()
-            except OSError as error:
-                raise UserError(f"{self._scalars}: cannot be written: {error}") from error
+        for sink in self._sinks:
+            sink.close()
 
 
 def step_records(run_dir: Path) -> list[dict[str, Any]]:
@@ -63,9 +53,19 @@ def step_records(run_dir: Path) -> list[dict[str, Any]]:
     return [record for record in _records(run_dir / METRICS) if record.keys() >= {"loss", "bytes", "seconds"}]
 
 
+def evaluation_records(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of evaluations, in order."""
+    return [record for record in _records(run_dir / METRICS) if "eval_loss" in record]
+
+
 def start_records(run_dir: Path) -> list[dict[str, Any]]:
     """What is recorded of each time that the run was started or went on."""
     return _objects(run_dir / STARTS, lambda found: True)
+
+
+def end_records(run_dir: Path) -> list[dict[str, Any]]:
+    """What is recorded of each time that the run was asked to end, and did."""
+    return _objects(run_dir / ENDS, lambda found: True)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -101,14 +101,3 @@ def _objects(path: Path, holds: Callable[[dict[str, Any]], bool]) -> list[dict[s
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(finite(record), allow_nan=False) + "\n"
-
-
-def _flat(values: dict[str, Any], path: str = "") -> list[tuple[str, float]]:
-    found = []
-    for key, value in values.items():
-        name = f"{path}/{key}" if path else key
-        if isinstance(value, dict):
-            found += _flat(value, name)
-        elif isinstance(value, int | float):
-            found.append((name, float(value)))
-    return found

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -61,6 +62,11 @@ def tensor_memory(heap: HeapMeter) -> int:
     without what it had before the model. 0 where it is not known.
     """
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else heap.peak or 0
+
+
+def memory_now() -> int:
+    """What this rank holds now: allocated on its GPU, or resident of the process where there is none."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
 def max_over_ranks(value: float, device: torch.device) -> float:

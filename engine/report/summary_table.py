@@ -21,6 +21,8 @@ def print_summary(summary: dict[str, Any], run_dir: str, console: Console) -> No
     table.add_row("training loss", losses)
     table.add_row("validation loss", f"{_loss(summary['eval_loss_first'])} -> {_loss(summary['eval_loss'])}")
     table.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
+    if "mfu" in summary:
+        table.add_row("model FLOPs utilization (MFU)", f"{summary['mfu']['median']:.1%}")
     for name, key in (
         ("reduced per step", "reduced_per_step"),
         ("gathered per step", "gathered_per_step"),
@@ -29,13 +31,15 @@ def print_summary(summary: dict[str, Any], run_dir: str, console: Console) -> No
         found, dense = sizes[key], sizes[f"{key}_dense"]
         table.add_row(f"{name}, per rank", _mib(found), _mib(dense), f"{found / dense:.2f}" if dense else "-")
     if "saved_activations_peak" in sizes:
-        saved, resident = sizes["saved_activations_peak"], sizes["saved_activations_peak_resident"]
-        table.add_row(
-            "saved activations in memory, peak",
-            _mib(resident),
-            _mib(saved),
-            f"{resident / saved:.2f}" if saved else "-",
-        )
+        saved = sizes["saved_activations_peak"]
+        for name, key in (
+            ("median step", "saved_activations_resident_median"),
+            ("peak", "saved_activations_peak_resident"),
+        ):
+            # Summaries of earlier versions have the peak only.
+            if (resident := sizes.get(key)) is not None:
+                ratio = f"{resident / saved:.2f}" if saved else "-"
+                table.add_row(f"saved activations in memory, {name}", _mib(resident), _mib(saved), ratio)
         table.add_row("activations written per step", _mib(sizes["offload_written"]))
     table.add_row("peak memory, per rank", _mib(sizes["peak_memory"]))
     table.add_row("step, median", f"{seconds['step_median']:.3f} s")

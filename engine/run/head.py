@@ -1,10 +1,11 @@
-"""What the first process rank writes before a run's first step: how it was started, and with what."""
+"""What the first process rank writes of a run's start, how and with what, and of its being asked to end."""
 
 import json
 import logging
 import os
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 from ..config.redaction import redact
@@ -14,7 +15,7 @@ from ..errors import UserError
 from ..files import naming, write_json
 from ..protocol import TrainingEngine
 from ..ranks.environment import world_size
-from ..run_folder import CONFIG, STARTS, TOKENIZER
+from ..run_folder import CONFIG, ENDS, STARTS, TOKENIZER
 from .plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,17 @@ def write_head(engine: TrainingEngine, plan: Plan, first_step: int, tokens_per_s
         logger.info(f"{name}: {describe(counts)}")
     if plan.prepared.tokenizer is not None:
         _write_tokenizer(plan)
+
+
+def write_end(run_dir: Path, step: int) -> None:
+    """Write a line of ``ends.jsonl``: the run was asked to end, and has saved.
+
+    Raises:
+        OSError: naming what cannot be written.
+    """
+    path = run_dir / ENDS
+    with naming(path), path.open("a") as file:
+        file.write(json.dumps({"time": time.time(), "after_step": step}) + "\n")
 
 
 def _write_tokenizer(plan: Plan) -> None:

@@ -29,6 +29,7 @@ from ..lora.adapters import add_adapters, check_lora
 from ..offload.attach import check_offload
 from ..ranks.agreement import agree
 from ..ranks.environment import process_rank, world_size
+from ..report.sinks import missing_sinks
 from ..run_folder import RunLock, check_same_run, check_shared, check_writable, folder_beside
 from .model import abstract_model, check_model, model_config
 from .packable import check_packing
@@ -107,6 +108,8 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     assert parsed.data is not None
     assert parsed.training is not None
     assert parsed.logging is not None
+    if problems := missing_sinks(parsed.logging):
+        raise config.error(*problems)
     backend = backend_of(parsed.engine)
     backend.check(config)
     if parsed.training.steps is not None:
@@ -152,6 +155,9 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         _check_schedule(config, parsed.training, steps)
     tokens_per_step = round(batches.total * train_data.tokens_per_sample)
     rates = rates_of(config, described, batch_size=batches.total, num_steps=steps, tokens_per_step=tokens_per_step)
+    profiled = parsed.training.profile
+    if profiled is not None and profiled.steps[1] > steps:
+        raise config.error(f"training.profile.steps: expected steps of the run, 1 to {steps}, got {profiled.steps}")
     return Plan(
         config,
         parsed.model,

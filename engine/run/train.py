@@ -20,6 +20,7 @@ from ..backends import backend_of
 from ..checkpoint.checkpoint import save_checkpoint
 from ..checkpoint.retention import Retention
 from ..config.json_file import digest
+from ..config.redaction import redact
 from ..coreset.coreset import Coreset
 from ..data.loader import RankSampler, training_loader
 from ..data.mixture import Mixture
@@ -35,10 +36,13 @@ from ..ranks.preemption import Preempted, StopRequest
 from ..ranks.watchdog import Watchdog
 from ..report.heap import HeapMeter
 from ..report.metrics import MetricsLog, step_records
+from ..report.phases import named
 from ..report.progress import ProgressView
+from ..report.sinks import open_sinks
 from ..report.summary import (
     SCHEMA_VERSION,
     max_over_ranks,
+    memory_now,
     optimizer_state_bytes,
     peak_memory,
     tensor_memory,
@@ -49,13 +53,17 @@ from ..report.timing import PhaseTimer
 from ..run_folder import CHECKPOINTS, METRICS, SUMMARY, RunLock
 from .evaluate import evaluate
 from .foretold import WATCHED_STEPS, Foretold, foretell
-from .head import model_block, write_head
+from .head import model_block, write_end, write_head
 from .plan import Plan, plan_together
+from .profile import StepProfile
 from .rates import at_width
 from .resume import adapters_record, resume
 from .sample import try_sample
+from .utilization import Utilization
 
 logger = logging.getLogger(__name__)
+# A trace has, inside of the optimizer's phase, reduce, fold and refresh by names of their own.
+_TRACED = {"optimizer": "step"}
 
 
 def train(
@@ -127,6 +135,8 @@ class _Run:
         self.tokens_per_step = plan.tokens_per_step
         self.watchdog: Watchdog
         self.engine: TrainingEngine
+        # On process rank 0.
+        self.utilization: Utilization | None = None
         self.offload_meter = OffloadMeter(None)
         self.retention = Retention(plan.run_dir / CHECKPOINTS, plan.training.keep_checkpoints)
         self.coreset: Coreset | None = None
@@ -154,12 +164,14 @@ class _Run:
             if first_step:
                 self.retention.vouch(first_step)
             write_head(self.engine, plan, first_step, self.tokens_per_step)
+            self.utilization = Utilization(self.engine, plan)
         while_it_trains = self.closing.enter_context(ExitStack())
         self.engine.traffic.attach()
         while_it_trains.callback(self.engine.traffic.detach)
         metrics = None
         if self.is_first_rank:
-            metrics = MetricsLog(plan.run_dir, first_step=first_step, tensorboard=plan.logging.tensorboard)
+            sinks = open_sinks(plan.logging, plan.run_dir, redact(plan.config.raw), first_step=first_step)
+            metrics = MetricsLog(plan.run_dir, first_step=first_step, sinks=sinks)
             while_it_trains.callback(metrics.close)
         with ProgressView(self.console, first_step=first_step, num_steps=plan.steps) as view:
             self._loop(first_step, view if self.is_first_rank else None, metrics)
@@ -203,15 +215,19 @@ class _Run:
         # What a coreset takes is not known ahead.
         read_ahead = self._read_ahead(first_step) if self.coreset is None else iter(())
         self.stop.begin()
+        profile = StepProfile(training.profile, plan.run_dir, first_step=first_step)
+        self.closing.callback(profile.close)
         if first_step == 0:
             self.history["eval_loss_first"] = self._evaluate(0, view, metrics)
         for step in range(first_step + 1, plan.steps + 1):
-            with self.heap.watching() if step <= first_step + WATCHED_STEPS else nullcontext():
+            # A trace is no memory of the run's.
+            is_watched = step <= first_step + WATCHED_STEPS and step not in profile.steps
+            with self.heap.watching() if is_watched else nullcontext(), profile.step(step):
                 record = self._step(step, read_ahead)
             if metrics is not None and (step % plan.logging.interval == 0 or step == plan.steps):
                 self._record(metrics, step, record)
             if view is not None:
-                view.update(step, loss=record["loss"], lr=record["lr"], tokens_per_second=record["tokens_per_second"])
+                view.update(step, record)
             last = step == plan.steps
             if last or (training.eval_interval and step % training.eval_interval == 0):
                 self.history["eval_loss"] = self._evaluate(step, view, metrics)
@@ -219,6 +235,8 @@ class _Run:
             if is_due or self.must_stop:
                 self._save(step)
             if self.must_stop and not last:
+                if self.is_first_rank:
+                    write_end(plan.run_dir, step)
                 raise Preempted(
                     f"asked to end: saved after step {step} of {plan.steps}; the same command goes on from there"
                 )
@@ -271,11 +289,17 @@ class _Run:
             "skipped": is_skipped,
             "tokens": step * self.tokens_per_step if self.coreset is None else self.history["tokens"],
             "tokens_per_second": tokens / seconds["step"],
+            **({"mfu": mfu} if (mfu := self._mfu(tokens / seconds["step"])) is not None else {}),
+            "memory": {"now": memory_now(), "peak": peak_memory()},
+            "time": time.time(),
             "bytes": {**sent, **moved},
             "seconds": seconds,
             **({"coreset": self.coreset.kept} if self.coreset is not None else {}),
             **engine.step_metrics(),
         }
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        return self.utilization.of(tokens_per_second) if self.utilization is not None else None
 
     def _record(self, metrics: MetricsLog, step: int, values: dict[str, Any]) -> None:
         try:
@@ -320,7 +344,7 @@ class _Run:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         self.watchdog.beat(f"{self.doing}, {name}")
-        with self.timer.phase(name):
+        with self.timer.phase(name), named(_TRACED.get(name, name)):
             yield
 
     def _evaluate(self, step: int, view: ProgressView | None, metrics: MetricsLog | None) -> float:
@@ -332,7 +356,7 @@ class _Run:
             beat=lambda: self.watchdog.beat(f"evaluation after step {step}"),
         )
         if metrics is not None:
-            self._record(metrics, step, {"eval_loss": loss})
+            self._record(metrics, step, {"eval_loss": loss, "time": time.time()})
         if not math.isfinite(loss) and self.is_first_rank:
             logger.warning(f"step {step}: the validation loss is {loss}; metrics and summary have null")
         if view is not None:
@@ -406,6 +430,7 @@ class _Run:
             **({"data": counts} if (counts := plan.prepared.counts()) else {}),
             **({"rates": applied} if (applied := plan.rates.applied) else {}),
             "tokens_per_second": self.tokens_per_step / median["step"],
+            **(self.utilization.summary(records) if self.utilization is not None else {}),
             **self.history,
             "parameters": engine.parameter_counts(),
             **({"matrices": engine.own_optimizer.coverage.summary()} if engine.own_optimizer is not None else {}),

@@ -1,4 +1,4 @@
-"""``train``, ``data``, ``launch`` and ``export``."""
+"""``train``, ``data``, ``launch``, ``export`` and ``report``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -108,3 +108,15 @@ def export(
 
     source = export_run(run, folder, step=step, merge=merge)
     make_console().print(f"{source} -> {folder}", highlight=False)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also write the charts as PNGs there.")] = None,
+) -> None:
+    """Write a page about one run, or several side by side: curves, timelines, restarts, differences."""
+    show_libraries_less()
+    from ..report.command import report as run
+
+    run(runs, output=output, png=png, console=make_console())

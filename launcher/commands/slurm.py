@@ -31,7 +31,7 @@ def submit(config: ConfigArgument, set_: SetOption = None, script: _SCRIPT = "pr
 
 @slurm.command()
 def status(config: ConfigArgument, set_: SetOption = None) -> None:
-    """Show the progress of a configuration's run: step, loss, tokens/s, restarts."""
+    """Show the progress of a configuration's run: step, losses, tokens/s, time left, restarts."""
     show_libraries_less()
     from ..slurm import show_status
 

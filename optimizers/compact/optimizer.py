@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from ..engine_optimizer import EngineOptimizer
 from ..layers.targets import CompactLayer, shortened
@@ -203,10 +204,12 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
 
     def after_step(self, learning_rates: Sequence[float]) -> None:
         """Fold the compact values into the weights, count the step, and refresh when it is due."""
-        self._fold(learning_rates)
+        with record_function("narrowgauge::fold"):
+            self._fold(learning_rates)
         super().after_step(learning_rates)
         if self.is_refresh_due():
-            self.refresh()
+            with record_function("narrowgauge::refresh"):
+                self.refresh()
         self._observe_next_step()
         self._note_layers()
         if self.num_steps == 1:

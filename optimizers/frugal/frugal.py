@@ -1,6 +1,6 @@
 """FRUGAL: Adam on a rotating part of the coordinates, signSGD or SGD on all others."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.profiler import record_function
 
 from ..engine_optimizer import keywords_of
 from ..layers.wrappers import wrappers_of
@@ -149,7 +150,11 @@ class Frugal(ShardedOptimizer[FrugalOptions]):
         old_slots = {flat: self.slots_of(flat) for flat, state in self.state.items() if due and "exp_avg" in state}
         super().after_step(learning_rates)
         if due:
-            self._forget_subspace()
+            with record_function("narrowgauge::refresh"):
+                self._change_subspace(old_slots)
+
+    def _change_subspace(self, old_slots: Mapping[Tensor, Sequence[Slot]]) -> None:
+        self._forget_subspace()
         for flat, slots in old_slots.items():
             state = self.state[flat]
             old = {key: state.pop(key) for key in _MOMENTS}

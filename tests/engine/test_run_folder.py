@@ -69,17 +69,17 @@ def test_a_folder_that_is_not_shared_is_told(tmp_path: Path, monkeypatch: pytest
 
 
 def test_records_beyond_the_checkpoint_are_taken_out(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
+    log = MetricsLog(tmp_path, first_step=0)
     log.write(0, {"eval_loss": 2.0})
     for step in range(1, 6):
         log.write(step, {"loss": 1.0 / step, "bytes": {}, "seconds": {}})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    MetricsLog(tmp_path, first_step=3, tensorboard=False).close()
+    MetricsLog(tmp_path, first_step=3).close()
     assert [record["step"] for record in step_records(tmp_path)] == [1, 2, 3]
     # Without a checkpoint the run starts again, evaluation before the first step included.
-    MetricsLog(tmp_path, first_step=0, tensorboard=False).close()
+    MetricsLog(tmp_path, first_step=0).close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -118,14 +118,14 @@ def test_odd_records_are_dropped_with_a_warning(tmp_path: Path, line: str, caplo
     path.write_text(f"{good}\n{line}\n")
     with caplog.at_level("WARNING", logger="narrowgauge"):
         assert [record["step"] for record in step_records(tmp_path)] == [1]
-        MetricsLog(tmp_path, first_step=5, tensorboard=False).close()
+        MetricsLog(tmp_path, first_step=5).close()
     assert path.read_text() == good + "\n"
     assert f"{path}: no record in line 2; dropped" in caplog.text
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     """``NaN`` and ``Infinity`` are no JSON: jq and most languages' parsers refuse the whole file."""
-    log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
+    log = MetricsLog(tmp_path, first_step=0)
     log.write(1, {"eval_loss": float("nan"), "seconds": {"step": float("inf")}, "many": [float("-inf"), 1.5]})
     log.close()
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -138,10 +138,11 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
 import resource
 from pathlib import Path
 from narrowgauge.engine.report.metrics import MetricsLog
+from narrowgauge.engine.report.sinks import TensorBoard
 folder = Path({str(tmp_path)!r})
-plain = MetricsLog(folder, first_step=0, tensorboard=False)
+plain = MetricsLog(folder, first_step=0)
 (folder / "more").mkdir()
-log = MetricsLog(folder / "more", first_step=0, tensorboard=True)
+log = MetricsLog(folder / "more", first_step=0, sinks=[TensorBoard(folder / "more" / "tensorboard", first_step=0)])
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 values = {{f"name-{{number}}": 1.0 for number in range(100)}}
 for attempt in (

@@ -1,5 +1,6 @@
 """``narrowgauge slurm render``; jobs: ``tests/cluster``."""
 
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.launcher.conftest import Call
+from tests.launcher.report.folders import loss_at, write_run
 from tests.support.command import ROOT, tiny_config
 
 
@@ -146,3 +148,23 @@ def test_the_ranks_of_a_job_run_in_the_container(call: Call, corpus: Path, tmp_p
     else:
         binds = ["--bind", f"{ROOT}:{ROOT}", "--bind", "/data:/data:ro"]
         assert around[-9:] == ["apptainer", "exec", "--pwd", str(ROOT), *binds, "/images/our image.sif"]
+
+
+def test_status_shows_the_losses_and_the_time_left(call: Call, corpus: Path, tmp_path: Path) -> None:
+    config = config_of(corpus, tmp_path)
+    (write_run(tmp_path / "run", lr=0.5, restarted_after=8) / "summary.json").unlink()
+    (tmp_path / "run" / "starts.jsonl").write_text('{"time": 1.0, "after_step": 0, "slurm_job": null}\n' * 2)
+    done = call("slurm", "status", config, "--set", "training.steps=50")
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"│ ([\w/ ]+?) +│ (.+?) +│", done.stdout))
+    assert rows == {
+        "step": "20 of 50",
+        "loss": f"{loss_at(20, 0.5):.4f}",
+        "validation loss": "2.5000 after step 20",
+        "tokens/s": "500",
+        "MFU": "25.0%",
+        # 30 steps of 2 s; for an hour it did not run.
+        "left": "1m 00s of training",
+        "restarts": "1",
+        "state": "not known: not a SLURM job",
+    }

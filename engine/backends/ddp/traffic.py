@@ -9,6 +9,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from narrowgauge.optimizers.sharding.communicator import GroupCommunicator
 
+from ...report.phases import named
+
 
 class DdpTraffic:
     """Counts the all-reduces of gradients and of what compact optimizers observe, while attached.
@@ -36,7 +38,8 @@ class DdpTraffic:
     def reduce_bucket(self, group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # pyright: ignore[reportPrivateImportUsage] (torch compares the annotation)
         """A communication hook: the default one, counted."""
         self.count_all_reduce(bucket.buffer().nbytes)
-        return allreduce_hook(group, bucket)
+        with named("reduce"):
+            return allreduce_hook(group, bucket)
 
 
 class CountedCommunicator(GroupCommunicator):
@@ -48,4 +51,5 @@ class CountedCommunicator(GroupCommunicator):
 
     def average_(self, tensor: Tensor) -> Tensor:
         self._traffic.count_all_reduce(tensor.nbytes)
-        return super().average_(tensor)
+        with named("reduce"):
+            return super().average_(tensor)

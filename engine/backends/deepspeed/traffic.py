@@ -8,6 +8,7 @@ import deepspeed.comm.comm as deepspeed_comm
 from torch import Tensor
 
 from ...report.dense_traffic import reduce_scatter_factor
+from ...report.phases import named
 
 
 class TrafficCounter:
@@ -48,7 +49,8 @@ class TrafficCounter:
                 self.reduced += sent
             else:
                 self.gathered += sent
-            return original(*args, **kwargs)
+            with named("reduce" if reduces else "gather"):
+                return original(*args, **kwargs)
 
         setattr(backend, name, counted)
         self._wrapped.append(name)

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel
 
 from ...report.dense_traffic import reduce_scatter_factor
+from ...report.phases import named
 
 
 class MegatronTraffic:
@@ -41,14 +42,16 @@ class MegatronTraffic:
 
         def counted_reduce(*args: Any, **kwargs: Any) -> None:
             before = group.grad_reduce_handle
-            reduce(*args, **kwargs)
+            with named("reduce"):
+                reduce(*args, **kwargs)
             # In the first step a bucket is asked twice and goes once.
             if self._attached and before is None:
                 self.reduced += reduced_bytes(group)
 
         def counted_gather(force_sync: bool = False) -> None:
             waits = force_sync and group.param_gather_handle is not None
-            gather(force_sync=force_sync)
+            with named("gather"):
+                gather(force_sync=force_sync)
             if self._attached and not waits:
                 self.gathered += gathered_bytes(group)
 

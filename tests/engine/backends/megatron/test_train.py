@@ -82,7 +82,7 @@ def test_a_mixture_records_how_its_experts_are_used(corpus: Path, tmp_path: Path
         # What the most chosen expert has above an even share, in all micro-batches together, is dropped at least.
         assert max(own["max_load"].values()) / 4 - 1 / 4 <= own["dropped"] * len(own["max_load"])
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert len(events.Scalars("experts/max_load/0")) == len(events.Scalars("experts/dropped")) == 3
+    assert len(events.Scalars("train/experts/max_load/0")) == len(events.Scalars("train/experts/dropped")) == 3
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""``narrowgauge report``: run folders as a page that opens without a network."""

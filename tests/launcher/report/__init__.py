@@ -1,0 +1,1 @@
+"""``narrowgauge report``."""
