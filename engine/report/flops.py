@@ -13,16 +13,18 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-# Dense bf16 FLOP/s of data sheets, without sparsity. The first name that is part of the device's holds.
+# Dense bf16 FLOP/s of data sheets, without sparsity, summed in fp32. The first name that is part of the device's holds.
 _KNOWN = {
     "GB200": 2500e12,
     "B200": 2250e12,
     "B100": 1750e12,
     "GH200": 989.4e12,
+    "H200 NVL": 835.5e12,
     "H200": 989.4e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989.4e12,
+    "H800 PCIe": 756e12,
     "H800": 989.4e12,
     "H20": 148e12,
     "A100": 312e12,
@@ -39,8 +41,9 @@ _KNOWN = {
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
     "MI300X": 1307.4e12,
-    "MI250X": 383e12,
 }
+# Parts and variants of a GPU, which do less, or more.
+_OTHERS = ("MIG", "Laptop", "Max Q", "Ti", "D")
 _SIZE, _SECONDS = 512, 0.05
 
 
@@ -71,6 +74,8 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> Peak:
 def known_peak(name: str) -> float | None:
     """FLOP/s in bf16 of a GPU by its name, as CUDA gives it."""
     words = f" {name} ".replace("-", " ").replace("_", " ")
+    if any(f" {other} " in words for other in _OTHERS):
+        return None
     return next((flops for known, flops in _KNOWN.items() if f" {known} " in words), None)
 
 

@@ -290,7 +290,8 @@ class _Run:
             "tokens": step * self.tokens_per_step if self.coreset is None else self.history["tokens"],
             "tokens_per_second": tokens / seconds["step"],
             **({"mfu": mfu} if (mfu := self._mfu(tokens / seconds["step"])) is not None else {}),
-            "memory": {"now": memory_now(), "peak": peak_memory()},
+            # Linux counts the two apart, by batches of pages.
+            "memory": {"now": (now := memory_now()), "peak": max(now, peak_memory())},
             "time": time.time(),
             "bytes": {**sent, **moved},
             "seconds": seconds,

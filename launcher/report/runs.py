@@ -1,6 +1,5 @@
 """A run as its folder tells it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +101,7 @@ def read_run(folder: Path, name: str) -> Run:
         raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from error
     if not records:
         raise UserError(f"{folder / METRICS}: expected records of training steps, got none")
-    config = {key: json.dumps(value, ensure_ascii=False) for key, value in flatten(resolved["config"]).items()}
-    return Run(name, folder, config, resolved, records, evaluations, starts, ends, summary)
+    return Run(name, folder, flatten(resolved["config"]), resolved, records, evaluations, starts, ends, summary)
 
 
 def _object(path: Path) -> dict[str, Any]:

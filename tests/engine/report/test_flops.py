@@ -59,7 +59,15 @@ def test_gpus_are_known_by_name() -> None:
     assert known_peak("NVIDIA A100-SXM4-80GB") == 312e12
     assert known_peak("NVIDIA L40S") == 362e12
     assert known_peak("NVIDIA GB200") == 2500e12
-    assert known_peak("NVIDIA GeForce GTX 1080") is None
+    assert known_peak("NVIDIA H200 NVL") == 835.5e12
+    assert known_peak("NVIDIA GeForce RTX 4090") == 165.2e12
+    for name in (
+        "GeForce GTX 1080",
+        "A100-SXM4-40GB MIG 3g.20gb",
+        "GeForce RTX 4090 Laptop GPU",
+        "GeForce RTX 3090 Ti",
+    ):
+        assert known_peak(f"NVIDIA {name}") is None
 
 
 def test_a_cpu_is_measured() -> None:

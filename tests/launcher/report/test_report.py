@@ -184,7 +184,7 @@ def _replace(name: str, text: str) -> Callable[[Path], Any]:
         (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read: No such file or directory"),
         (_replace("config.json", '{"steps'), "config.json: expected JSON, got "),
         (_replace("config.json", "[]"), "config.json: expected an object, got list"),
-        (_replace("config.json", "{}"), "config.json: expected a run's configuration, got none: of another version"),
+        (_replace("config.json", "{}"), "config.json: expected the configuration of a run, got none"),
         (_replace("summary.json", '{"schema_version": 7}'), "summary.json: expected schema_version 1, got 7"),
         (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl: expected records of training steps, got"),
         (_replace("metrics.jsonl", "x\n"), "metrics.jsonl: expected records of training steps, got none"),
