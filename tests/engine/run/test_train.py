@@ -105,7 +105,7 @@ def test_tensorboard_holds_the_same_numbers(finished: Path) -> None:
 
     events = EventAccumulator(str(finished / "run" / "tensorboard"))
     events.Reload()
-    found = {event.step: event.value for event in events.Scalars("loss")}
+    found = {event.step: event.value for event in events.Scalars("train/loss")}
     assert found == pytest.approx(losses(finished / "run"), rel=1e-6)
 
 
