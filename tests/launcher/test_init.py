@@ -33,7 +33,7 @@ def test_flags_make_a_configuration_that_fits(call: Call, tmp_path: Path) -> Non
     [
         (["--data", "stdlib", "--gpus", "2"], "--model: expected it, or a terminal to ask on, got neither"),
         (["--model", "llama-8b", "--data", "stdlib", "--gpus", "2", "--gpu", "l4-24"], "'llama-8b'; did you mean"),
-        (["--model", "llama-60m", "--data", "stdlib", "--gpus", "2", "--gpu", "l4"], "did you mean 'l4-24'?"),
+        (["--model", "llama-60m", "--data", "stdlib", "--gpus", "2", "--gpu", "l4-2"], "did you mean 'l4-24'?"),
     ],
 )
 def test_answers_that_do_not_hold(call: Call, tmp_path: Path, words: list[str], message: str) -> None:

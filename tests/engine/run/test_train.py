@@ -179,7 +179,7 @@ def test_a_killed_run_resumes_bit_equal(corpus: Path, tmp_path: Path, changes: d
     expected = forked.run("train", config, *more, "--set", f"logging.run_dir={whole}", ranks=2)
     assert expected.returncode == 0, expected.stderr
     assert losses(cut) == losses(whole)
-    evaluations = [[r for r in records(d) if "eval_loss" in r] for d in (cut, whole)]
+    evaluations = [[(r["step"], r["eval_loss"]) for r in records(d) if "eval_loss" in r] for d in (cut, whole)]
     assert evaluations[0] == evaluations[1]
 
 
