@@ -16,6 +16,7 @@ from .layers.compact import CompactLinear
 from .layerwise.lamb import Lamb
 from .layerwise.lars import Lars
 from .sharded import ShardedOptimizer
+from .trust_region import TrustRegion
 
 # By the names that configurations use.
 OPTIMIZERS: dict[str, type[EngineOptimizer[Any]]] = {
@@ -38,4 +39,5 @@ __all__ = [
     "Lamb",
     "Lars",
     "ShardedOptimizer",
+    "TrustRegion",
 ]

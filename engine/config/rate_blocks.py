@@ -48,6 +48,24 @@ class BatchRuleBlock(StrictBlock):
     2022, arXiv 2205.10287); ``auto``: linear for SGD and Lars, else the square root."""
 
 
+class TrustRegionBlock(StrictBlock):
+    """TRAlgorithm around the optimizer: see :class:`narrowgauge.optimizers.TrustRegion`."""
+
+    pull: Annotated[Number, Field(ge=0.0, le=1.0)] = 0.1
+    """Weight of the proximal term, lambda; the pull of a step is ``2 * pull / (t + 1)`` of the way to the anchor."""
+    steps: Count = 10
+    """Optimizer steps of a cycle: the anchor moves at the first, and the rate of step t, from 0, is divided by
+    ``t + 1``."""
+
+
+class LengthPhaseBlock(StrictBlock):
+    """Steps of shorter sequences, and of as many more."""
+
+    lengths: Annotated[list[Annotated[int, Field(gt=1)]], Field(min_length=1)]
+    """Tokens per sequence; the phase's steps take them in turn. Each divides ``data.sequence_length``."""
+    steps: Count
+
+
 class WidthRuleBlock(StrictBlock):
     """The rates were found at another width: those of matrices within the blocks go with its inverse, as muP has it for
     Adam (Yang et al. 2022, arXiv 2203.03466, Table 8). Initial weights and the model's multipliers are not changed.

@@ -1,6 +1,6 @@
 """The blocks of ``narrowgauge train``, the same with every engine."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -9,7 +9,7 @@ from .coreset_block import CoresetBlock
 from .launch_block import LaunchBlock
 from .lora_block import LoraBlock
 from .offload_block import ActivationOffloadBlock
-from .rate_blocks import BatchRuleBlock, ScheduleBlock, WidthRuleBlock
+from .rate_blocks import BatchRuleBlock, LengthPhaseBlock, ScheduleBlock, TrustRegionBlock, WidthRuleBlock
 
 
 class ModelBlock(StrictBlock):
@@ -103,6 +103,9 @@ class TrainingBlock(StrictBlock):
     lr_schedule: ScheduleBlock | None = None
     batch_rule: BatchRuleBlock | None = None
     width_rule: WidthRuleBlock | None = None
+    trust_region: TrustRegionBlock | None = None
+    length_schedule: Annotated[list[LengthPhaseBlock], Field(min_length=1)] | None = None
+    """Phases one after the other; steps after them have sequences of ``data.sequence_length``."""
     eval_interval: Count | None = None
     """Steps between evaluations; there is always one at the end."""
     eval_sequences: Count = 128

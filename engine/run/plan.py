@@ -31,6 +31,7 @@ from ..ranks.agreement import agree
 from ..ranks.environment import process_rank, world_size
 from ..report.sinks import missing_sinks
 from ..run_folder import RunLock, check_same_run, check_shared, check_writable, folder_beside
+from .lengths import Lengths, check_lengths, lengths_of
 from .model import abstract_model, check_model, model_config
 from .packable import check_packing
 from .rates import Rates, check_rates, rates_of
@@ -54,6 +55,7 @@ class Plan:
     eval_data: Samples
     steps: int
     tokens_per_step: int
+    lengths: Lengths
     rates: Rates
     model_config: PretrainedConfig
     run_dir: Path
@@ -116,6 +118,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         _check_schedule(config, parsed.training, parsed.training.steps)
     check_lora(config)
     check_rates(config)
+    check_lengths(config)
     batches = config.batches(backend.data_parallel_size(config, world_size()))
     check_coreset(config, batches)
     run_dir = local_path(parsed.logging.run_dir, "logging.run_dir")
@@ -154,7 +157,10 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         steps = math.ceil(parsed.training.epochs * len(train_data) / large_batch(parsed.coreset, batches))
         _check_schedule(config, parsed.training, steps)
     tokens_per_step = round(batches.total * train_data.tokens_per_sample)
-    rates = rates_of(config, described, batch_size=batches.total, num_steps=steps, tokens_per_step=tokens_per_step)
+    lengths = lengths_of(config, train_data, steps)
+    rates = rates_of(
+        config, described, lengths, batch_size=batches.total, num_steps=steps, tokens_per_step=tokens_per_step
+    )
     profiled = parsed.training.profile
     if profiled is not None and profiled.steps[1] > steps:
         raise config.error(f"training.profile.steps: expected steps of the run, 1 to {steps}, got {profiled.steps}")
@@ -170,6 +176,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         eval_data,
         steps,
         tokens_per_step,
+        lengths,
         rates,
         described,
         run_dir,

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from narrowgauge.optimizers import TrustRegion
 from narrowgauge.optimizers.numerics.seeds import derive_seed
 
 from ..backends import backend_of
@@ -143,6 +144,7 @@ class _Run:
         # On process rank 0.
         self.foretold = Foretold({})
         self.heap: HeapMeter
+        self.trust_region: TrustRegion | None = None
         # Of a run that trains adapters, on process rank 0.
         self.adapters: dict[str, Any] | None = None
         self.history: dict[str, Any] = {"loss_first": None, "loss_last": None, "eval_loss_first": None}
@@ -156,8 +158,11 @@ class _Run:
         self.offload_meter = OffloadMeter(self.engine.activation_offload)
         self.watchdog.beat("loading the checkpoint")
         self.coreset = self._make_coreset()
+        self.trust_region = self._make_trust_region()
         first_step, state = resume(self.engine, plan, self.adapters)
         self.history.update(state.get("history", {}))
+        if self.trust_region is not None and first_step:
+            self.trust_region.load_state(state.get("trust_region", {}))
         if self.coreset is not None and first_step:
             self.coreset.load(state.get("coreset"))
         if self.is_first_rank:
@@ -210,6 +215,16 @@ class _Run:
         self.history["tokens"] = 0
         return Coreset(block, self.engine, plan.train_data, plan.batches, seed=plan.training.seed, beat=beat)
 
+    def _make_trust_region(self) -> TrustRegion | None:
+        block, engine = self.plan.training.trust_region, self.engine
+        if block is None:
+            return None
+        trust_region = TrustRegion(
+            engine.optimizer, lambda: engine.lr_scheduler.last_epoch, pull=block.pull, steps=block.steps
+        )
+        self.closing.callback(trust_region.close)
+        return trust_region
+
     def _loop(self, first_step: int, view: ProgressView | None, metrics: MetricsLog | None) -> None:
         plan, training = self.plan, self.plan.training
         # What a coreset takes is not known ahead.
@@ -256,7 +271,8 @@ class _Run:
             with self._phase("choice"):
                 batches = iter(list(self.coreset.micro_batches(step)))
             self.history["tokens"] += self.coreset.tokens
-        sums[0] = engine.train_step(batches, self._phase)
+        lengths = plan.lengths
+        sums[0] = engine.train_step((lengths.cut(batch, step - 1) for batch in batches), self._phase)
         sent = {
             "reduced": round(traffic.reduced - before[0]),
             "gathered": round(traffic.gathered - before[1]),
@@ -287,6 +303,7 @@ class _Run:
             **learning_rates,
             "grad_norm": engine.grad_norm(),
             "skipped": is_skipped,
+            **({"sequence_length": lengths.at(step - 1)} if lengths.phases else {}),
             "tokens": step * self.tokens_per_step if self.coreset is None else self.history["tokens"],
             "tokens_per_second": tokens / seconds["step"],
             **({"mfu": mfu} if (mfu := self._mfu(tokens / seconds["step"])) is not None else {}),
@@ -374,6 +391,7 @@ class _Run:
             "model": model_block(self.engine),
             **({"adapters": self.adapters} if self.adapters is not None else {}),
             **({"coreset": self.coreset.state()} if self.coreset is not None else {}),
+            **({"trust_region": self.trust_region.state()} if self.trust_region is not None else {}),
         }
         save_checkpoint(self.engine, folder / f"step-{step}", state)
         if self.is_first_rank:

@@ -14,6 +14,7 @@ from ..coreset.coreset import check_coreset
 from ..data.run_data import with_own_tokenizer
 from ..lora.adapters import add_adapters, check_lora
 from ..protocol import HeldByRank
+from .lengths import check_lengths
 from .model import abstract_model, check_model, model_config
 from .packable import check_packing
 from .rates import check_rates
@@ -60,6 +61,7 @@ def check_for(config: Config, world_size: int) -> tuple[Batches, PretrainedConfi
     backend.check(config)
     check_lora(config)
     check_rates(config)
+    check_lengths(config)
     batches = config.batches(backend.data_parallel_size(config, world_size))
     check_coreset(config, batches)
     check_model(parsed.model)

@@ -47,9 +47,14 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
     Attributes:
         num_refreshes: changes of subspace so far.
         forget_hooks: called when what was observed of gradients is forgotten.
+        base: takes the steps; has the same groups and state.
+        folds_to_zero: compact values are changes of the weights, and zero again after each step.
+        changes_in_step: subspaces change within a step, and not after it.
     """
 
     state_version: ClassVar[int] = 2
+    folds_to_zero: ClassVar[bool] = False
+    changes_in_step: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, options: OptionsT, backend: SubspaceBackend | None = None) -> None:
         """
@@ -75,9 +80,9 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         try:
             self._fill_compact()
             groups = build_groups(model, self.layers, converted.full_rank, options, dense_rate=converted.dense_rate)
-            self._base = make_base(groups, options)
+            self.base = make_base(groups, options)
             self._check_coverage(model, options, [layer.name for layer in self.layers] + converted.full_rank)
-            super().__init__(options, self._base.param_groups, self._base.defaults)
+            super().__init__(options, self.base.param_groups, self.base.defaults)
         except Exception:
             for layer in self.layers:
                 layer.module.revert()
@@ -164,8 +169,8 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
             )
 
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
-        self._base.param_groups, self._base.state = self.param_groups, self.state
-        return self._base.step(closure)
+        self.base.param_groups, self.base.state = self.param_groups, self.state
+        return self.base.step(closure)
 
     def defer_to_engine(self, backend: SubspaceBackend) -> None:
         """Hand fold and refresh to an engine that will call :meth:`after_step` itself, once per optimizer step."""
@@ -292,14 +297,14 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         for group in self.param_groups:
             if group["kind"] == "compact":
                 for tensor in self.backend.state_tensors(group):
-                    forget_moments_(self._base, self.state.get(tensor, {}))
+                    forget_moments_(self.base, self.state.get(tensor, {}))
 
     def dense_state(self, flat: Tensor) -> dict[str, Any]:
         """As in every optimizer; 8-bit moments in fp32."""
         return dense_state(self.state.get(flat, {}))
 
     def expect_dense_state(self, flat: Tensor) -> None:
-        if not has_dense_state(self._base):
+        if not has_dense_state(self.base):
             # If moments had just been forgotten when it was saved, there are none to read.
             self.state.pop(flat, None)
 
@@ -309,8 +314,8 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         8-bit moments are quantised anew: those of a resumed run differ from the saved ones by the rounding that every
         step does anyway. ``state_dict`` keeps them bit for bit.
         """
-        if not has_dense_state(self._base):
-            quantize_state_(self._base, self.state[flat])
+        if not has_dense_state(self.base):
+            quantize_state_(self.base, self.state[flat])
 
     def subspace_bytes(self) -> int:
         """Bytes of what describes the subspaces, indices or bases, which is whole on every process rank."""
@@ -367,9 +372,9 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
             ValueError: it is not this optimizer's state, or belongs to another configuration; nothing has changed then.
         """
         subspace = self._subspace_of(state_dict)
-        self._base.param_groups, self._base.state = self.param_groups, self.state
-        self._base.load_state_dict({key: value for key, value in state_dict.items() if key != "subspace"})
-        self.param_groups, self.state = self._base.param_groups, self._base.state
+        self.base.param_groups, self.base.state = self.param_groups, self.state
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "subspace"})
+        self.param_groups, self.state = self.base.param_groups, self.base.state
         self.load_subspace_state(subspace)
         for layer in self.layers:
             layer.module.compact.copy_(subspace["compact"][layer.name])

@@ -47,6 +47,7 @@ class GaLore(CompactOptimizer[GaLoreOptions]):
     """
 
     type_name: ClassVar[str] = "GaLore"
+    folds_to_zero: ClassVar[bool] = True
     options_type = GaLoreOptions
 
     @keywords_of(GaLoreOptions)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class GaLoreReference(GaLore):
     the signs to the SVD, and finds it in fp32 whatever the weights' precision. In plain PyTorch and DDP only. Where
     gradients are clipped, the norm is that of their projection with the former bases.
     """
+
+    changes_in_step: ClassVar[bool] = True
 
     @classmethod
     def carries_out(cls, options: GaLoreOptions) -> bool:

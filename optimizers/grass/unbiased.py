@@ -1,6 +1,7 @@
 """Grass with columns or rows that are drawn with repeats."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class GrassUnbiased(Grass):
     in the paper. The compact values are a change of the weight, added to it after every step: two of them may stand for
     one column. Decay is of the whole weight.
     """
+
+    folds_to_zero: ClassVar[bool] = True
 
     @classmethod
     def carries_out(cls, options: GrassOptions) -> bool:
