@@ -14,6 +14,7 @@ from ..config.run_blocks import ModelBlock
 from ..errors import UserError, one_line
 from ..files import local_path
 from ..lora.adapters import add_adapters, quantization_of
+from ..quantization.quantize import quantize
 from .first_weights import Whole, draw_weights, undrawn
 
 
@@ -45,6 +46,8 @@ def build_model(
         draw_weights(model, seed, whole)
     if lora is not None:
         add_adapters(model, lora, seed=seed)
+    if config.parsed.quantization is not None:
+        quantize(model, config.parsed.quantization)
     model.config.use_cache = False
     if block.gradient_checkpointing != "none":
         reentrant = block.gradient_checkpointing == "reentrant"

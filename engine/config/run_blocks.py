@@ -9,6 +9,7 @@ from .coreset_block import CoresetBlock
 from .launch_block import LaunchBlock
 from .lora_block import LoraBlock
 from .offload_block import ActivationOffloadBlock
+from .quantization_block import QuantizationBlock
 from .rate_blocks import BatchRuleBlock, LengthPhaseBlock, ScheduleBlock, TrustRegionBlock, WidthRuleBlock
 
 
@@ -170,6 +171,7 @@ class RunBlocks(StrictBlock):
     activation_offload: ActivationOffloadBlock | None = None
     model: ModelBlock | None = None
     lora: LoraBlock | None = None
+    quantization: QuantizationBlock | None = None
     data: DataBlock | None = None
     coreset: CoresetBlock | None = None
     training: TrainingBlock | None = None

@@ -14,6 +14,7 @@ from ..checkpoint.weights import INDEX_NAME
 from ..config.lora_block import LoraBlock
 from ..errors import CheckpointError, UserError
 from ..files import read_json
+from ..quantization.ternary_file import TERNARY, make_ternary
 from ..run_folder import CHECKPOINTS, CONFIG, TOKENIZER
 from .export_adapters import write_adapter, write_merged
 from .model import abstract_model
@@ -62,6 +63,12 @@ def export_run(run_dir: Path, folder: Path, *, step: int | None = None, merge: b
             shutil.copytree(run_dir / TOKENIZER, aside, dirs_exist_ok=True)
         if adapters is None:
             _copy_model(checkpoint, model, aside)
+            if (record := decode(checkpoint.state["client_state"].get("quantization"), {})) is not None:
+                make_ternary(aside, record["layers"], record["scale"])
+                logger.info(
+                    f"{folder}: weights of {len(record['layers'])} layers are ternary, also packed in {TERNARY};"
+                    " transformers does not round their inputs"
+                )
         else:
             _write_adapters(checkpoint, adapters, aside, merge=merge)
         if folder.exists():

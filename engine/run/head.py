@@ -14,6 +14,7 @@ from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..files import naming, write_json
 from ..protocol import TrainingEngine
+from ..quantization.quantize import describe as describe_quantization
 from ..ranks.environment import world_size
 from ..run_folder import CONFIG, ENDS, STARTS, TOKENIZER
 from .plan import Plan
@@ -62,6 +63,8 @@ def write_head(engine: TrainingEngine, plan: Plan, first_step: int, tokens_per_s
         f"{parameters:,} parameters, {plan.config.raw['optimizer']['type']} at {engine.description} on"
         f" {ranks} rank{'s' if ranks > 1 else ''}, {tokens_per_step:,} tokens per step; {plan.run_dir}"
     )
+    if (line := describe_quantization(engine.module, plan.config)) is not None:
+        logger.info(line)
     for line in plan.rates.describe():
         logger.info(line)
     for name, counts in plan.prepared.counts().items():

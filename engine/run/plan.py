@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..files import local_path
 from ..lora.adapters import add_adapters, check_lora
 from ..offload.attach import check_offload
+from ..quantization.quantize import check_quantization, quantize_trial
 from ..ranks.agreement import agree
 from ..ranks.environment import process_rank, world_size
 from ..report.sinks import missing_sinks
@@ -119,6 +120,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     check_lora(config)
     check_rates(config)
     check_lengths(config)
+    check_quantization(config)
     batches = config.batches(backend.data_parallel_size(config, world_size()))
     check_coreset(config, batches)
     run_dir = local_path(parsed.logging.run_dir, "logging.run_dir")
@@ -136,6 +138,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     check_packing(parsed.data, described)
     if parsed.lora is not None:
         add_adapters(abstract, parsed.lora, seed=None)
+    quantize_trial(config, abstract)
     options = config.optimizer_options
     if options is not None and parsed.optimizer is not None:
         if isinstance(options, CompactOptions):

@@ -30,6 +30,7 @@ from ..files import finite, write_json
 from ..micro_batch import Batch
 from ..offload.meter import OffloadMeter, summarize_offload
 from ..protocol import TrainingEngine
+from ..quantization.quantize import quantization_record
 from ..ranks.agreement import agree
 from ..ranks.environment import ensure_environment, process_rank, world_size
 from ..ranks.failure import FailureWatch
@@ -390,6 +391,11 @@ class _Run:
             "history": self.history,
             "model": model_block(self.engine),
             **({"adapters": self.adapters} if self.adapters is not None else {}),
+            **(
+                {"quantization": quantized}
+                if (quantized := quantization_record(self.engine.module, self.plan.config))
+                else {}
+            ),
             **({"coreset": self.coreset.state()} if self.coreset is not None else {}),
             **({"trust_region": self.trust_region.state()} if self.trust_region is not None else {}),
         }
@@ -448,6 +454,7 @@ class _Run:
             "tokens": plan.steps * self.tokens_per_step,
             **({"data": counts} if (counts := plan.prepared.counts()) else {}),
             **({"rates": applied} if (applied := plan.rates.applied) else {}),
+            **({"quantization": quantized} if (quantized := quantization_record(engine.module, plan.config)) else {}),
             "tokens_per_second": self.tokens_per_step / median["step"],
             **(self.utilization.summary(records) if self.utilization is not None else {}),
             **self.history,

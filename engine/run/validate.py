@@ -14,6 +14,7 @@ from ..coreset.coreset import check_coreset
 from ..data.run_data import with_own_tokenizer
 from ..lora.adapters import add_adapters, check_lora
 from ..protocol import HeldByRank
+from ..quantization.quantize import check_quantization, quantize_trial
 from .lengths import check_lengths
 from .model import abstract_model, check_model, model_config
 from .packable import check_packing
@@ -62,6 +63,7 @@ def check_for(config: Config, world_size: int) -> tuple[Batches, PretrainedConfi
     check_lora(config)
     check_rates(config)
     check_lengths(config)
+    check_quantization(config)
     batches = config.batches(backend.data_parallel_size(config, world_size))
     check_coreset(config, batches)
     check_model(parsed.model)
@@ -71,6 +73,8 @@ def check_for(config: Config, world_size: int) -> tuple[Batches, PretrainedConfi
     backend.check_model(config, described, world_size)
     if parsed.lora is not None:
         add_adapters(abstract_model(described), parsed.lora, seed=None)
+    if parsed.quantization is not None:
+        quantize_trial(config, abstract_model(described))
     check_packing(parsed.data, described)
     return batches, described
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -94,15 +94,33 @@ class CompactWeight(CompactUnit, CompactModule):
         self.__class__ = self.plain  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class WeightQuantizer(Protocol):
+    """What a layer computes with in the place of its weight and input."""
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """In the place of a whole weight; shape and dtype stay, without a gradient."""
+        ...
+
+    def activations(self, x: Tensor) -> Tensor:
+        """In the place of the input, with a gradient."""
+        ...
+
+
 class CompactLinear(CompactWeight, nn.Linear):
     """A compact ``nn.Linear``, for ``y = x W^T + b``: ``G = dY^T X``.
 
     Attributes:
         transposed: the layer is ``y = x W + b`` instead, with a weight of inputs times outputs: ``G = X^T dY``.
+        quantizer: of the layer that it was made from; its gradients go straight through.
     """
 
     plain: ClassVar[type[nn.Module]] = nn.Linear
     transposed: ClassVar[bool] = False
+    quantizer: WeightQuantizer | None = None
+
+    def quantized(self, input: Tensor) -> Tensor:
+        """What the layer computes with in the place of its input."""
+        return input if self.quantizer is None else self.quantizer.activations(input)
 
     def _probe_arguments(
         self, input: Tensor, compute_dtype: torch.dtype
@@ -149,9 +167,10 @@ def keep_dtypes(
     probe: Tensor | None,
     probe_kind: ProbeKind | None,
     transposed: bool,
+    quantizer: WeightQuantizer | None,
 ) -> None:
     """In the forward of a compact linear layer's autograd function: what its gradients have to be."""
-    ctx.transposed = transposed
+    ctx.transposed, ctx.quantizer = transposed, quantizer
     ctx.x_dtype, ctx.compact_dtype = x.dtype, compact.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.probe_kind, ctx.probe_dtype = probe_kind, None if probe is None else probe.dtype
@@ -166,7 +185,7 @@ def other_gradients(
     """
     grad_x = grad_bias = grad_probe = None
     if ctx.needs_input_grad[0]:
-        whole = weight.t() if ctx.transposed else weight
+        whole = used_weight(weight, ctx.quantizer, ctx.transposed)
         grad_x = grad_y.matmul(whole.to(grad_y.dtype)).to(ctx.x_dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = grad_y_2d.sum(0).to(ctx.bias_dtype)
@@ -177,6 +196,12 @@ def other_gradients(
             observed = observed @ omega.to(observed.dtype)
         grad_probe = weight_gradient(observed, probe_input, ctx.transposed).to(ctx.probe_dtype)
     return grad_x, grad_bias, grad_probe
+
+
+def used_weight(weight: Tensor, quantizer: WeightQuantizer | None, transposed: bool) -> Tensor:
+    """What a compact linear layer multiplies by, outputs times inputs."""
+    used = weight if quantizer is None else quantizer.weight(weight)
+    return used.t() if transposed else used
 
 
 def weight_gradient(grad_y: Tensor, x: Tensor, transposed: bool) -> Tensor:

@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact import CompactLinear, compact_class, keep_dtypes, other_gradients, weight_gradient
+from .compact import (
+    CompactLinear,
+    WeightQuantizer,
+    compact_class,
+    keep_dtypes,
+    other_gradients,
+    used_weight,
+    weight_gradient,
+)
 from .projected_weight import BASES, ProjectedWeight, lift_rows, project
 from .registry import register
 from .selected_linear import SelectedLinear
@@ -41,10 +49,11 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         probe_kind: ProbeKind | None,
         probe_input: Tensor | None,
         omega: Tensor | None,
+        quantizer: WeightQuantizer | None,
     ) -> Tensor:
-        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed)
+        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed, quantizer)
         x = x.to(compute_dtype)
-        whole = weight.t() if transposed else weight
+        whole = used_weight(weight, quantizer, transposed)
         y = F.linear(x, whole.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
         projected = project(x.reshape(-1, x.shape[-1]), right, right_index)
         ctx.save_for_backward(projected, weight, left, left_index, probe_input, omega)
@@ -60,7 +69,7 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             projected_y = project(grad_y_2d, left, left_index)
             grad_compact = weight_gradient(projected_y, projected, ctx.transposed).to(ctx.compact_dtype)
-        return grad_x, None, grad_bias, grad_compact, *(None,) * 6, grad_probe, None, None, None
+        return grad_x, None, grad_bias, grad_compact, *(None,) * 6, grad_probe, None, None, None, None
 
 
 class ProjectedLinear(ProjectedWeight, CompactLinear):
@@ -109,6 +118,7 @@ class ProjectedLinear(ProjectedWeight, CompactLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         self.begin_forward()
+        input = self.quantized(input)
         compute_dtype = self.compute_dtype(input)
         bases = (self.left, self.left_index), (self.right, self.right_index)
         of_outputs, of_inputs = reversed(bases) if self.transposed else bases
@@ -122,6 +132,7 @@ class ProjectedLinear(ProjectedWeight, CompactLinear):
             self.transposed,
             compute_dtype,
             *self._probe_arguments(input, compute_dtype),
+            self.quantizer,
         )
 
     def extra_repr(self) -> str:

@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact import CompactLinear, compact_class, keep_dtypes, other_gradients, weight_gradient
+from .compact import (
+    CompactLinear,
+    WeightQuantizer,
+    compact_class,
+    keep_dtypes,
+    other_gradients,
+    used_weight,
+    weight_gradient,
+)
 from .selected_weight import SelectedWeight, read_selected, write_selected_
 from .shared_copy import SharedCopy
 from .unit import ProbeKind, Side
@@ -42,12 +50,13 @@ class _SelectedLinearFunction(torch.autograd.Function):
         probe_input: Tensor | None,
         omega: Tensor | None,
         shared_x: Tensor | None,
+        quantizer: WeightQuantizer | None,
     ) -> Tensor:
         if folds_at_use:
             write_selected_(weight.data, compact.data, index, start, dim=int(columns != transposed))
-        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed)
+        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed, quantizer)
         x = x.to(compute_dtype)
-        whole = weight.t() if transposed else weight
+        whole = used_weight(weight, quantizer, transposed)
         y = F.linear(x, whole.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
         saved_x = shared_x if shared_x is not None else x
         if columns and shared_x is None:
@@ -74,7 +83,7 @@ class _SelectedLinearFunction(torch.autograd.Function):
                 selected_y = read_selected(grad_y_2d, index, ctx.start, dim=1)
                 grad_compact = weight_gradient(selected_y, x_2d, ctx.transposed)
             grad_compact = grad_compact.to(ctx.compact_dtype)
-        return grad_x, None, grad_bias, grad_compact, *(None,) * 6, grad_probe, *(None,) * 4
+        return grad_x, None, grad_bias, grad_compact, *(None,) * 6, grad_probe, *(None,) * 5
 
 
 class SelectedLinear(SelectedWeight, CompactLinear):
@@ -103,6 +112,7 @@ class SelectedLinear(SelectedWeight, CompactLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         self.begin_forward()
+        input = self.quantized(input)
         compute_dtype = self.compute_dtype(input)
         return _SelectedLinearFunction.apply(
             input,
@@ -118,6 +128,7 @@ class SelectedLinear(SelectedWeight, CompactLinear):
             compute_dtype,
             *self._probe_arguments(input, compute_dtype),
             self._shared_input(input, compute_dtype),
+            self.quantizer,
         )
 
     def _shared_input(self, input: Tensor, compute_dtype: torch.dtype) -> Tensor | None:

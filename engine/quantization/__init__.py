@@ -1,0 +1,1 @@
+"""Layers that compute with fewer bits than are trained, and their export."""
