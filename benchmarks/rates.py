@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from narrowgauge.engine.config.rate_blocks import ScheduleBlock
 from narrowgauge.engine.run.lengths import Lengths
 from narrowgauge.engine.run.schedule import rule_of
 from narrowgauge.optimizers import TrustRegion
-from narrowgauge.optimizers.layers.bit_linear import to_bit_linears
+from narrowgauge.optimizers.layers.quantized_linear import quantize_linears
+from narrowgauge.optimizers.layers.ternary_quantizer import TernaryQuantizer
 from narrowgauge.optimizers.numerics.ternary import ScaleName
 from narrowgauge.optimizers.trust_region import inner_rate
 
@@ -82,7 +84,7 @@ def train(method: Method, rate: float, task: Task, text: Text) -> Result:
     """Train once; ``loss`` is the validation's, at full length."""
     model = build_model(task)
     if method.ternary is not None:
-        to_bit_linears(model, None, method.ternary)
+        quantize_linears(model, None, partial(TernaryQuantizer, method.ternary))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     block = ScheduleBlock.model_validate(
         {"type": method.schedule, "warmup_steps": task.warmup_steps, **_ends(method.schedule, task.steps)}

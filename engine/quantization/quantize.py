@@ -1,11 +1,18 @@
 """The ``quantization`` block carried out on a model, before an optimizer is made of it."""
 
+import importlib.util
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from narrowgauge.optimizers.layers.bit_linear import BitLinear, to_bit_linears
+from narrowgauge.optimizers.layers.float8_quantizer import MULTIPLE, Float8Quantizer
+from narrowgauge.optimizers.layers.quantized_linear import QuantizedLinear, quantize_linears
 from narrowgauge.optimizers.layers.registry import is_target
+from narrowgauge.optimizers.layers.shape import whole_shape
+from narrowgauge.optimizers.layers.ternary_quantizer import TernaryQuantizer
 
 from ..config.config import Config
 from ..config.problems import within
@@ -29,17 +36,46 @@ def check_quantization(config: Config) -> None:
         )
     if parsed.lora is not None:
         problems.append("quantization: expected no lora beside it, got one: the weights that are rounded are frozen")
+    if parsed.quantization.method == "fp8":
+        problems += [f"quantization: {problem}" for problem in _without_float8(parsed.quantization)]
     if problems:
         raise config.error(*problems)
+
+
+def _without_float8(block: QuantizationBlock) -> Iterator[str]:
+    """Why this machine has no FP8."""
+    if importlib.util.find_spec("torchao") is None:
+        yield "expected the package torchao for the method 'fp8', got none: pip install narrowgauge[fp8]"
+    if block.emulate:
+        return
+    if not torch.cuda.is_available():
+        yield "expected a GPU for the method 'fp8', got none; emulate true rounds alike, on any device"
+        return
+    needed, found = ((8, 9) if block.recipe == "tensorwise" else (9, 0)), torch.cuda.get_device_capability()
+    if found < needed:
+        yield (
+            f"expected a GPU of compute capability {needed[0]}.{needed[1]} for the method 'fp8' and recipe"
+            f" {block.recipe!r}, got {found[0]}.{found[1]}"
+        )
 
 
 def quantize(model: nn.Module, block: QuantizationBlock) -> None:
     """Let the model's layers compute as the block says.
 
     Raises:
-        ValueError: its globs name no layer.
+        ValueError: its globs name no layer, or one that the method cannot multiply by.
     """
-    to_bit_linears(model, block.target_modules, block.scale)
+    if block.method == "bitnet":
+        quantize_linears(model, block.target_modules, partial(TernaryQuantizer, block.scale))
+        return
+    make = partial(Float8Quantizer, block.recipe, emulate=block.emulate)
+    for name in quantize_linears(model, block.target_modules, make):
+        m, n = whole_shape(model.get_parameter(f"{name}.weight"))
+        if not block.emulate and (m % MULTIPLE or n % MULTIPLE):
+            raise ValueError(
+                f"target_modules: expected layers whose outputs and inputs are multiples of {MULTIPLE} for fp8, got"
+                f" {name} with {m} and {n}"
+            )
 
 
 def quantize_trial(config: Config, model: nn.Module) -> None:
@@ -61,8 +97,9 @@ def quantization_record(model: nn.Module, config: Config) -> dict[str, Any] | No
     if block is None:
         return None
     # Also of those that have become compact.
-    layers = [name for name, module in model.named_modules() if isinstance(module, BitLinear)]
-    return {"method": block.method, "scale": block.scale, "layers": layers}
+    layers = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    own = {"scale": block.scale} if block.method == "bitnet" else {"recipe": block.recipe, "emulate": block.emulate}
+    return {"method": block.method, **own, "layers": layers}
 
 
 def describe(model: nn.Module, config: Config) -> str | None:
@@ -71,7 +108,9 @@ def describe(model: nn.Module, config: Config) -> str | None:
     if record is None:
         return None
     linears = sum(is_target(module) or isinstance(module, nn.Linear) for module in model.modules())
-    return (
-        f"quantization: {len(record['layers'])} of {linears} linear layers compute with ternary weights, scaled by the"
-        f" {record['scale']} of their magnitudes, and 8-bit inputs"
+    how = (
+        f"ternary weights, scaled by the {record['scale']} of their magnitudes, and 8-bit inputs"
+        if record["method"] == "bitnet"
+        else f"FP8, {record['recipe']} scales{', emulated' if record['emulate'] else ''}"
     )
+    return f"quantization: {len(record['layers'])} of {linears} linear layers compute with {how}"

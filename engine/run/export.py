@@ -63,12 +63,7 @@ def export_run(run_dir: Path, folder: Path, *, step: int | None = None, merge: b
             shutil.copytree(run_dir / TOKENIZER, aside, dirs_exist_ok=True)
         if adapters is None:
             _copy_model(checkpoint, model, aside)
-            if (record := decode(checkpoint.state["client_state"].get("quantization"), {})) is not None:
-                make_ternary(aside, record["layers"], record["scale"])
-                logger.info(
-                    f"{folder}: weights of {len(record['layers'])} layers are ternary, also packed in {TERNARY};"
-                    " transformers does not round their inputs"
-                )
+            _round_weights(checkpoint, aside)
         else:
             _write_adapters(checkpoint, adapters, aside, merge=merge)
         if folder.exists():
@@ -88,6 +83,21 @@ def _copy_model(checkpoint: Checkpoint, model: dict[str, Any], folder: Path) -> 
     for path in [*checkpoint.tensors("model"), *index]:
         shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(model, indent=2) + "\n")
+
+
+def _round_weights(checkpoint: Checkpoint, folder: Path) -> None:
+    """Of a run that computed with fewer bits than it trained: what it computed with, where that is another weight."""
+    record = decode(checkpoint.state["client_state"].get("quantization"), {})
+    if record is None:
+        return
+    if record["method"] == "bitnet":
+        make_ternary(folder, record["layers"], record["scale"])
+        logger.info(
+            f"weights of {len(record['layers'])} layers are ternary, and packed in {TERNARY}; transformers does not"
+            " round their inputs"
+        )
+    else:
+        logger.info("the weights are those that were trained, before they were rounded to FP8")
 
 
 def _write_adapters(checkpoint: Checkpoint, adapters: dict[str, Any], folder: Path, *, merge: bool) -> None:

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .unit import CompactUnit, ProbeKind, Side
@@ -94,15 +95,27 @@ class CompactWeight(CompactUnit, CompactModule):
         self.__class__ = self.plain  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class WeightQuantizer(Protocol):
-    """What a layer computes with in the place of its weight and input."""
-
-    def weight(self, weight: Tensor) -> Tensor:
-        """In the place of a whole weight; shape and dtype stay, without a gradient."""
-        ...
+class Quantizer(Protocol):
+    """How a linear layer multiplies by its weight in fewer bits; without autograd, but for :meth:`activations`."""
 
     def activations(self, x: Tensor) -> Tensor:
-        """In the place of the input, with a gradient."""
+        """What the layer computes with in the place of its input, with a gradient."""
+        ...
+
+    def product(self, x: Tensor, weight: Tensor, *, keeps: bool) -> Tensor:
+        """``x W^T`` for ``(..., n)`` and a whole weight ``(m, n)``.
+
+        Args:
+            keeps: the weight stays where it is until it is changed: what is made of it may be kept until then.
+        """
+        ...
+
+    def input_gradient(self, grad_y: Tensor, weight: Tensor, *, keeps: bool) -> Tensor:
+        """``dY W``."""
+        ...
+
+    def weight_gradient(self, grad_y: Tensor, x: Tensor) -> Tensor:
+        """``dY^T X`` for ``(b, m)`` and ``(b, n)``; only asked for where the whole weight is trained."""
         ...
 
 
@@ -116,7 +129,7 @@ class CompactLinear(CompactWeight, nn.Linear):
 
     plain: ClassVar[type[nn.Module]] = nn.Linear
     transposed: ClassVar[bool] = False
-    quantizer: WeightQuantizer | None = None
+    quantizer: Quantizer | None = None
 
     def quantized(self, input: Tensor) -> Tensor:
         """What the layer computes with in the place of its input."""
@@ -167,10 +180,11 @@ def keep_dtypes(
     probe: Tensor | None,
     probe_kind: ProbeKind | None,
     transposed: bool,
-    quantizer: WeightQuantizer | None,
+    quantizer: Quantizer | None,
+    folds_at_use: bool,
 ) -> None:
     """In the forward of a compact linear layer's autograd function: what its gradients have to be."""
-    ctx.transposed, ctx.quantizer = transposed, quantizer
+    ctx.transposed, ctx.quantizer, ctx.keeps = transposed, quantizer, not folds_at_use
     ctx.x_dtype, ctx.compact_dtype = x.dtype, compact.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.probe_kind, ctx.probe_dtype = probe_kind, None if probe is None else probe.dtype
@@ -185,8 +199,11 @@ def other_gradients(
     """
     grad_x = grad_bias = grad_probe = None
     if ctx.needs_input_grad[0]:
-        whole = used_weight(weight, ctx.quantizer, ctx.transposed)
-        grad_x = grad_y.matmul(whole.to(grad_y.dtype)).to(ctx.x_dtype)
+        if ctx.quantizer is not None:
+            grad_x = ctx.quantizer.input_gradient(grad_y, weight, keeps=ctx.keeps).to(ctx.x_dtype)
+        else:
+            whole = weight.t() if ctx.transposed else weight
+            grad_x = grad_y.matmul(whole.to(grad_y.dtype)).to(ctx.x_dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = grad_y_2d.sum(0).to(ctx.bias_dtype)
     if probe_input is not None:
@@ -198,10 +215,15 @@ def other_gradients(
     return grad_x, grad_bias, grad_probe
 
 
-def used_weight(weight: Tensor, quantizer: WeightQuantizer | None, transposed: bool) -> Tensor:
-    """What a compact linear layer multiplies by, outputs times inputs."""
-    used = weight if quantizer is None else quantizer.weight(weight)
-    return used.t() if transposed else used
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, quantizer: Quantizer | None, transposed: bool, keeps: bool
+) -> Tensor:
+    """``x W^T + b`` in the dtype of ``x``; layers that are ``transposed`` have no quantizer."""
+    added = None if bias is None else bias.to(x.dtype)
+    if quantizer is None:
+        return F.linear(x, (weight.t() if transposed else weight).to(x.dtype), added)
+    y = quantizer.product(x, weight, keeps=keeps)
+    return y if added is None else y + added
 
 
 def weight_gradient(grad_y: Tensor, x: Tensor, transposed: bool) -> Tensor:

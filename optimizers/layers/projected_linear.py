@@ -12,19 +12,10 @@ Grass with rho).
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact import (
-    CompactLinear,
-    WeightQuantizer,
-    compact_class,
-    keep_dtypes,
-    other_gradients,
-    used_weight,
-    weight_gradient,
-)
+from .compact import CompactLinear, Quantizer, compact_class, keep_dtypes, linear, other_gradients, weight_gradient
 from .projected_weight import BASES, ProjectedWeight, lift_rows, project
 from .registry import register
 from .selected_linear import SelectedLinear
@@ -44,17 +35,17 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         right: Tensor | None,
         right_index: Tensor | None,
         transposed: bool,
+        folds_at_use: bool,
         compute_dtype: torch.dtype,
         probe: Tensor | None,
         probe_kind: ProbeKind | None,
         probe_input: Tensor | None,
         omega: Tensor | None,
-        quantizer: WeightQuantizer | None,
+        quantizer: Quantizer | None,
     ) -> Tensor:
-        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed, quantizer)
+        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed, quantizer, folds_at_use)
         x = x.to(compute_dtype)
-        whole = used_weight(weight, quantizer, transposed)
-        y = F.linear(x, whole.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
+        y = linear(x, weight, bias, quantizer=quantizer, transposed=transposed, keeps=not folds_at_use)
         projected = project(x.reshape(-1, x.shape[-1]), right, right_index)
         ctx.save_for_backward(projected, weight, left, left_index, probe_input, omega)
         return y
@@ -69,7 +60,7 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             projected_y = project(grad_y_2d, left, left_index)
             grad_compact = weight_gradient(projected_y, projected, ctx.transposed).to(ctx.compact_dtype)
-        return grad_x, None, grad_bias, grad_compact, *(None,) * 6, grad_probe, None, None, None, None
+        return grad_x, None, grad_bias, grad_compact, *(None,) * 7, grad_probe, None, None, None, None
 
 
 class ProjectedLinear(ProjectedWeight, CompactLinear):
@@ -130,6 +121,7 @@ class ProjectedLinear(ProjectedWeight, CompactLinear):
             *of_outputs,
             *of_inputs,
             self.transposed,
+            self.folds_at_use,
             compute_dtype,
             *self._probe_arguments(input, compute_dtype),
             self.quantizer,

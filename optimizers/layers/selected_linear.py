@@ -13,19 +13,10 @@ held as values instead of as a delta.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact import (
-    CompactLinear,
-    WeightQuantizer,
-    compact_class,
-    keep_dtypes,
-    other_gradients,
-    used_weight,
-    weight_gradient,
-)
+from .compact import CompactLinear, Quantizer, compact_class, keep_dtypes, linear, other_gradients, weight_gradient
 from .selected_weight import SelectedWeight, read_selected, write_selected_
 from .shared_copy import SharedCopy
 from .unit import ProbeKind, Side
@@ -50,14 +41,13 @@ class _SelectedLinearFunction(torch.autograd.Function):
         probe_input: Tensor | None,
         omega: Tensor | None,
         shared_x: Tensor | None,
-        quantizer: WeightQuantizer | None,
+        quantizer: Quantizer | None,
     ) -> Tensor:
         if folds_at_use:
             write_selected_(weight.data, compact.data, index, start, dim=int(columns != transposed))
-        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed, quantizer)
+        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed, quantizer, folds_at_use)
         x = x.to(compute_dtype)
-        whole = used_weight(weight, quantizer, transposed)
-        y = F.linear(x, whole.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
+        y = linear(x, weight, bias, quantizer=quantizer, transposed=transposed, keeps=not folds_at_use)
         saved_x = shared_x if shared_x is not None else x
         if columns and shared_x is None:
             saved_x = read_selected(x.reshape(-1, x.shape[-1]), index, start, dim=1)

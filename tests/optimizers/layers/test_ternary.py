@@ -1,6 +1,7 @@
 """BitNet b1.58 against a statement of it with plain autograd; compact, cut over process ranks, resumed and exported."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from narrowgauge.engine.quantization.ternary_file import dense_weights
 from narrowgauge.engine.run.export import export_run
 from narrowgauge.optimizers import GaLore, Grass
-from narrowgauge.optimizers.layers.bit_linear import BitLinear, to_bit_linears
+from narrowgauge.optimizers.layers.quantized_linear import QuantizedLinear, quantize_linears
+from narrowgauge.optimizers.layers.ternary_quantizer import TernaryQuantizer
 from narrowgauge.optimizers.layers.unit import CompactUnit
 from narrowgauge.optimizers.numerics.ternary import ScaleName, pack_ternary, ternary, unpack_ternary
 from tests.engine.backends.ddp.test_parity import CASES, Model, finish, make_engine, train, weights_of
@@ -46,7 +48,7 @@ class Stated(nn.Linear):
 def test_it_is_the_statement_of_it(scale: ScaleName, kind: str) -> None:
     """Loss, and the gradients of all that is trained, in fp64."""
     model, other = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
-    names = to_bit_linears(model, ["blocks.*"], scale)
+    names = quantize_linears(model, ["blocks.*"], partial(TernaryQuantizer, scale))
     assert len(names) == 12
     for name in names:
         linear: Any = other.get_submodule(name)
@@ -66,7 +68,7 @@ def test_it_is_the_statement_of_it(scale: ScaleName, kind: str) -> None:
         assert parameter.grad is not None
         if name.endswith(".compact"):
             layer = model.get_submodule(name.removesuffix(".compact"))
-            assert isinstance(layer, BitLinear)
+            assert isinstance(layer, QuantizedLinear)
             assert isinstance(layer, CompactUnit)
             whole_gradient = wanted[name.replace(".compact", ".weight")].grad
             assert whole_gradient is not None
@@ -91,7 +93,7 @@ def test_packed_weights_come_back() -> None:
 class MedianModel(Model):
     def __init__(self) -> None:
         super().__init__()
-        to_bit_linears(self, ["blocks.*"], "median")
+        quantize_linears(self, ["blocks.*"], partial(TernaryQuantizer, "median"))
 
 
 def quantized_run(engine_name: str, case: str, stage: int) -> tuple[list[float], dict[str, Tensor]]:
