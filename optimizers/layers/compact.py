@@ -181,10 +181,10 @@ def keep_dtypes(
     probe_kind: ProbeKind | None,
     transposed: bool,
     quantizer: Quantizer | None,
-    folds_at_use: bool,
+    keeps: bool,
 ) -> None:
     """In the forward of a compact linear layer's autograd function: what its gradients have to be."""
-    ctx.transposed, ctx.quantizer, ctx.keeps = transposed, quantizer, not folds_at_use
+    ctx.transposed, ctx.quantizer, ctx.keeps = transposed, quantizer, keeps
     ctx.x_dtype, ctx.compact_dtype = x.dtype, compact.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.probe_kind, ctx.probe_dtype = probe_kind, None if probe is None else probe.dtype

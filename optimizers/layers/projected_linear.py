@@ -35,7 +35,7 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         right: Tensor | None,
         right_index: Tensor | None,
         transposed: bool,
-        folds_at_use: bool,
+        keeps: bool,
         compute_dtype: torch.dtype,
         probe: Tensor | None,
         probe_kind: ProbeKind | None,
@@ -43,9 +43,9 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         omega: Tensor | None,
         quantizer: Quantizer | None,
     ) -> Tensor:
-        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed, quantizer, folds_at_use)
+        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed, quantizer, keeps)
         x = x.to(compute_dtype)
-        y = linear(x, weight, bias, quantizer=quantizer, transposed=transposed, keeps=not folds_at_use)
+        y = linear(x, weight, bias, quantizer=quantizer, transposed=transposed, keeps=keeps)
         projected = project(x.reshape(-1, x.shape[-1]), right, right_index)
         ctx.save_for_backward(projected, weight, left, left_index, probe_input, omega)
         return y
@@ -121,7 +121,7 @@ class ProjectedLinear(ProjectedWeight, CompactLinear):
             *of_outputs,
             *of_inputs,
             self.transposed,
-            self.folds_at_use,
+            self.weight_stays,
             compute_dtype,
             *self._probe_arguments(input, compute_dtype),
             self.quantizer,

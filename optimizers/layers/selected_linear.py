@@ -35,6 +35,7 @@ class _SelectedLinearFunction(torch.autograd.Function):
         columns: bool,
         transposed: bool,
         folds_at_use: bool,
+        keeps: bool,
         compute_dtype: torch.dtype,
         probe: Tensor | None,
         probe_kind: ProbeKind | None,
@@ -45,9 +46,9 @@ class _SelectedLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         if folds_at_use:
             write_selected_(weight.data, compact.data, index, start, dim=int(columns != transposed))
-        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed, quantizer, folds_at_use)
+        keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed, quantizer, keeps)
         x = x.to(compute_dtype)
-        y = linear(x, weight, bias, quantizer=quantizer, transposed=transposed, keeps=not folds_at_use)
+        y = linear(x, weight, bias, quantizer=quantizer, transposed=transposed, keeps=keeps)
         saved_x = shared_x if shared_x is not None else x
         if columns and shared_x is None:
             saved_x = read_selected(x.reshape(-1, x.shape[-1]), index, start, dim=1)
@@ -73,7 +74,7 @@ class _SelectedLinearFunction(torch.autograd.Function):
                 selected_y = read_selected(grad_y_2d, index, ctx.start, dim=1)
                 grad_compact = weight_gradient(selected_y, x_2d, ctx.transposed)
             grad_compact = grad_compact.to(ctx.compact_dtype)
-        return grad_x, None, grad_bias, grad_compact, *(None,) * 6, grad_probe, *(None,) * 5
+        return grad_x, None, grad_bias, grad_compact, *(None,) * 7, grad_probe, *(None,) * 5
 
 
 class SelectedLinear(SelectedWeight, CompactLinear):
@@ -115,6 +116,7 @@ class SelectedLinear(SelectedWeight, CompactLinear):
             (self.side == "columns") != self.transposed,
             self.transposed,
             self.folds_at_use,
+            self.weight_stays,
             compute_dtype,
             *self._probe_arguments(input, compute_dtype),
             self._shared_input(input, compute_dtype),

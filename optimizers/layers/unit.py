@@ -38,6 +38,8 @@ class CompactUnit:
         folds_at_use: ``compact`` is written over ``weight`` at each use, in forward and again in backward. An engine
             sets it whose ``weight`` is a temporary, put together from the parts of all process ranks for each use;
             only where ``compact`` holds values.
+        weight_stays: the weight is where it is until it changes; an engine says so where it puts it together for each
+            use.
         is_delta: ``compact`` holds a change that is to be added to ``weight``, not values of it.
         watch: notices what others than its optimizer do to it; None without an optimizer.
         was_called: a ``forward`` that uses it has run.
@@ -53,6 +55,7 @@ class CompactUnit:
     compact: nn.Parameter
     side: Side
     folds_at_use: bool
+    weight_stays: bool = True
     probe: Tensor | None
     probe_kind: ProbeKind
     omega: Tensor | None

@@ -16,7 +16,7 @@ from narrowgauge.optimizers import GaLore, Grass, GrassUnbiased, Lamb, TrustRegi
 from narrowgauge.optimizers.trust_region import inner_rate
 from tests.engine.backends.ddp.test_parity import CASES, finish, make_engine, train, weights_of
 from tests.support import forked
-from tests.support.command import losses, tiny_config
+from tests.support.command import losses, tiny_config, under_megatron
 from tests.support.models import tiny, token_batch
 from tests.support.ranks import RankPool
 from tests.support.zero import worst
@@ -185,19 +185,29 @@ def test_engines_agree_and_go_on_within_a_cycle(
     assert worst(one_rank.run(continued_run, "ddp", case, 0, str(tmp_path / "zero"))[0], expected) < 5e-5
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_a_run_goes_on_bit_for_bit(corpus: Path, tmp_path: Path, stage: int) -> None:
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddp": (1, {"engine": "ddp", "zero_optimization": {"stage": 0}}),
+    "ZeRO-1": (2, {"zero_optimization": {"stage": 1}}),
+    "ZeRO-3": (2, {"zero_optimization": {"stage": 3}}),
+    "megatron": (2, under_megatron(tensor_parallel=2)),
+}
+
+
+@pytest.mark.quick("ddp")
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_bit_for_bit(corpus: Path, tmp_path: Path, name: str) -> None:
     """Stopped after the sixth step, in the middle of the second cycle and after a refresh."""
+    ranks, changes = RUNS[name]
     found = []
-    for name, last in (("whole", None), ("cut", 6)):
-        (tmp_path / name).mkdir()
-        path = tiny_config(corpus, tmp_path / name, zero_optimization={"stage": stage})
+    for folder, last in (("whole", None), ("cut", 6)):
+        (tmp_path / folder).mkdir()
+        path = tiny_config(corpus, tmp_path / folder, **changes)
         config = json.loads(path.read_text())
         region = {"pull": PULL, "steps": CYCLE}
         config["training"] |= {"steps": 10, "checkpoint_interval": 2, "lr_schedule": None, "trust_region": region}
         path.write_text(json.dumps(config))
         for words in [["--set", f"training.steps={last}"], []] if last else [[]]:
-            result = forked.run("train", str(path), *words, ranks=2)
+            result = forked.run("train", str(path), *words, ranks=ranks)
             assert result.returncode == 0, result.stderr
         found.append(losses(path.parent / "run"))
     assert found[0] == found[1]

@@ -149,6 +149,7 @@ class PartitionedWeightBackend:
         self._communicator = DeepSpeedCommunicator()
         for layer in layers:
             layer.module.folds_at_use = not layer.module.is_delta
+            layer.module.weight_stays = False
             if layer.module.watch is not None:
                 # Both tensors are put together anew for each use.
                 layer.module.watch.is_on = False

@@ -53,17 +53,20 @@ def config_of(corpus: Path, folder: Path, training: dict[str, Any], **changes: A
     return path
 
 
-def test_power_goes_on_exactly(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "stage", "ranks"), [("ddp", 0, 1), pytest.param("deepspeed", 3, 2, marks=pytest.mark.slow)]
+)
+def test_power_goes_on_exactly(corpus: Path, tmp_path: Path, engine: str, stage: int, ranks: int) -> None:
     power = {"type": "power", "warmup_steps": 2, "reference_length": 32, "coefficient": 0.01}
-    on_two = {"zero_optimization": {"stage": 3}}
-    whole, steps, _ = train(config_of(corpus, tmp_path / "whole", {"lr_schedule": power}, **on_two), ranks=2)
+    layout = {"engine": engine, "zero_optimization": {"stage": stage}}
+    whole, steps, _ = train(config_of(corpus, tmp_path / "whole", {"lr_schedule": power}, **layout), ranks=ranks)
     expected = [0.005 * warm * min(1.0, 8 * 0.01 * (256 * k) ** -0.51 / 0.005 if k else 1.0)
                 for k, warm in enumerate([0.0, 0.5, 1.0, 1.0, 1.0, 1.0])]  # fmt: skip
     assert [record["lr"] for record in steps] == pytest.approx(expected, rel=1e-12)
     assert expected[3] < 0.005
-    cut = config_of(corpus, tmp_path / "cut", {"lr_schedule": power}, **on_two)
-    train(cut, "--set", "training.steps=3", ranks=2)
-    assert train(cut, ranks=2)[0] == whole
+    cut = config_of(corpus, tmp_path / "cut", {"lr_schedule": power}, **layout)
+    train(cut, "--set", "training.steps=3", ranks=ranks)
+    assert train(cut, ranks=ranks)[0] == whole
 
 
 @pytest.mark.parametrize(
