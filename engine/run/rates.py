@@ -27,7 +27,7 @@ class Rates:
         batch_factor: by which ``training.batch_rule`` multiplies all rates, of steps of full length.
         batch_power: of the sequences of a step, in that factor; 0 without the rule.
         matrix_factor: by which ``training.width_rule`` multiplies those of matrices.
-        applied: both, for people and for the run's records.
+        applied: what rules and schedules make of the rates, for people and for the run's records.
     """
 
     schedule: ScheduleBlock | None
@@ -52,6 +52,11 @@ class Rates:
                 f"training.width_rule: learning rates of matrices times {found['factor']:.4g}, for a width of"
                 f" {found['width']} in the place of {found['base_width']}; initial weights and multipliers are as they"
                 " were"
+            )
+        if (found := self.applied.get("trust_region")) is not None:
+            yield (
+                f"training.trust_region: cycles of {found['steps']} steps, with {found['mean_rate']:.2f} of the learning"
+                " rate in the mean"
             )
         if "length_schedule" in self.applied:
             follows = "go with the number of sequences" if self.batch_power else "stay as they are (no batch_rule)"
@@ -124,6 +129,9 @@ def rates_of(
             raise config.error("training.width_rule: expected a model with a hidden_size, got one without")
         matrix_factor = block.base_width / width
         applied["width_rule"] = {"base_width": block.base_width, "width": width, "factor": matrix_factor}
+    if (block := training.trust_region) is not None:
+        rates = [inner_rate(step, block.steps) for step in range(block.steps)]
+        applied["trust_region"] = {"pull": block.pull, "steps": block.steps, "mean_rate": sum(rates) / len(rates)}
     if lengths.phases:
         applied["length_schedule"] = lengths.describe()
     return Rates(
@@ -188,7 +196,7 @@ def _without_trust(config: Config) -> Iterator[str]:
             " weights, and pulls below bf16's precision would be lost"
         )
     offload = getattr(zero, "offload_optimizer", None)
-    if offload is not None and (offload.ratio != 1.0 or offload.super_offload):
+    if getattr(offload, "ratio", 1.0) != 1.0 or getattr(offload, "super_offload", False):
         yield "expected neither zero_optimization.offload_optimizer.ratio nor super_offload beside it, got one"
     if getattr(zero, "zenflow", None) is not None:
         yield "expected no zero_optimization.zenflow beside it, got one"
