@@ -55,8 +55,8 @@ class Rates:
             )
         if (found := self.applied.get("trust_region")) is not None:
             yield (
-                f"training.trust_region: cycles of {found['steps']} steps, with {found['mean_rate']:.2f} of the learning"
-                " rate in the mean"
+                f"training.trust_region: cycles of {found['steps']} steps, with {found['mean_rate']:.2f} of the"
+                " learning rate in the mean"
             )
         if "length_schedule" in self.applied:
             follows = "go with the number of sequences" if self.batch_power else "stay as they are (no batch_rule)"
