@@ -102,6 +102,7 @@ def test_runs_go_on_exactly_and_offload_changes_nothing(
     assert [record["tokens"] for record in steps] == [256 * step for step in range(1, 8)]
     assert "3 steps of sequences of 8, 16 tokens in turn, cut from those of 32" in said
     assert json.loads((path.parent / "run" / "summary.json").read_text())["rates"]["length_schedule"] == SCHEDULE
+    (tmp_path / "disk").mkdir()
     offload = {"path": str(tmp_path / "disk"), "min_tensor_bytes": 0, "keep_resident": 0}
     cut = config_of(corpus, tmp_path / "cut", activation_offload=offload, **changes)
     train(cut, "--set", "training.steps=5", ranks=ranks)
