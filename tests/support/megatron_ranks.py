@@ -5,6 +5,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import traceback
 import warnings
@@ -77,7 +78,7 @@ def _serve_all(pipes: tuple[Connection, ...], telling: Connection) -> None:
     cpu.install()
     for family in ("llama", "mixtral"):
         importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    for name in ("model", "masters", "training", "construct", "build"):
+    for name in ("model", "masters", "training", "construct", "build", "zero.build"):
         with suppress(ImportError):
             importlib.import_module(f"narrowgauge.engine.backends.megatron.{name}")
     gc.collect()
@@ -126,5 +127,21 @@ def _leave() -> None:
 
     destroy_groups()
     dist.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        from narrowgauge.engine.backends.deepspeed.privates import release_destroyed_groups
+
+        release_destroyed_groups()
+        _count_from_the_start()
     # Each group that something unreachable still holds has three threads that wake a hundred times a second.
     gc.collect()
+
+
+def _count_from_the_start() -> None:
+    """DeepSpeed numbers a process's modules at ZeRO-3 and compares the numbers of all ranks; not all of the ranks here
+    take part in each call.
+    """
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0  # pyright: ignore[reportOptionalSubscript]
+    Init.param_id = 0

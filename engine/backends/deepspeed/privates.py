@@ -72,6 +72,13 @@ def stage_3_position(wrapper: Any, parameter: Any) -> tuple[int, int]:
     return int(offset), int(size)
 
 
+def state_of_stage_3(wrapper: Any, group: dict[str, Any]) -> Iterator[Tensor]:
+    """The flat masters of the sub-groups of a parameter group: they key the optimizer's state."""
+    for sub_group, number in wrapper.sub_group_to_group_id.items():
+        if wrapper.optimizer.param_groups[number] is group:
+            yield wrapper.fp32_partitioned_groups_flat[sub_group]
+
+
 def stage_3_masters_to_model(wrapper: Any) -> None:
     for group in range(len(wrapper.fp16_groups)):
         wrapper._reassign_or_swap_out_partitioned_parameters(group)
@@ -250,6 +257,11 @@ def release_destroyed_groups() -> None:
     if comm.comm.cdb is not None and not torch.distributed.is_initialized():
         comm.comm.cdb = None
         process_groups._release_process_group_references(group=None)
+
+
+def forget_model_parallel() -> None:
+    """After an engine with an ``mpu``: DeepSpeed keeps it for every later one of the process."""
+    process_groups.mpu = None
 
 
 def configure_python_gc(engine: DeepSpeedEngine) -> None:

@@ -24,7 +24,7 @@ from narrowgauge.optimizers.numerics.seeds import derive_seed
 from narrowgauge.optimizers.sharding.communicator import one_for_all
 from narrowgauge.optimizers.sharding.shards import ShardMap
 
-from .privates import flat_bit16, fragment_of, gather_again, own_shard
+from .privates import flat_bit16, fragment_of, gather_again, own_shard, state_of_stage_3
 
 
 class DeepSpeedCommunicator:
@@ -206,9 +206,7 @@ class PartitionedWeightBackend:
         gather_again([p for layer in layers for p in (layer.module.weight, layer.module.compact)])
 
     def state_tensors(self, group: dict[str, Any]) -> Iterable[Tensor]:
-        for sub_group, group_id in self._zero.sub_group_to_group_id.items():
-            if self._zero.optimizer.param_groups[group_id] is group:
-                yield self._zero.fp32_partitioned_groups_flat[sub_group]
+        return state_of_stage_3(self._zero, group)
 
 
 def _compact(layer: CompactLayer) -> Any:

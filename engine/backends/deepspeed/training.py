@@ -37,6 +37,11 @@ class DeepSpeedTraining:
         self._traffic = TrafficCounter()
 
     @property
+    def engine(self) -> Any:
+        """DeepSpeed's."""
+        return self._deepspeed
+
+    @property
     def module(self) -> nn.Module:
         return self._deepspeed.module
 

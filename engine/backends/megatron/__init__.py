@@ -65,7 +65,11 @@ class MegatronBackend:
         return list(ranks_of(config, model_config, world_size, on_gpu=on_gpu, steps=steps))
 
     def prepare(self, config: "Config", console: "Console | None" = None) -> None:
-        """Nothing is compiled."""
+        """Only what DeepSpeed loads is compiled."""
+        if config.zero_stage:
+            from ..deepspeed.extensions import ensure_extensions
+
+            ensure_extensions(config, console)
 
     def init_distributed(self) -> None:
         from .start import init_distributed

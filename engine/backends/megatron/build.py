@@ -29,6 +29,10 @@ def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> Meg
     model.to(device())
     own = make_own(config, model) if config.optimizer_options is not None else None
     optimizer = own.optimizer if own is not None else _make_optimizer(config, model)
+    if config.zero_stage:
+        from .zero.build import build_under_zero  # what is DeepSpeed's is imported where it is used
+
+        return build_under_zero(config, model, optimizer, own, schedule)
     chunks = _wrap(model, config)
     masters = Masters(chunks, distributed=block.distributed_optimizer, bf16=config.bf16)
     compact = CompactPart(own, masters, overlaps=block.overlap_param_gather) if own is not None else None

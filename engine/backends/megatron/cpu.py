@@ -171,24 +171,29 @@ def _uneven_collectives() -> Iterator[None]:
     """gloo gathers and scatters equal sizes only; experts get as many tokens as were routed to them."""
     all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
 
-    def gather(outputs: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
-        if len({output.shape for output in outputs}) == 1:
-            return all_gather(outputs, tensor, group=group, async_op=async_op)
-        rows = _longest(outputs, async_op)
-        padded = [tensor.new_empty(rows, *tensor.shape[1:]) for _ in outputs]
+    # DeepSpeed names the arguments.
+    def gather(tensor_list: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if len({output.shape for output in tensor_list}) == 1:
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        rows = _longest(tensor_list, async_op)
+        padded = [tensor.new_empty(rows, *tensor.shape[1:]) for _ in tensor_list]
         all_gather(padded, _padded(tensor, rows), group=group)
-        for output, part in zip(outputs, padded, strict=True):
+        for output, part in zip(tensor_list, padded, strict=True):
             output.copy_(part[: output.shape[0]])
         return None
 
     def scatter(
-        output: Tensor, inputs: list[Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+        output: Tensor,
+        input_list: list[Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
     ) -> Any:
-        if len({tensor.shape for tensor in inputs}) == 1:
-            return reduce_scatter(output, inputs, op=op, group=group, async_op=async_op)
-        rows = _longest(inputs, async_op)
+        if len({tensor.shape for tensor in input_list}) == 1:
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        rows = _longest(input_list, async_op)
         part = output.new_empty(rows, *output.shape[1:])
-        reduce_scatter(part, [_padded(tensor, rows) for tensor in inputs], op=op, group=group)
+        reduce_scatter(part, [_padded(tensor, rows) for tensor in input_list], op=op, group=group)
         output.copy_(part[: output.shape[0]])
         return None
 

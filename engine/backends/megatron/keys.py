@@ -17,6 +17,7 @@ from ...errors import did_you_mean
 from .layout import Layout, Sizes
 
 BalanceLoss = Literal["none", "micro_batch", "global"]
+Size = Annotated[int, Field(ge=0, strict=True)]
 ADAMW = frozenset({"lr", "betas", "eps", "weight_decay", "torch_adam"})
 
 
@@ -29,12 +30,20 @@ class Fp16Block(Block):
 
 
 class ZeroBlock(Block):
+    """DeepSpeed's ZeRO in the place of ``megatron.distributed_optimizer``; its keys, as far as they are used here."""
+
     model_config = ConfigDict(extra="allow")
 
-    stage: Annotated[
-        int,
-        off_only("expected 0 with the megatron engine; megatron.distributed_optimizer shards masters and moments"),
-    ] = 0
+    stage: Annotated[int, Field(ge=0, le=3, strict=True)] = 0
+    contiguous_gradients: Flag = True
+    overlap_comm: Flag | None = None
+    reduce_scatter: Flag = True
+    reduce_bucket_size: Count | None = None
+    allgather_bucket_size: Count | None = None
+    stage3_max_live_parameters: Size | None = None
+    stage3_max_reuse_distance: Size | None = None
+    stage3_prefetch_bucket_size: Size | None = None
+    stage3_param_persistence_threshold: Size | None = None
 
 
 class MegatronBlock(StrictBlock):

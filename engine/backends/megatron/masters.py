@@ -6,7 +6,7 @@ also where they are two (experts are cut over other process ranks).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -28,6 +28,22 @@ class Master:
 
     tensor: Tensor
     start: int
+
+
+class MasterCopies(Protocol):
+    """The masters of a model, whoever holds them."""
+
+    def of(self, parameter: nn.Parameter) -> Master | None:
+        """This process rank's master of a parameter; None where other ranks hold all of it."""
+        ...
+
+    def gather(self, *, now: bool = False) -> None:
+        """Gather the parameters over the data-parallel ranks. Collective.
+
+        Args:
+            now: also where the next forward would do it.
+        """
+        ...
 
 
 class Masters:

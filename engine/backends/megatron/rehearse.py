@@ -56,19 +56,25 @@ def build_abstract(config: Config, model_config: PretrainedConfig, world_size: i
 
 
 def _held(model: StagedModel, config: Config, process_ranks: str) -> HeldByRank:
-    layout, distributed = model.layout, megatron_block(config).distributed_optimizer
+    layout, stage = model.layout, config.zero_stage
+    distributed = stage > 0 or megatron_block(config).distributed_optimizer
     parameters = shares = size = 0
     for parameter, tensor in model.local_parameters():
         copies = layout.expert_data if parameter.is_expert and layout.splits_experts else layout.data
         parameters, size = parameters + tensor.numel(), size + tensor.nbytes
         shares += -(-tensor.numel() // copies) if distributed else tensor.numel()
+    if stage == 3:
+        size = -(-size // layout.data)
     if config.optimizer_options is not None:
         # What a compact optimizer trains is known when its layers are.
         return HeldByRank(process_ranks, what_of(model), parameters, {"parameters": size})
+    # DeepSpeed's gradients are as wide as the parameters, and have shares of their own from stage 2; its masters are
+    # copies in fp32, too, until stage 3.
+    element = (2 if config.bf16 else _FP32) if stage else _FP32
     sizes = {
         "parameters": size,
-        "gradients": _FP32 * parameters,
-        "masters": _FP32 * shares if config.bf16 else 0,
+        "gradients": element * (shares if stage > 1 else parameters),
+        "masters": _FP32 * shares if config.bf16 or stage in (1, 2) else 0,
         "moments": 2 * _FP32 * shares,
     }
     return HeldByRank(process_ranks, what_of(model), parameters, sizes)

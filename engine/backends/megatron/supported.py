@@ -11,6 +11,7 @@ from .compact.supported import unsupported, unsupported_model
 from .fits import problems_of_layout
 from .installed import has_transformer_engine, not_usable_because, show_its_warnings_less
 from .keys import layout_of, megatron_block
+from .zero import supported as zero
 
 
 def check(config: Config) -> None:
@@ -18,7 +19,7 @@ def check(config: Config) -> None:
     if (reason := not_usable_because()) is not None:
         raise config.error(f"engine: megatron: {reason}")
     show_its_warnings_less()
-    if problems := [*_settings(config), *_optimizer(config)]:
+    if problems := [*_settings(config), *zero.unsupported_settings(config), *_optimizer(config)]:
         raise config.error(*problems)
 
 
@@ -91,7 +92,7 @@ def check_model(config: Config, model_config: PretrainedConfig, world_size: int)
     )
     if problems:
         raise config.error(*(f"megatron.{problem}" for problem in problems))
-    found = [*_of_experts(config, architecture)]
+    found = [*_of_experts(config, architecture), *zero.unsupported_model(config, architecture)]
     if config.optimizer_options is not None:
         found += unsupported_model(config, architecture, layout)
     if found:

@@ -42,7 +42,7 @@ class _Held(Shard):
     parameter: LocalParameter | None = None
 
 
-def _tokens_of(batch: Batch) -> Tensor:
+def tokens_of(batch: Batch) -> Tensor:
     # Records are refused before anything is built.
     assert isinstance(batch, Tensor)
     return batch
@@ -142,7 +142,7 @@ class MegatronTraining:
         return False
 
     def train_step(self, batches: Iterator[Batch], phase: Phase) -> Tensor:
-        micro_batches = [_tokens_of(next(batches)).to(self._device) for _ in range(self.accumulation_steps)]
+        micro_batches = [tokens_of(next(batches)).to(self._device) for _ in range(self.accumulation_steps)]
         self._masters.forget_gradients()
         self._balance.begin_step()
         if self._balance.needs_counts_ahead:
@@ -186,7 +186,7 @@ class MegatronTraining:
     def evaluate(self, batch: Batch) -> Tensor:
         with self._parameters_at_rest():
             self._model.eval()
-            loss = forward(self._model, _tokens_of(batch).to(self._device))
+            loss = forward(self._model, tokens_of(batch).to(self._device))
             self._model.train()
         return loss
 

@@ -1,7 +1,9 @@
 """A model's whole weights, put together on process rank 0 from the boxes that all ranks hold, and read back."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,8 @@ from ...protocol import WeightSource
 from .layout import Place
 from .model import StagedModel
 from .parts import LocalParameter, Part, local_parameters
+
+Gathered = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]
 
 
 def is_first_copy(parameter: LocalParameter, place: Place) -> bool:
@@ -23,10 +27,13 @@ class Gathering:
 
     Args:
         shapes: of all weights, by Hugging Face's names.
+        gathered: within it parameters are whole here. Collective over the data-parallel ranks.
     """
 
-    def __init__(self, model: StagedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._model, self._shapes = model, shapes
+    def __init__(
+        self, model: StagedModel, shapes: Mapping[str, tuple[int, ...]], *, gathered: Gathered = lambda _: nullcontext()
+    ) -> None:
+        self._model, self._shapes, self._gathered = model, shapes, gathered
         # By weight and process rank, all parts of a first copy, as every rank computes them.
         self._owners: dict[str, dict[int, list[Part]]] = {name: {} for name in shapes}
         for place in model.layout.places():
@@ -39,29 +46,33 @@ class Gathering:
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Collective. The values are there on process rank 0 alone; the others get empty tensors."""
-        own = self._own_parts()
+        held: dict[str, list[tuple[LocalParameter, Tensor]]] = {}
+        for parameter, tensor in self._model.local_parameters():
+            for name in dict.fromkeys(part.name for part in parameter.parts):
+                held.setdefault(name, []).append((parameter, tensor))
         rank = dist.get_rank()
         for name, shape in self._shapes.items():
-            if rank == 0:
-                yield name, self._whole(name, shape, own)
-                continue
-            if rank in self._owners[name]:
-                dist.send(torch.cat([part.reshape(-1) for part in own[name]]), dst=0)
-            yield name, torch.empty(0)
+            here = held.get(name, [])
+            with self._gathered([tensor for _, tensor in here]) if here else nullcontext():
+                own = [*self._own_parts(name, here)]
+                if rank == 0:
+                    whole = self._whole(name, shape, own)
+                else:
+                    whole = torch.empty(0)
+                    if rank in self._owners[name]:
+                        dist.send(torch.cat([part.reshape(-1) for part in own]), dst=0)
+            yield name, whole
 
-    def _own_parts(self) -> dict[str, list[Tensor]]:
-        own: dict[str, list[Tensor]] = {}
-        for parameter, tensor in self._model.local_parameters():
+    def _own_parts(self, name: str, held: Sequence[tuple[LocalParameter, Tensor]]) -> Iterator[Tensor]:
+        for parameter, tensor in held:
             if is_first_copy(parameter, self._model.place):
-                for part in parameter.parts:
-                    own.setdefault(part.name, []).append(part.of_tensor(tensor.detach()))
-        return own
+                yield from (part.of_tensor(tensor.detach()) for part in parameter.parts if part.name == name)
 
-    def _whole(self, name: str, shape: tuple[int, ...], own: Mapping[str, list[Tensor]]) -> Tensor:
+    def _whole(self, name: str, shape: tuple[int, ...], own: list[Tensor]) -> Tensor:
         like = next(self._model.parameters())
         whole = torch.empty(shape, dtype=like.dtype, device=like.device)
         for source, parts in self._owners[name].items():
-            values = own[name] if source == 0 else self._received(source, parts, like)
+            values = own if source == 0 else self._received(source, parts, like)
             for part, value in zip(parts, values, strict=True):
                 part.of_weight(whole).copy_(value)
         return whole
@@ -80,15 +91,28 @@ def read_weights(model: StagedModel, source: WeightSource, shapes: Mapping[str, 
     Raises:
         ValueError: a weight is missing or has another shape; nothing has been read then.
     """
+    check_shapes(source, shapes)
+    fill_from(source, [(parameter, tensor.detach()) for parameter, tensor in model.local_parameters()])
+
+
+def check_shapes(source: WeightSource, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """
+    Raises:
+        ValueError: a weight is missing or has another shape.
+    """
     for name, expected in shapes.items():
         found = source.shape(name)
         if found != expected:
             got = "nothing" if found is None else list(found)
             raise ValueError(f"{name}: expected shape {list(expected)}, got {got}")
+
+
+def fill_from(source: WeightSource, local: Iterable[tuple[LocalParameter, Tensor]]) -> None:
+    """Take what belongs to these parameters, each weight read once."""
     targets: dict[str, list[tuple[LocalParameter, Tensor]]] = {}
-    for parameter, tensor in model.local_parameters():
+    for parameter, tensor in local:
         for name in dict.fromkeys(part.name for part in parameter.parts):
-            targets.setdefault(name, []).append((parameter, tensor.detach()))
+            targets.setdefault(name, []).append((parameter, tensor))
     for name, held in targets.items():
         weight = source.read(name)
         for parameter, tensor in held:

@@ -15,7 +15,7 @@ from narrowgauge.optimizers.numerics.seeds import derive_seed
 from narrowgauge.optimizers.sharding.communicator import Communicator
 from narrowgauge.optimizers.sharding.shards import ShardMap
 
-from ..masters import Masters
+from ..masters import MasterCopies
 from .linear import CompactParallelLinear
 from .parallel_weight import ParallelUnit
 
@@ -74,7 +74,7 @@ class MegatronBackend:
         overlaps: parameters are gathered while the next forward goes on: what a step has changed is here only then.
     """
 
-    def __init__(self, layers: Sequence[CompactLayer], masters: Masters, *, overlaps: bool) -> None:
+    def __init__(self, layers: Sequence[CompactLayer], masters: MasterCopies, *, overlaps: bool) -> None:
         self._layers, self._masters, self._overlaps = list(layers), masters, overlaps
         self._communicator = communicator()
         self._replicated: list[Any] = [unit.compact for unit in map(_unit, layers) if unit.is_replicated]

@@ -14,7 +14,7 @@ from narrowgauge.optimizers.layers.coverage import Coverage
 from ....config.config import Config
 from ....config.optimizer_params import make_optimizer
 from ....config.problems import within
-from ..masters import Masters
+from ..masters import MasterCopies
 from ..model import StagedModel
 from .backend import MegatronBackend
 from .tree import ModelTree, compact_units_of
@@ -74,7 +74,7 @@ class CompactPart:
         groups: number of the parameter group of everything that is trained, on all ranks, by name.
     """
 
-    def __init__(self, made: Made, masters: Masters, *, overlaps: bool) -> None:
+    def __init__(self, made: Made, masters: MasterCopies, *, overlaps: bool) -> None:
         own, tree = made.optimizer, made.tree
         self.own = own
         self.parameters = [*tree.compact_parameters()]

@@ -200,6 +200,10 @@ class CompactParallelLinear(CompactModule):
         return [own for own in self.held if isinstance(own, CompactParallelWeight)]
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        none = self.weight.detach().new_empty(0)
+        found = fn(none)
+        if (found.dtype, found.device) == (none.dtype, none.device):
+            return self
         raise NotImplementedError("a compact parallel layer is not moved: its compact values lie in Megatron's buffers")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

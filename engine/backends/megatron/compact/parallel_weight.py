@@ -278,6 +278,13 @@ class SelectedParallelWeight(CompactParallelWeight):
             return self.local_weight.index_select(2, self.local).reshape(self.compact.shape)
         return self.layer.weight.detach().index_select(0, self._selected_rows())
 
+    def places(self) -> Tensor:
+        """Where the compact values lie in the layer's flattened weight, int64, of the compact shape."""
+        width = self.cut.local[1]
+        if self.side == "columns":
+            return self.cut.numbers(self.local.device)[:, None] * width + self.local
+        return self._selected_rows()[:, None] * width + torch.arange(width, device=self.local.device)
+
     def _selected_rows(self) -> Tensor:
         """The selected rows as those of the layer's weight."""
         return self.cut.numbers(self.local.device)[self.local]

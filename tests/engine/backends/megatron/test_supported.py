@@ -53,7 +53,12 @@ def test_settings(layout: dict[str, Any], reason: str) -> None:
 @pytest.mark.parametrize(
     ("more", "key"),
     [
-        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage"),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.offload_optimizer",
+        ),
+        ({"zero_optimization": {"stage": 3}, "activation_offload": {"path": "."}}, "activation_offload"),
         ({"fp16": {"enabled": True}}, "fp16.enabled"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler"),
         ({"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}, "optimizer.type"),
@@ -66,6 +71,29 @@ def test_settings(layout: dict[str, Any], reason: str) -> None:
 def test_keys_of_other_engines(more: dict[str, Any], key: str) -> None:
     (problem,) = refused(**more)
     assert problem.startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("layout", "key", "reason"),
+    [
+        (
+            {"pipeline_parallel": 2},
+            "pipeline_parallel",
+            "expected 1 with zero_optimization.stage 2, got 2: DeepSpeed runs",
+        ),
+        ({"distributed_optimizer": True}, "distributed_optimizer", "expected none or false"),
+        ({"overlap_grad_reduce": True}, "overlap_grad_reduce", "use zero_optimization.overlap_comm"),
+    ],
+)
+def test_layouts_that_zero_does_not_take(layout: dict[str, Any], key: str, reason: str) -> None:
+    (problem,) = refused(layout, ranks=2, zero_optimization={"stage": 2})
+    assert problem.startswith(f"megatron.{key}: ")
+    assert reason in problem
+
+
+def test_zero_takes_no_experts() -> None:
+    (problem,) = refused(family="mixtral", zero_optimization={"stage": 1})
+    assert problem.startswith("zero_optimization.stage: expected 0 for a model with experts, got 1: ")
 
 
 @pytest.mark.parametrize(

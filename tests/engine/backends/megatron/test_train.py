@@ -86,8 +86,10 @@ def test_a_mixture_records_how_its_experts_are_used(corpus: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_first_steps_of_the_quickstart(tmp_path: Path) -> None:
-    words = ["training.steps=6", "training.checkpoint_interval=null", f"logging.run_dir={tmp_path}/run"]
+@pytest.mark.parametrize("zero", [[], ["megatron.pipeline_parallel=1", "zero_optimization.stage=2"]], ids=["", "zero"])
+def test_the_first_steps_of_the_quickstart(tmp_path: Path, zero: list[str]) -> None:
+    """As it is, and as the page on ZeRO says."""
+    words = [*zero, "training.steps=6", "training.checkpoint_interval=null", f"logging.run_dir={tmp_path}/run"]
     words += ["training.eval_sequences=8", "training.lr_schedule=null"]
     changes = [word for change in words for word in ("--set", change)]
     result = forked.run("train", "megatron-quickstart", *changes, ranks=4)

@@ -1,0 +1,1 @@
+"""DeepSpeed's ZeRO in the place of Megatron's optimizers, around a tensor-parallel model."""
