@@ -43,7 +43,7 @@ def doctor(path: Path, *, hostfile: Path | None, build: bool, as_json: bool, con
 
 
 def _findings(path: Path, hosts: list[Host], build: bool, progress: Console) -> Iterator[Finding]:
-    from .packages import check_apex, check_imports, check_transformer_engine, check_versions
+    from .packages import check_apex, check_fused, check_imports, check_transformer_engine, check_versions
     from .system import check_limits, check_shared_memory
 
     yield from check_versions()
@@ -61,6 +61,7 @@ def _findings(path: Path, hosts: list[Host], build: bool, progress: Console) -> 
         yield from _guarded("I/O backends", check_io_backends)
     yield from check_transformer_engine()
     yield from check_apex()
+    yield from check_fused()
     if not broken:
         from .disk import check_disk
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from narrowgauge.engine.backends.megatron.installed import fused_by, not_usable_because, other_apex
+
 from .finding import Finding, first_line
 
 # Shown also where they are as they should be.
@@ -87,14 +89,30 @@ def check_apex() -> list[Finding]:
     spec = find_spec("apex")
     if spec is None:
         return [Finding("ok", "apex", "not installed, not needed")]
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    if not all(any((folder / part).is_dir() for folder in folders) for part in ("optimizers", "multi_tensor_apply")):
-        place = folders[0] if folders else Path(spec.origin or "apex")
+    place = other_apex()
+    if place is not None:
         return [Finding("warning", "apex", f"{place} is not NVIDIA's apex", _removal(place))]
     problem = _import_problem("apex.multi_tensor_apply")
     if problem is None:
-        return [Finding("ok", "apex", "NVIDIA's")]
-    return [Finding("warning", "apex", f"cannot be imported: {problem}", _removal(folders[0]))]
+        used = "NVIDIA's" if find_spec("amp_C") is not None else "NVIDIA's, without its extensions (amp_C): not used"
+        return [Finding("ok", "apex", used)]
+    return [
+        Finding(
+            "warning",
+            "apex",
+            f"cannot be imported: {problem}",
+            _removal(Path(next(iter(spec.submodule_search_locations or ["apex"])))),
+        )
+    ]
+
+
+def check_fused() -> list[Finding]:
+    """Whose kernels the ``megatron`` engine uses beside PyTorch's; nothing where it is not installed."""
+    if not_usable_because() is not None:
+        return []
+    kernels = fused_by()
+    text = f"norms and clipping of gradients by {kernels}" if kernels is not None else "PyTorch's kernels alone"
+    return [Finding("ok", "megatron", text)]
 
 
 def _removal(place: Path) -> str:

@@ -3,6 +3,7 @@
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 from packaging.version import Version
 
@@ -29,3 +30,27 @@ def show_its_warnings_less() -> None:
 
 def has_transformer_engine() -> bool:
     return find_spec("transformer_engine") is not None
+
+
+def other_apex() -> Path | None:
+    """Where another package lies that goes by the name of NVIDIA's apex, as PyPI's does; nothing of it is run.
+
+    Megatron takes whatever ``import apex`` finds for NVIDIA's.
+    """
+    spec = find_spec("apex")
+    if spec is None:
+        return None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    if all(any((folder / part).is_dir() for folder in folders) for part in ("optimizers", "multi_tensor_apply")):
+        return None
+    return folders[0] if folders else Path(spec.origin or "apex")
+
+
+def fused_by() -> str | None:
+    """Whose kernels Megatron takes the norm of gradients with, scales them and copies masters: the first that is there
+    of Transformer Engine and NVIDIA's apex with its extensions; None where it is PyTorch.
+    """
+    if has_transformer_engine():
+        return "Transformer Engine"
+    has_apex = find_spec("apex") is not None and other_apex() is None
+    return "apex" if has_apex and find_spec("amp_C") is not None else None

@@ -9,7 +9,7 @@ from ...data.examples import names_records
 from .architecture import Architecture, architecture_of
 from .compact.supported import unsupported, unsupported_model
 from .fits import problems_of_layout
-from .installed import has_transformer_engine, not_usable_because, show_its_warnings_less
+from .installed import has_transformer_engine, not_usable_because, other_apex, show_its_warnings_less
 from .keys import layout_of, megatron_block
 from .zero import supported as zero
 
@@ -18,6 +18,11 @@ def check(config: Config) -> None:
     """See :meth:`narrowgauge.engine.protocol.Backend.check`."""
     if (reason := not_usable_because()) is not None:
         raise config.error(f"engine: megatron: {reason}")
+    if (place := other_apex()) is not None:
+        raise config.error(
+            f"engine: megatron: expected NVIDIA's apex or none, got another package of that name in {place}, which"
+            " Megatron takes for it: uninstall it (narrowgauge doctor says how)"
+        )
     show_its_warnings_less()
     if problems := [*_settings(config), *zero.unsupported_settings(config), *_optimizer(config)]:
         raise config.error(*problems)

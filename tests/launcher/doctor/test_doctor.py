@@ -151,13 +151,15 @@ def test_build_removes_the_lock_and_compiles(tmp_path: Path) -> None:
 
 
 def test_another_package_named_apex(tmp_path: Path) -> None:
-    """PyPI's ``apex`` is a toolkit for web applications; DeepSpeed takes it for NVIDIA's."""
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("import pyramid_that_is_not_there\n")
+    """PyPI's ``apex`` is a toolkit for web applications; DeepSpeed and Megatron take it for NVIDIA's."""
+    (tmp_path / "apex" / "optimizers").mkdir(parents=True)
+    (tmp_path / "apex" / "__init__.py").write_text("")
     _, findings = ask(PYTHONPATH=before(tmp_path))
     (apex,) = of(findings, "apex")
     assert apex["status"] == "warning"
     assert apex["cure"] == f"rm -r {tmp_path}/apex"
+    (megatron,) = of(findings, "megatron")
+    assert megatron["found"] == "PyTorch's kernels alone"
 
 
 def test_a_version_out_of_range_and_packages_that_do_not_import(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the ``megatron`` engine refuses before there is a process group: settings, models, layouts."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,3 +197,22 @@ def test_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installed, "version", missing)
     with pytest.raises(ConfigError, match=r"engine: megatron: .*got none: pip install 'narrowgauge\[megatron\]'"):
         MEGATRON.check(run_config("megatron", "llama"))
+
+
+def test_another_package_named_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's, which Megatron's bare ``import apex`` would take for NVIDIA's; nothing of it is run."""
+    package = tmp_path / "apex"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (problem,) = refused()
+    assert problem == (
+        f"engine: megatron: expected NVIDIA's apex or none, got another package of that name in {package}, which"
+        " Megatron takes for it: uninstall it (narrowgauge doctor says how)"
+    )
+    assert installed.fused_by() is None
+    # As its source is laid out, without the compiled extensions: it is NVIDIA's, and not used.
+    for name in ("optimizers", "multi_tensor_apply"):
+        (package / name).mkdir()
+    assert refused() == []
+    assert installed.fused_by() is None
