@@ -19,8 +19,7 @@ OTHERS += [ROOT / "benchmarks" / "results" / "README.md", *sorted((ROOT / "docs"
 
 
 # Runs of narrowgauge train, of which other tests have many.
-SLOW = {"train.md-1", "megatron.md-1"}
-SLOW |= {"watch.md-1"}
+SLOW = {"train.md-1", "megatron.md-1", "watch.md-1"}
 
 
 def examples(heading: str) -> list[object]:
