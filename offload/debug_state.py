@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .saving.graph import ForwardGraph
+from .transfer.memory_only import MemoryOnly
 from .transfer.record import Record
 from .transfer.transport import Transport
 
@@ -82,10 +83,10 @@ class DebugState:
         return (self.slab_bytes, self.saved, self.resident, self.buffer_bytes) == (0, 0, 0, 0)
 
 
-def debug_state(transport: Transport, graphs: Sequence[ForwardGraph]) -> DebugState:
+def debug_state(transport: Transport | MemoryOnly, graphs: Sequence[ForwardGraph]) -> DebugState:
     """Of a transport and the latest forwards."""
     transport.settle()
-    counters = transport.counters
+    counters, store = transport.counters, transport.store
     records = [graph.living_records() for graph in graphs]
     pending = [
         record.write_transfer is not None and not record.write_transfer.is_done for graph in records for record in graph
@@ -102,8 +103,10 @@ def debug_state(transport: Transport, graphs: Sequence[ForwardGraph]) -> DebugSt
         buffer_bytes=transport.buffer_bytes,
         slabs=tuple(
             SlabState(folder=file.folder, fd=file.fd, capacity=file.capacity, used=used)
-            for file, used in zip(transport.store.files, transport.store.used_by_file(), strict=True)
-        ),
+            for file, used in zip(store.files, store.used_by_file(), strict=True)
+        )
+        if store is not None
+        else (),
         stored=tuple(filter(None, map(_stored, records[-1]))) if records else (),
     )
 

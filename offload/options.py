@@ -16,9 +16,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from torch import nn
 
 from .backends import IOBackend, backend_names
+from .codecs import CodecName, codec_names
 
 Granularity = Literal["saved_tensors", "layer_inputs"]
 Folder = str | os.PathLike[str]
+# What has a meaning where ``path`` is None.
+_WITHOUT_DISK = ("path", "granularity", "min_tensor_bytes", "codec", "codec_modules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +66,11 @@ class OffloadOptions:
     """
 
     path: Annotated[
-        Folder | Sequence[Folder],
-        Option(meaning="A folder on the SSD, or a list: one per SSD, used in turn. Nothing is left in it."),
+        Folder | Sequence[Folder] | None,
+        Option(
+            meaning="A folder on the SSD, or a list: one per SSD, used in turn. Nothing is left in it. `null`: no disk,"
+            " what a codec has encoded stays in memory."
+        ),
     ]
     granularity: Annotated[
         Granularity,
@@ -83,7 +89,23 @@ class OffloadOptions:
             at_most=1,
         ),
     ] = "auto"
-    min_tensor_bytes: Annotated[int, Option(meaning="Smaller storages stay in memory.", at_least=0)] = 256 << 10
+    min_tensor_bytes: Annotated[int, Option(meaning="Smaller storages stay in memory, as they are.", at_least=0)] = (
+        256 << 10
+    )
+    codec: Annotated[
+        CodecName,
+        Option(
+            meaning="How activations are held, in memory and on disk: `none`, bit for bit; `mesa8`, rounded to 8 bits,"
+            " right in the mean. Forward stays exact."
+        ),
+    ] = "none"
+    codec_modules: Annotated[
+        Sequence[str] | None,
+        Option(
+            meaning="Globs over the names of modules: whose saved activations are encoded.",
+            shown="the modules inside of blocks",
+        ),
+    ] = None
     backend: Annotated[
         str | IOBackend, Option(meaning="How bytes are moved; `auto` measures and takes the fastest.")
     ] = "auto"
@@ -138,6 +160,20 @@ class OffloadOptions:
     def __post_init__(self) -> None:
         for option in fields(self):
             check_option(option.name, getattr(self, option.name))
+        if self.codec_modules is not None and (self.codec == "none" or self.granularity == "layer_inputs"):
+            raise ValueError(
+                "codec_modules: expected a codec and granularity 'saved_tensors', which it is about, got"
+                f" {self.codec!r} and {self.granularity!r}"
+            )
+        if self.path is None:
+            self._check_memory_only()
+
+    def _check_memory_only(self) -> None:
+        if self.codec == "none":
+            raise ValueError("path: expected a folder without a codec, which would have nothing to do, got None")
+        for option in fields(self):
+            if option.name not in _WITHOUT_DISK and getattr(self, option.name) != option.default:
+                raise ValueError(f"{option.name}: is about the disk: expected a folder as path with it, got None")
 
 
 def check_option(name: str, value: Any) -> None:
@@ -150,6 +186,10 @@ def check_option(name: str, value: Any) -> None:
         return
     if name == "granularity":
         _check_one_of(name, value, get_args(Granularity))
+    elif name == "codec":
+        _check_one_of(name, value, codec_names())
+    elif name == "codec_modules":
+        _check_globs(name, value)
     elif name == "backend":
         if isinstance(value, str):
             _check_one_of(name, value, backend_names(), " or an IOBackend")
@@ -161,6 +201,15 @@ def check_option(name: str, value: Any) -> None:
             raise ValueError(f"{name}: expected 'auto' or a number from 0 to 1, got {value!r}")
     else:
         _check_number(name, value)
+
+
+def _check_globs(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(glob, str) for glob in value):
+        raise TypeError(f"{name}: expected a list of globs, got {value!r}")
+    if not value:
+        raise ValueError(f"{name}: expected at least one glob, got none")
 
 
 def _check_one_of(name: str, value: Any, allowed: Sequence[str], more: str = "") -> None:
@@ -197,14 +246,16 @@ def option_of(name: str) -> Option:
     return get_type_hints(OffloadOptions, include_extras=True)[name].__metadata__[0]
 
 
-def check_model(granularity: Granularity, model: Any, layers: Any) -> None:
-    """What is made to recompute.
+def check_model(granularity: Granularity, codec: CodecName, model: Any, layers: Any) -> None:
+    """What is made to recompute, and what a codec follows.
 
     Raises:
         TypeError, ValueError: it does not fit the granularity, or is no model.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
+    if codec != "none" and model is None:
+        raise ValueError(f"codec: {codec!r} needs model=, by the names of whose modules it knows what is saved where")
     if granularity == "layer_inputs" and model is None:
         raise ValueError("granularity: 'layer_inputs' needs model=, whose layers it makes recompute")
     if layers is None:

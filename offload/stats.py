@@ -11,7 +11,7 @@ class OffloadStats:
     """A snapshot. Bytes and seconds; totals since the start unless said otherwise.
 
     Attributes:
-        backend: the I/O backend in use.
+        backend: the I/O backend in use; ``memory`` without a disk.
         saved: bytes saved for backward now, each storage counted once.
         saved_peak: the most since the last reset.
         resident: bytes of memory that saved tensors take now: kept, not yet written, in host buffers, read back.
@@ -22,6 +22,7 @@ class OffloadStats:
         forwarded: bytes that backward took from memory although they had been given up for writing.
         failed_writes: transfers that failed; their tensors stayed in memory.
         full: tensors that stayed in memory because the slab was full.
+        encoded_from, encoded_to: bytes of tensors that the codec was given, and of what it made of them.
         offload_budget: bytes that the latest forward may write, or of the latest step's the one that may most; None
             before a backward has been measured: until then everything is written.
         unplanned: forwards of which that is true.
@@ -43,6 +44,8 @@ class OffloadStats:
     forwarded: int
     failed_writes: int
     full: int
+    encoded_from: int
+    encoded_to: int
     offload_budget: int | None
     unplanned: int
     write_bandwidth: float

@@ -24,6 +24,7 @@ from ..ranks.together import together
 from .contents import VALUES, write_tensors
 from .files import Checkpoint, checksum, verify_files, whole_folder, write_manifest
 from .optimizer_state import load_optimizer, load_subspace, optimizer_numbers, write_optimizer, write_subspace
+from .saved_by_forwards import SAVED_BY_FORWARDS, gather_state, restore_state
 from .values import decode, encode, read_tensors
 from .weights import WeightFiles, save_weights
 
@@ -53,7 +54,7 @@ def save_checkpoint(engine: TrainingEngine, folder: Path, client_state: dict[str
 
 
 def _write_aside(engine: TrainingEngine, aside: Path, client_state: dict[str, Any]) -> None:
-    rank = dist.get_rank()
+    rank, forwards = dist.get_rank(), gather_state(engine)
 
     def prepare() -> None:
         if rank == 0:
@@ -63,7 +64,7 @@ def _write_aside(engine: TrainingEngine, aside: Path, client_state: dict[str, An
     def write() -> list[str]:
         written = [write_optimizer(engine, aside)]
         if rank == 0:
-            written += _write_state(engine, aside, client_state)
+            written += _write_state(engine, aside, client_state, forwards)
             written += write_subspace(engine, aside)
         return [name for name in written if name is not None]
 
@@ -113,6 +114,8 @@ def load_checkpoint(
     tensors = read_tensors(checkpoint.tensors(VALUES))
     if counters:
         engine.restore_counters({**decode(state["counters"], tensors), "loss_scaler": state["loss_scaler"]})
+    if counters and SAVED_BY_FORWARDS in state:
+        restore_state(engine, decode(state[SAVED_BY_FORWARDS], tensors))
     if scheduler_state and engine.lr_scheduler is not None and state["lr_scheduler"] is not None:
         schedule = decode(state["lr_scheduler"], tensors)
         engine.lr_scheduler.load_state_dict(schedule)
@@ -123,11 +126,15 @@ def load_checkpoint(
     return decode(state["client_state"], tensors)
 
 
-def _write_state(engine: TrainingEngine, folder: Path, client_state: dict[str, Any]) -> list[str]:
+def _write_state(
+    engine: TrainingEngine, folder: Path, client_state: dict[str, Any], forwards: list[dict[str, Any]]
+) -> list[str]:
     """Write what is not the optimizer's; returns the names of the files."""
     tensors: dict[str, Tensor] = {}
     state = _engine_state(engine)
-    for key in ("lr_scheduler", "counters"):
+    if any(forwards):
+        state[SAVED_BY_FORWARDS] = forwards
+    for key in ("lr_scheduler", "counters", *([SAVED_BY_FORWARDS] if SAVED_BY_FORWARDS in state else [])):
         state[key] = encode(state[key], tensors, key)
     write_json(folder / "state.json", {**state, "client_state": encode(client_state, tensors, "client_state")})
     if not tensors:

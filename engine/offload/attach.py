@@ -9,6 +9,7 @@ from narrowgauge.offload import ActivationOffload, OffloadError
 from narrowgauge.offload.activation_offload import check_room
 from narrowgauge.offload.backends import BACKENDS
 from narrowgauge.offload.backends.registry import AUTO
+from narrowgauge.offload.saving.places import served_modules
 
 from ..config.config import Config
 from ..config.redaction import redact
@@ -29,10 +30,33 @@ def check_offload(config: Config) -> None:
     reason = backend.unbuildable_because() if backend is not None else None
     if reason is not None:
         raise config.error(f"activation_offload.backend: {options.backend}: {reason}")
+    if options.path is None:
+        return
     try:
         check_room(options.path, options.capacity_bytes)
     except OffloadError as error:
         raise config.error(f"activation_offload.path: {error}") from error
+
+
+def check_codec(config: Config, model: nn.Module) -> None:
+    """What can be known of a codec from the model, which may be without storage.
+
+    Raises:
+        ConfigError: naming the key, what is expected and what was found.
+    """
+    options, block = config.offload(), config.parsed.model
+    if options is None or options.codec == "none" or options.granularity == "layer_inputs":
+        return
+    if options.codec_modules is None and block is not None and block.gradient_checkpointing != "none":
+        raise config.error(
+            f"activation_offload.codec: expected granularity 'layer_inputs', or codec_modules, with"
+            f" model.gradient_checkpointing, got {options.codec!r} alone: what is saved are the layers' inputs, outside"
+            " of the layers"
+        )
+    try:
+        served_modules(model, options.codec_modules)
+    except ValueError as error:
+        raise config.error(f"activation_offload.{error}") from error
 
 
 def make_offload(config: Config, model: nn.Module, *, auto: str = AUTO) -> ActivationOffload | None:
@@ -50,7 +74,7 @@ def make_offload(config: Config, model: nn.Module, *, auto: str = AUTO) -> Activ
     if type(model).__name__ == "PipelineModule":
         raise config.error("activation_offload: pipeline parallelism is not supported yet")
     check_offload(config)
-    chosen = auto if options.backend == AUTO else options.backend
+    chosen = auto if options.backend == AUTO and options.path is not None else options.backend
     try:
         return ActivationOffload(**{**vars(options), "backend": chosen}, model=model)
     except (OffloadError, ValueError) as error:

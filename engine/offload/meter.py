@@ -7,6 +7,7 @@ from typing import Any
 from narrowgauge.offload import ActivationOffload
 
 BUDGET = "offload_budget"
+ENCODED = ("encoded_from", "encoded_to")
 BYTES = ("saved_activations_peak", "saved_activations_peak_resident", "offload_written", "offload_read")
 
 
@@ -29,6 +30,8 @@ class OffloadMeter:
         self._offload.reset_peaks()
         values = (now.saved_peak, now.resident_peak, now.written - before.written, now.read - before.read)
         moved: dict[str, int] = dict(zip(BYTES, values, strict=True))
+        if self._offload.codec != "none":
+            moved |= {key: getattr(now, key) - getattr(before, key) for key in ENCODED}
         if now.offload_budget is not None and now.unplanned == before.unplanned:
             moved[BUDGET] = now.offload_budget
         return moved, {"io_stall": now.io_stall - before.io_stall}
@@ -51,11 +54,12 @@ def summarize_offload(records: Sequence[dict[str, Any]], offload: ActivationOffl
             key: max(record["bytes"][key] for record in planned)
             if "peak" in key
             else round(fmean(record["bytes"][key] for record in found))
-            for key in BYTES
+            for key in (*BYTES, *(ENCODED if offload.codec != "none" else ()))
         }
         | {"saved_activations_resident_median": round(median(record["bytes"][BYTES[1]] for record in planned))},
         "seconds": {"io_stall": median(record["seconds"]["io_stall"] for record in found)},
-        "activation_offload": {
+        "activation_offload": {"codec": offload.codec}
+        | {
             key: getattr(stats, key)
             for key in (
                 "backend",

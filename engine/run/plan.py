@@ -26,7 +26,7 @@ from ..data.run_data import Prepared, prepare, with_own_tokenizer
 from ..errors import UserError
 from ..files import local_path
 from ..lora.adapters import add_adapters, check_lora
-from ..offload.attach import check_offload
+from ..offload.attach import check_codec, check_offload
 from ..quantization.quantize import check_quantization, quantize_trial
 from ..ranks.agreement import agree
 from ..ranks.environment import process_rank, world_size
@@ -149,6 +149,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         except ValueError as error:
             raise config.error(within("optimizer.params", str(error))) from error
     check_offload(config)
+    check_codec(config, abstract)
     if parsed.training.sample_prompt is not None:
         check_prompt(parsed.training.sample_prompt, prepared.tokenizer)
     train_data, eval_data = prepared.samples(parsed.data.sequence_length, described.vocab_size)

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from ..planner import Forward, Saved
 from ..storage.slab import ALIGNMENT, round_up
+from ..transfer.memory_only import MemoryOnly
 from ..transfer.record import Handle, Plain, Record
 from ..transfer.transport import Transport
+from .encoding import ForwardEncoding
 
 _WINDOW_SHARE, _WINDOW_TENSORS = 10, 3
 _SMALL_PART = 4
+_WHOLE, _ENCODED = "_narrowgauge_record", "_narrowgauge_encoded"
 
 
 class ForwardGraph:
@@ -27,15 +30,24 @@ class ForwardGraph:
         then: weak; the forward whose backward comes after this one's, where that is known.
     """
 
-    def __init__(self, transport: Transport, *, min_bytes: int, budget: float, only_marked: bool) -> None:
+    def __init__(
+        self,
+        transport: Transport | MemoryOnly,
+        *,
+        min_bytes: int,
+        budget: float,
+        only_marked: bool,
+        encoding: ForwardEncoding | None = None,
+    ) -> None:
         """
         Args:
             min_bytes: smaller storages stay in memory.
             budget: bytes to offload, from the first saved tensor on; later ones stay in memory.
             only_marked: offload only storages that :func:`mark_layer_input` was called for.
+            encoding: what encodes tensors; None where all are kept as they are.
         """
         self._transport, self._min_bytes, self._budget = transport, min_bytes, budget
-        self._only_marked, self._clock = only_marked, transport.counters.clock
+        self._only_marked, self._clock, self._encoding = only_marked, transport.counters.clock, encoding
         self.then: weakref.ref[ForwardGraph] | None = None
         self._records: list[weakref.ref[Record]] = []
         self._cursor: int | None = None
@@ -63,21 +75,36 @@ class ForwardGraph:
         if base is not tensor and base.is_leaf and _SMALL_PART * tensor.nbytes < storage.nbytes():
             # A small part of data that somebody holds anyway, such as a batch of a data set.
             return Plain(tensor)
-        known = getattr(storage, "_narrowgauge_record", None)
-        record = known() if known is not None else None
-        if record is None or not self._has(record) or record.base() is not base or record.version != tensor._version:
-            record = self._new_record(tensor, base, storage)
-            storage._narrowgauge_record = weakref.ref(record)  # pyright: ignore[reportAttributeAccessIssue]
+        # Whole bytes serve whoever saves the tensor; codes only those whose tensors are encoded.
+        record = self._known(storage, _WHOLE, tensor, base)
+        if record is None:
+            encoding = self._encoding if self._encoding is not None and self._encoding.serves(base, storage) else None
+            name = _WHOLE if encoding is None else _ENCODED
+            record = self._known(storage, name, tensor, base) if encoding is not None else None
+            if record is None:
+                record = self._new_record(tensor, base, storage, encoding)
+                setattr(storage, name, weakref.ref(record))
         return Handle(record, tensor)
 
-    def _has(self, record: Record) -> bool:
-        """Whether it is one of this forward's, not of another that saved the same storage."""
-        return record.index < len(self._records) and self._records[record.index]() is record
+    def _known(self, storage: Any, name: str, tensor: Tensor, base: Tensor) -> Record | None:
+        """This forward's record of a storage, as it is now; not that of another forward that saved it."""
+        known = getattr(storage, name, None)
+        record = known() if known is not None else None
+        if record is None or record.index >= len(self._records) or self._records[record.index]() is not record:
+            return None
+        return record if record.base() is base and record.version == tensor._version else None
 
-    def _new_record(self, tensor: Tensor, base: Tensor, storage: Any) -> Record:
+    def _new_record(self, tensor: Tensor, base: Tensor, storage: Any, encoding: ForwardEncoding | None) -> Record:
         transport = self._transport
         transport.settle()
-        record = Record(tensor, base, index=len(self._records), fetch=transport.fetch, counters=transport.counters)
+        record = Record(
+            tensor,
+            base,
+            index=len(self._records),
+            fetch=transport.fetch,
+            counters=transport.counters,
+            encoded=encoding.encode(base) if encoding is not None else None,
+        )
         self._records.append(weakref.ref(record))
         marked = not self._only_marked or hasattr(storage, "_narrowgauge_layer_input")
         if marked and record.nbytes >= self._min_bytes:

@@ -45,6 +45,7 @@ class Counters:
         forwarded: bytes that backward took from memory although they had been given up for writing.
         failed_writes: transfers that failed; their tensors stayed in memory.
         full: tensors that stayed in memory because the slab was full.
+        encoded_from, encoded_to: bytes of tensors that a codec was given, and of what it made of them.
     """
 
     saved: Level = field(default_factory=Level)
@@ -57,6 +58,8 @@ class Counters:
     forwarded: int = 0
     failed_writes: int = 0
     full: int = 0
+    encoded_from: int = 0
+    encoded_to: int = 0
 
     def clock(self) -> float:
         """Seconds, without those for which backward waited."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
+from ..codecs import Decoder
 from ..storage.level import Level
 from ..storage.slab import Extent
 from .buffers import Lent
@@ -50,6 +51,8 @@ class Record:
         storage: holds the memory; None once it is given up.
         storage_ref: weak; a storage that holds the bytes for as long as somebody else needs it.
         extent, delta, checksum: the bytes on disk: ``nbytes`` of them, from byte ``delta`` of the extent on.
+        decoder: the way back where the bytes are a codec's; None where they are the tensor's.
+        decoded: weak; memory that was decoded, for as long as somebody else needs it.
         slot: number among the tensors that may be offloaded; None for the others.
         pinned: a write that is under way must not give the memory up, backward is close.
         waited: seconds for which backward waited for it.
@@ -61,6 +64,8 @@ class Record:
         "_version_probe",
         "base",
         "checksum",
+        "decoded",
+        "decoder",
         "delta",
         "device",
         "extent",
@@ -92,18 +97,22 @@ class Record:
         index: int,
         fetch: "Callable[[Record], UntypedStorage]",
         counters: Counters,
+        encoded: tuple[Tensor, Decoder] | None = None,
     ) -> None:
         """
         Args:
             tensor: what is saved.
             base: of which it is a view, or itself.
             index: number among the records of one forward.
+            encoded: codes that are kept in the place of the base's bytes, and the way back from them.
         """
-        storage: Any = tensor.untyped_storage()
+        kept, self.decoder = encoded if encoded is not None else (tensor, None)
+        self.decoded: Any = None
+        storage: Any = kept.untyped_storage()
         self.fetch, self._counters, self.index = fetch, counters, index
         self.device, self.nbytes = tensor.device, storage.nbytes()
         self.base, self.version = weakref.ref(base), tensor._version
-        self.whole = base.numel() * base.element_size() == self.nbytes
+        self.whole = self.decoder is not None or base.numel() * base.element_size() == self.nbytes
         # Shares the version counter, and nothing else: the memory can go while changes are still noticed.
         self._version_probe = tensor.detach()
         self._version_probe.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -120,8 +129,9 @@ class Record:
         self.waited = 0.0
         self.slot: int | None = None
         self.footprint = Footprint()
-        self.footprint.add(counters.saved, self.nbytes)
-        self.footprint.add(counters.resident, self.nbytes)
+        beside = self.decoder.nbytes if self.decoder is not None else 0
+        self.footprint.add(counters.saved, self.nbytes + beside)
+        self.footprint.add(counters.resident, self.nbytes + beside)
         counters.deaths.watch(self, self.footprint.remove_all)
 
     @property
@@ -141,6 +151,20 @@ class Record:
     def in_memory(self) -> UntypedStorage | None:
         """A storage that has the bytes now, without waiting."""
         return self.storage or self.storage_ref()
+
+    def tensor_bytes(self) -> UntypedStorage:
+        """The saved tensor's bytes, decoded where they are a codec's.
+
+        Raises:
+            OffloadError: they are unavailable.
+        """
+        if self.decoder is None:
+            return self.fetch(self)
+        storage = self.decoded() if self.decoded is not None else None
+        if storage is None:
+            storage = self.decoder.decode(self.fetch(self))
+            self.decoded = weakref.ref(storage)
+        return storage
 
     def give_up_storage(self) -> None:
         """Let go of the forward's memory, or of what was read back."""
@@ -194,7 +218,7 @@ class Handle:
             if record.load == 0:
                 record.call_off_write()
             return original
-        storage = record.fetch(record)
+        storage = record.tensor_bytes()
         if torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
             # What backward gets may become a gradient that is added to, and the bytes will be asked for again.
             storage = storage.clone()

@@ -93,6 +93,16 @@ class Transport:
         self._unclosed = weakref.finalize(self, _abandon, self._lanes, (self._pool, self._host_tier), store)
         self._unclosed.atexit = False
 
+    @property
+    def name(self) -> str:
+        """Of the I/O backend."""
+        return self.backend.name
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the slab."""
+        return self.store.capacity
+
     def settle(self) -> None:
         """Count what died since the last time."""
         self.counters.deaths.settle()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .compact import weight_gradient
+from .kept import as_activation
 
 if TYPE_CHECKING:
     from .stacked_weight import StackedWeight
@@ -92,7 +93,7 @@ class _GroupedLinearFunction(torch.autograd.Function):
             on_inputs = ctx.probe_kind == ("columns" if unit.transposed else "rows")
             probe_input = _along(x, omega, runs) if on_inputs else x
         # With the subspace, so that autograd notices if it has changed before backward.
-        ctx.save_for_backward(unit.kept_inputs(x, runs), weight, probe_input, omega, *subspace)
+        ctx.save_for_backward(as_activation(unit.kept_inputs(x, runs)), weight, probe_input, omega, *subspace)
         return y
 
     @staticmethod

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .compact import CompactLinear, Quantizer, compact_class, keep_dtypes, linear, other_gradients, weight_gradient
+from .kept import as_activation
 from .projected_weight import BASES, ProjectedWeight, lift_rows, project
 from .registry import register
 from .selected_linear import SelectedLinear
@@ -47,7 +48,7 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         x = x.to(compute_dtype)
         y = linear(x, weight, bias, quantizer=quantizer, transposed=transposed, keeps=keeps)
         projected = project(x.reshape(-1, x.shape[-1]), right, right_index)
-        ctx.save_for_backward(projected, weight, left, left_index, probe_input, omega)
+        ctx.save_for_backward(as_activation(projected), weight, left, left_index, probe_input, omega)
         return y
 
     @staticmethod

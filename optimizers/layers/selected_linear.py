@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .compact import CompactLinear, Quantizer, compact_class, keep_dtypes, linear, other_gradients, weight_gradient
+from .kept import as_activation
 from .selected_weight import SelectedWeight, read_selected, write_selected_
 from .shared_copy import SharedCopy
 from .unit import ProbeKind, Side
@@ -53,7 +54,8 @@ class _SelectedLinearFunction(torch.autograd.Function):
         if columns and shared_x is None:
             saved_x = read_selected(x.reshape(-1, x.shape[-1]), index, start, dim=1)
         # The weight is saved as it is, not its cast: autocast must not keep a second copy of the model alive.
-        ctx.save_for_backward(saved_x, weight, index, compact if folds_at_use else None, probe_input, omega)
+        kept = compact if folds_at_use else None
+        ctx.save_for_backward(as_activation(saved_x), weight, index, kept, probe_input, omega)
         ctx.start, ctx.columns = start, columns
         return y
 

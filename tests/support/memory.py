@@ -142,14 +142,14 @@ def _to_fake(module: nn.Module) -> None:
 
 
 def _measure(run: Any, present: list[Tensor]) -> Passed:
-    with _LiveBytes(present) as live:
+    with LiveBytes(present) as live:
         output = run()
         saved = live.now - output.untyped_storage().nbytes()
         output.backward(torch.empty_like(output))
     return Passed(saved, live.peak)
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that operations make, as long as they live."""
 
     def __init__(self, present: list[Tensor]) -> None:

@@ -71,6 +71,11 @@ def _settings(config: Config) -> Iterator[str]:
             f"activation_offload.granularity: expected 'saved_tensors' with the megatron engine, got"
             f" {options.granularity!r}; under megatron.recompute 'full' the layers' inputs are what is saved"
         )
+    if options is not None and options.codec != "none":
+        yield (
+            f"activation_offload.codec: expected 'none' with the megatron engine, got {options.codec!r}: what its"
+            " parallel layers save is known by no module's name"
+        )
     if options is not None and options.backend == "aio":
         yield (
             "activation_offload.backend: expected auto, threads or gds with the megatron engine, got aio: it is"
