@@ -77,6 +77,8 @@ def _passes_of(config: Config, model_config: PretrainedConfig, num_layers: int, 
     assert config.parsed.model is not None
     assert config.parsed.data is not None
     length, offload = config.parsed.data.sequence_length, config.offload()
+    if offload is not None and offload.codec != "none":
+        raise UserError("what a codec makes of the saved tensors cannot be told ahead")
     model = subject_of(config, model_config).model
     layers = stack_of(model)
     shorten(layers)

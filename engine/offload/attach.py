@@ -50,8 +50,7 @@ def check_codec(config: Config, model: nn.Module) -> None:
     if options.codec_modules is None and block is not None and block.gradient_checkpointing != "none":
         raise config.error(
             f"activation_offload.codec: expected granularity 'layer_inputs', or codec_modules, with"
-            f" model.gradient_checkpointing, got {options.codec!r} alone: what is saved are the layers' inputs, outside"
-            " of the layers"
+            f" model.gradient_checkpointing, got {options.codec!r} alone: only the layers' inputs are saved"
         )
     try:
         served_modules(model, options.codec_modules)

@@ -227,7 +227,7 @@ def test_inputs_of_recomputed_layers_are_encoded_where_they_are_named(reentrant:
     exact = gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    with Rounding(model) as offload:
+    with Rounding(model, codec_modules=["model.embed_tokens"]) as offload:
         with offload:
             loss = loss_of(model)
         assert offload.stats().encoded_from == 0
@@ -238,7 +238,8 @@ def test_inputs_of_recomputed_layers_are_encoded_where_they_are_named(reentrant:
             loss = loss_of(model)
         loss.backward()
         gradients(model)
-    with Rounding(model, codec_modules=["model"]) as offload:
+    # Some versions of transformers call the checkpoint in the model's forward, others in the layer's.
+    with Rounding(model, codec_modules=["model", "model.layers.*"]) as offload:
         with offload:
             loss = loss_of(model)
         assert offload.stats().encoded_from == 2 * ROWS * LENGTH * WIDTH * 4
