@@ -45,7 +45,14 @@ def check_codec(config: Config, model: nn.Module) -> None:
         ConfigError: naming the key, what is expected and what was found.
     """
     options, block = config.offload(), config.parsed.model
-    if options is None or options.codec == "none" or options.granularity == "layer_inputs":
+    if options is None or options.codec == "none":
+        return
+    if config.parsed.quantization is not None:
+        raise config.error(
+            f"activation_offload.codec: expected 'none' with quantization, got {options.codec!r}: quantised"
+            " weights would be encoded as activations"
+        )
+    if options.granularity == "layer_inputs":
         return
     if options.codec_modules is None and block is not None and block.gradient_checkpointing != "none":
         raise config.error(
