@@ -20,7 +20,8 @@ def through(codec: Mesa8, x: Tensor, seed: int = 0, place: str = "here") -> tupl
     assert codes.stride() == x.stride()
     found = torch.empty(0, dtype=x.dtype)
     found.set_(decoder.decode(codes.untyped_storage()), 0, x.shape, x.stride())  # type: ignore[call-overload]
-    return found, *decoder.ranges.double()
+    alpha, beta = decoder.ranges.double()
+    return found, alpha, beta
 
 
 def over_channels(values: Tensor, channels: int) -> Tensor:

@@ -25,7 +25,12 @@ DRAWS = 4000
 
 def build(kind: str) -> Any:
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=172, max_position_embeddings=LENGTH))
     return BertForMaskedLM(BertConfig(**sizes, intermediate_size=4 * WIDTH, max_position_embeddings=LENGTH))
@@ -135,12 +140,12 @@ def test_a_gradient_is_right_in_the_mean() -> None:
             for name, value in gradients(model).items():
                 total[name] += value
                 squares[name] += value.double().square()
+    spreads: dict[str, Tensor] = {}
     for name, value in exact.items():
         mean = total[name] / DRAWS
-        spread = ((squares[name] / DRAWS - mean.square()).clamp(min=0) / DRAWS).sqrt()
-        assert ((mean - value).abs() <= 4 * spread + 1e-6).all(), name
-    assert torch.equal(value, exact["0.bias"])
-    assert spread.max() < 1e-6  # the bias has no draw
+        spreads[name] = ((squares[name] / DRAWS - mean.square()).clamp(min=0) / DRAWS).sqrt()
+        assert ((mean - value).abs() <= 4 * spreads[name] + 1e-6).all(), name
+    assert spreads["0.bias"].max() < 1e-6  # it has no draw
 
 
 def test_on_disk_the_same_codes_take_as_few_bytes(tmp_path: Path) -> None:
@@ -214,7 +219,7 @@ def test_compact_inputs_are_encoded_and_bases_are_not(optimizer: str) -> None:
         with offload:
             loss = model(tokens)
         # Of each layer its four selected columns, or the four directions of its inputs or all of them.
-        columns = [module.compact.shape[1] for module in model.modules() if hasattr(module, "compact")]
+        columns = [module.get_parameter("compact").shape[1] for module in model.modules() if hasattr(module, "compact")]
         assert offload.stats().encoded_from == 4 * 4 * 11 * sum(columns)
         loss.backward()
     for name, gradient in gradients(model).items():
@@ -265,20 +270,19 @@ def test_layer_inputs_are_encoded_as_they_are_marked() -> None:
 def test_two_forwards_before_a_backward_and_a_restart_draw_as_before() -> None:
     """Every forward has its own random numbers; a restart goes on with the next ones."""
     model = build("llama")
-    found = []
     with Rounding(model) as offload:
-        for seed in range(3):
-            if seed == 2:
-                state = copy.deepcopy(offload.state_dict())
-            with offload:
-                loss = loss_of(model, seed)
-            if seed == 0:
-                first = loss
-                continue
-            loss.backward()
-            if seed == 1:
-                first.backward()
-            found.append(gradients(model))
+        with offload:
+            first = loss_of(model, 0)
+        with offload:
+            second = loss_of(model, 1)
+        second.backward()
+        first.backward()
+        found = [gradients(model)]
+        state = copy.deepcopy(offload.state_dict())
+        with offload:
+            loss = loss_of(model, 2)
+        loss.backward()
+        found.append(gradients(model))
     with Rounding(model) as offload:
         offload.load_state_dict(state)
         with offload:
