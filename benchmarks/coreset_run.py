@@ -1,8 +1,6 @@
 """One training run of a coreset benchmark's row, and its result as a file."""
 
-import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks import stored
 from benchmarks.compare import machine
 from benchmarks.coreset_data import Sizes, write_sources
 from narrowgauge.engine.backends import backend_of
@@ -137,25 +136,19 @@ class Run:
 
     def path(self, folder: Path) -> Path:
         """Where the result is, or will be."""
-        digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
-        return folder / f"{self.method.replace(' ', '-').replace(',', '')}-{self.seed}-{digest}.json"
+        return stored.result_path(
+            folder, f"{self.method.replace(' ', '-').replace(',', '')}-{self.seed}", self.settings()
+        )
 
 
 def read_result(run: Run, folder: Path) -> dict[str, Any] | None:
-    path = run.path(folder)
-    return json.loads(path.read_text()) if path.is_file() else None
+    return stored.read_result(run.path(folder))
 
 
 def train(run: Run, folder: Path) -> dict[str, Any]:
     """Train once and write the result; nothing is left of a run that does not end."""
     result = {"settings": run.settings(), **_train(run, folder / "data"), "machine": machine()}
-    path = run.path(folder)
-    aside = path.with_suffix(f".tmp-{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(result, indent=1) + "\n")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    stored.write_result(run.path(folder), result)
     return result
 
 

@@ -1,9 +1,6 @@
 """One training run, and its result as a file."""
 
-import hashlib
-import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks import stored
 from benchmarks.compare import machine
 from benchmarks.quality_data import Task, Text, build_model
 from benchmarks.quality_methods import METHODS, Shapes
@@ -64,13 +62,11 @@ class Run:
 
     def path(self, folder: Path) -> Path:
         """Where the result is, or will be."""
-        digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
-        return folder / f"{self.method.replace('/', '_')}-{digest}.json"
+        return stored.result_path(folder, self.method.replace("/", "_"), self.settings())
 
 
 def read_result(run: Run, folder: Path) -> dict[str, Any] | None:
-    path = run.path(folder)
-    return json.loads(path.read_text()) if path.is_file() else None
+    return stored.read_result(run.path(folder))
 
 
 def train(run: Run, text: Text, folder: Path) -> dict[str, Any]:
@@ -79,13 +75,7 @@ def train(run: Run, text: Text, folder: Path) -> dict[str, Any]:
     A run whose loss is no longer finite ends there, with ``loss`` None.
     """
     result = {"settings": run.settings(), **_train(run, text), "machine": machine()}
-    path = run.path(folder)
-    aside = path.with_suffix(f".tmp-{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(result, indent=1) + "\n")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    stored.write_result(run.path(folder), result)
     return result
 
 
