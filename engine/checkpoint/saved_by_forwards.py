@@ -11,9 +11,12 @@ SAVED_BY_FORWARDS = "forwards"
 
 
 def gather_state(engine: TrainingEngine) -> list[dict[str, Any]]:
-    """Each process rank's, in rank order; empty where there is nothing. Collective."""
+    """Each process rank's, in rank order; empty without a codec. Collective."""
+    offload = engine.activation_offload
+    if offload is None or offload.codec == "none":
+        return []  # on all ranks
     own: dict[str, Any] = {}
-    if engine.activation_offload is not None and (codec := engine.activation_offload.state_dict()):
+    if codec := offload.state_dict():
         own["codec"] = {**codec, "places": {place: ranges.cpu() for place, ranges in codec["places"].items()}}
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)

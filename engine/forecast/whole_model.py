@@ -50,6 +50,14 @@ class Traces:
             return self._traced(config, model_config, micro)
         return few.towards(more, micro - _FEW)
 
+    def of_rank(
+        self, config: Config, model_config: PretrainedConfig, world_size: int
+    ) -> tuple[Subject, Passes, tuple[int, int]]:
+        """What each of so many data-parallel ranks trains, a micro-batch's passes, and :func:`offloaded_of` them."""
+        subject = self.subject(config, model_config)
+        passes = self.passes(config, model_config, config.batches(world_size).micro)
+        return subject, passes, offloaded_of(config, passes)
+
     def _traced(self, config: Config, model_config: PretrainedConfig, micro: int) -> Passes:
         key = f"{micro} {_key(config, 'optimizer', 'bf16', 'lora', 'model', 'activation_offload')}"
         if key not in self._passes:

@@ -55,13 +55,10 @@ class DeepSpeedBackend:
         steps: int,
         traces: "Traces | None" = None,
     ) -> "Sequence[tuple[Rank, Sent]]":
-        from ...forecast.whole_model import Traces, offloaded_of
+        from ...forecast.whole_model import Traces
         from .forecast import rank_of, sent
 
-        traces = traces or Traces()
-        subject = traces.subject(config, model_config)
-        passes = traces.passes(config, model_config, config.batches(world_size).micro)
-        offloaded = offloaded_of(config, passes)
+        subject, passes, offloaded = (traces or Traces()).of_rank(config, model_config, world_size)
         rank = rank_of(config, subject, passes, world_size=world_size, on_gpu=on_gpu, offloaded=offloaded)
         return [(rank, sent(config, subject, world_size=world_size, on_gpu=on_gpu, steps=steps))]
 

@@ -19,7 +19,6 @@ from .privates import (
     configure_python_gc,
     flat_bit16,
     forget_autocast,
-    forget_model_parallel,
     keep_autocast,
     own_shard,
 )
@@ -73,11 +72,6 @@ def make_model_parallel(
     keep_autocast(engine)
     mend_updates(engine)
     return DeepSpeedTraining(engine)
-
-
-def forget_layout() -> None:
-    """After such an engine: another one may have no model-parallel ranks."""
-    forget_model_parallel()
 
 
 def gather_bit16(wrapper: Any) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ....config.config import Batches
 from ....micro_batch import Batch
 from ....protocol import MemoryLayout, Phase, WeightSource
-from ...deepspeed.model_parallel import forget_layout, take_values, whole
+from ...deepspeed.model_parallel import take_values, whole
+from ...deepspeed.privates import forget_model_parallel
 from ...deepspeed.training import DeepSpeedTraining
 from ..model import StagedModel
 from ..offload import ScheduledOffload
@@ -158,7 +159,7 @@ class ZeroTraining(MegatronTraining):
 
     def close(self) -> None:
         self._zero.traffic.detach()
-        forget_layout()
+        forget_model_parallel()
         super().close()
 
 
