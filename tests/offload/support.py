@@ -126,12 +126,16 @@ def assert_same(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None])
                 raise AssertionError(f"differs by up to {(one - other).abs().max()}")
 
 
-def compare(offload: ActivationOffload, function: Loss, *leaves: Tensor, wait: bool = True) -> Traffic:
+def compare(
+    offload: ActivationOffload, function: Loss, *leaves: Tensor, wait: bool = True, wait_for_buffers: bool = False
+) -> Traffic:
     """Loss and gradients of ``function(*leaves)`` are the same bits with offload as without; returns what moved.
 
     Args:
         wait: for the lanes before forward, and for the writes before backward. Without it the lanes may still count
             tensors of an earlier call, so that ``saved`` and ``kept`` mean nothing.
+        wait_for_buffers: until all are free, before backward. Threads of DeepSpeed's aio hold theirs for a moment after
+            they have said that it is written.
     """
     plain = copies(leaves)
     wanted = function(*plain)
@@ -144,6 +148,8 @@ def compare(offload: ActivationOffload, function: Loss, *leaves: Tensor, wait: b
         loss = function(*used)
     if wait:
         settle(offload)
+    if wait_for_buffers:
+        wait_until(lambda: offload.debug_state().buffer_bytes == 0, "a buffer is not free")
     middle = offload.stats()
     loss.backward()
     after = offload.stats()

@@ -1230,7 +1230,7 @@ def test_aio_backend(tmp_path: Path) -> None:
     offload = new_offload(tmp_path, backend="aio")
     for size in (1, 513, 10_000):
         for wait in (True, False):
-            traffic = compare(offload, lambda x: chain(x * 2, 20), leaf(size), wait=wait)
+            traffic = compare(offload, lambda x: chain(x * 2, 20), leaf(size), wait=wait, wait_for_buffers=wait)
             if wait:
                 traffic.assert_written_and_read(20 * 4 * size, storages=20)
             assert_nothing_left(offload)
