@@ -9,11 +9,11 @@ from ..errors import DataError
 
 _START_BYTES = 1 << 16
 _BY_NAME = {
-    "JSON": ("json", "jsonl", "ndjson", "geojson", "ipynb"),
+    "JSON": ("json", "json5", "jsonl", "jsonlines", "jl", "ndjson", "geojson", "ipynb"),
     "comma- or tab-separated values": ("csv", "tsv"),
     "Parquet": ("parquet",),
     "Arrow": ("arrow", "feather", "ipc"),
-    "records": ("avro", "orc", "tfrecord", "tfrecords", "msgpack", "mds", "sqlite", "db", "h5", "hdf5", "xlsx", "xls"),
+    "records": ("avro", "bson", "warc", "wet", "orc", "tfrecord", "tfrecords", "msgpack", "mds", "sqlite", "db", "h5", "hdf5", "xlsx", "xls"),
     "compressed": ("gz", "tgz", "zst", "bz2", "xz", "lzma", "lz4", "br", "zip", "7z", "rar", "tar"),
     "arrays or weights": ("npy", "npz", "pt", "pth", "ckpt", "safetensors", "gguf", "pkl", "pickle"),
     "a document with a layout": ("pdf", "docx", "doc", "odt", "epub", "rtf"),

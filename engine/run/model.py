@@ -2,6 +2,8 @@
 
 import copy
 import json
+import logging
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -12,8 +14,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..config.run_blocks import ModelBlock
 from ..errors import UserError, did_you_mean, one_line
+from ..ranks.environment import process_rank
 from .model_folder import config_of_folder, none_alone, text_config_of
-from .model_keys import keys_of
+from .model_keys import ROPE_KEYS, keys_of
+from .released_keys import is_left_out
+
+logger = logging.getLogger(__name__)
 
 
 def preset_names() -> list[str]:
@@ -116,10 +122,42 @@ def _make(known: PretrainedConfig, settings: dict[str, Any], vocab_size: int | N
 
 
 def _check_keys(settings: dict[str, Any], kind: type[PretrainedConfig], where: str) -> None:
+    """Take out what released files have and nothing reads; say so once.
+
+    Raises:
+        UserError: other keys that transformers does not read.
+    """
     allowed = keys_of(kind)
-    for key in settings:
-        if key not in allowed:
-            raise UserError(f"{where}.{key}: unknown key for {kind.model_type}{did_you_mean(key, allowed)}")
+    unknown = [key for key in settings if key not in allowed]
+    left_out = [key for key in unknown if is_left_out(key, settings, kind.model_type)]
+    wrong = [key for key in unknown if key not in left_out]
+    if wrong:
+        more = f" (and {', '.join(wrong[1:])})" if wrong[1:] else ""
+        raise UserError(
+            f"{where}.{wrong[0]}: unknown key for {kind.model_type}{did_you_mean(wrong[0], allowed)}{more}"
+        )
+    for key in left_out:
+        del settings[key]
+    if left_out:
+        _tell_left_out(kind.model_type, where, tuple(left_out))
+    for key in ("rope_parameters", "rope_scaling"):
+        _check_rope(settings.get(key), f"{where}.{key}")
+
+
+@cache
+def _tell_left_out(model_type: str, where: str, keys: tuple[str, ...]) -> None:
+    if process_rank() == 0:
+        logger.warning(f"{where}: left out, transformers does not read them for {model_type}: {', '.join(keys)}")
+
+
+def _check_rope(found: Any, where: str) -> None:
+    """transformers takes any key here, and names in a log what it does not use."""
+    for key, value in found.items() if isinstance(found, dict) else ():
+        if isinstance(value, dict):
+            # Of one type of layers.
+            _check_rope(value, f"{where}.{key}")
+        elif key not in ROPE_KEYS and (hint := did_you_mean(key, ROPE_KEYS)):
+            raise UserError(f"{where}.{key}: unknown key{hint}")
 
 
 def abstract_model(config: PretrainedConfig) -> nn.Module:
@@ -145,13 +183,33 @@ def abstract_model(config: PretrainedConfig) -> nn.Module:
             f"model: transformers trains a {config.model_type} on images with their captions: expected another model"
             " type"
         )
+    _check_sizes(config)
     for key, (bidirectional, causal) in _DIRECTIONS.items():
-        if getattr(model.config, key, causal) == bidirectional:
+        found = getattr(model.config, key, causal)
+        if found in bidirectional and (key, config.model_type) not in _CAUSAL_ANYWAY:
             raise UserError(
-                f"model.config.{key}: expected {json.dumps(causal)}, got {json.dumps(bidirectional)}:"
+                f"model.config.{key}: expected {json.dumps(causal)}, got {json.dumps(found)}:"
                 f" {config.model_type} would see the tokens that it has to predict"
             )
     return model
+
+
+def _check_sizes(config: PretrainedConfig) -> None:
+    """What transformers builds, and the first forward ends at."""
+    for part, whole in (("num_key_value_heads", "num_attention_heads"), ("n_group", "n_routed_experts")):
+        parts, wholes = _number(config, part), _number(config, whole)
+        if parts and wholes and wholes % parts:
+            raise UserError(f"model.config.{part}: expected a divisor of {whole}, {wholes}, got {parts}")
+    chosen = _number(config, "num_experts_per_tok")
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        experts = _number(config, key)
+        if chosen and experts and chosen > experts:
+            raise UserError(f"model.config.num_experts_per_tok: expected at most {key}, {experts}, got {chosen}")
+
+
+def _number(config: PretrainedConfig, key: str) -> int | None:
+    found = getattr(config, key, None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 # Whose loss compares each token's output with that token: decoders for translation, whose labels come shifted.
@@ -174,5 +232,11 @@ _NOT_SHIFTED = {
 }
 # Whose loss counts on an image before the text.
 _OF_IMAGES = {"git"}
-# What models have that are trained on masked tokens too, as BERT is: its value then, and for causal language models.
-_DIRECTIONS = {"is_decoder": (False, True), "use_bidirectional_attention": (True, False)}
+# What models have that are trained on masked tokens too, as BERT is: its values then, and for causal language models.
+_DIRECTIONS = {
+    "is_decoder": ((False,), True),
+    "use_bidirectional_attention": ((True, "all"), None),
+    "is_causal": ((False,), True),
+}
+# That have the key and do not ask it.
+_CAUSAL_ANYWAY = {("is_decoder", "gpt_neox"), ("is_decoder", "gpt_neox_japanese")}

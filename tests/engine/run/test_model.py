@@ -45,7 +45,7 @@ RELEASED: dict[str, tuple[dict[str, Any], Callable[[Any], Any], Any]] = {
         "linear",
     ),
     "qwen3_moe": (
-        {**TEXT, "model_type": "qwen3_moe", "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4},
+        {**TEXT, "model_type": "qwen3_moe", "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8},
         lambda c: abstract_model(c).get_parameter("model.layers.0.self_attn.q_proj.weight").shape[0],
         64,
     ),
@@ -91,6 +91,58 @@ def test_released_configurations_are_taken(name: str) -> None:
     assert json.dumps(settings) == before
 
 
+# Keys that stand in released files beside those that transformers reads.
+NOTES: dict[str, dict[str, Any]] = {
+    "bloom": {"masked_softmax_fusion": True, "skip_bias_add": True, "unk_token_id": 0, "seq_length": 2048},
+    "deepseek_v3": {"ep_size": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "quantization_config": {}},
+    "falcon": {"apply_residual_connection_post_layernorm": False, "auto_map": {"AutoConfig": "a.B"}},
+    "gemma": {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"},
+    "gemma2": {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid", "sliding_window_size": 4096},
+    "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000, "use_parallel_residual": True},
+    "gpt_oss": {"experts_per_token": 4, "num_experts_per_tok": 4, "initial_context_length": 4096},
+    "gptj": {"rotary": True, "gradient_checkpointing": False, "tokenizer_class": "GPT2Tokenizer"},
+    "mamba": {"d_model": 64, "hidden_size": 64, "n_layer": 2, "num_hidden_layers": 2, "ssm_cfg": {}, "rms_norm": True},
+    "mpt": {"init_config": {"name": "kaiming_normal_"}, "tokenizer_name": "EleutherAI/gpt-neox-20b", "verbose": 0},
+    "opt": {"activation_dropout": 0.0, "prefix": "</s>", "word_embed_proj_dim": 64},
+    "phi3": {"attention_bias": False, "pad_token_id": 0},
+    "qwen2": {"use_mrope": False, "max_window_layers": 28},
+    "stablelm": {"norm_eps": 1e-5, "rope_pct": 0.25, "partial_rotary_factor": 0.25},
+    "starcoder2": {"activation_function": "gelu", "mlp_type": "default", "norm_type": "layer_norm"},
+}
+
+
+@pytest.mark.parametrize("family", NOTES)
+def test_what_nothing_reads_in_released_configurations_is_left_out(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They were refused as typos; transformers drops them without a word."""
+    model_keys = type(AutoConfig.for_model(family))().to_dict()
+    with caplog.at_level("WARNING", logger="narrowgauge"):
+        config = described({"model_type": family, **NOTES[family]})
+    assert config.model_type == family
+    for key in NOTES[family].keys() - model_keys.keys() - config.attribute_map.keys():
+        assert key in caplog.text or not hasattr(config, key) or key in ("auto_map", "cache_implementation")
+
+
+def test_a_second_name_of_a_size_needs_the_first() -> None:
+    with pytest.raises(UserError, match=r"d_model: unknown key for mamba.*and n_layer"):
+        described({"model_type": "mamba", "d_model": 64, "n_layer": 2})
+
+
+def test_models_that_are_always_causal_need_no_word_for_it() -> None:
+    """GPT-NeoX has BERT's key, does not ask it, and was refused without it: every Pythia."""
+    sizes = {"model_type": "gpt_neox", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4}
+    check_model(ModelBlock(config=sizes))
+
+
+@pytest.mark.parametrize(
+    ("rope", "hint"), [({"rope_typ": "llama3"}, "'rope_type'"), ({"type": "linear", "factr": 2.0}, "'factor'")]
+)
+def test_typos_in_rope_are_found(rope: dict[str, Any], hint: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.config\.rope_scaling\..*did you mean {hint}"):
+        described({**LLAMA, "rope_scaling": rope})
+
+
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
@@ -131,7 +183,13 @@ def test_the_text_model_of_a_composite_is_trained(family: str, expected: str) ->
         ({"model_type": "musicgen"}, r"musicgen is made of several models, none of which is a causal"),
         ({"model_type": "t5"}, r"'t5' is not a causal language model"),
         ({"model_type": "bert"}, r"model\.config\.is_decoder: expected true, got false: bert would see the tokens"),
-        ({"model_type": "gemma", "use_bidirectional_attention": True}, r"use_bidirectional_attention: expected false"),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, r"use_bidirectional_attention: expected null, got true"),
+        (
+            {"model_type": "gemma4_text", "use_bidirectional_attention": "all"},
+            r"use_bidirectional_attention: expected null, got \"all\"",
+        ),
+        ({**LLAMA, "num_key_value_heads": 3}, r"num_key_value_heads: expected a divisor of num_attention_heads, 4, got 3"),
+        ({**TEXT, "model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, r"at most .*, 2, got 3"),
         (
             {"model_type": "gemma4_assistant"},
             r"gemma4_assistant: StrictDataclass.* hidden_size_per_layer_input must be 0",
