@@ -133,9 +133,7 @@ def _check_keys(settings: dict[str, Any], kind: type[PretrainedConfig], where: s
     wrong = [key for key in unknown if key not in left_out]
     if wrong:
         more = f" (and {', '.join(wrong[1:])})" if wrong[1:] else ""
-        raise UserError(
-            f"{where}.{wrong[0]}: unknown key for {kind.model_type}{did_you_mean(wrong[0], allowed)}{more}"
-        )
+        raise UserError(f"{where}.{wrong[0]}: unknown key for {kind.model_type}{did_you_mean(wrong[0], allowed)}{more}")
     for key in left_out:
         del settings[key]
     if left_out:

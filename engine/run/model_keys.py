@@ -14,8 +14,8 @@ _READ_BY_MODEL = re.compile(r"\bconfig\.(\w+)|getattr\((?:self\.)?config, \"(\w+
 _ROTARY = {"rope_scaling", "rope_theta", "partial_rotary_factor"}
 ROPE_KEYS = frozenset(
     """
-    alpha attention_factor beta_fast beta_slow factor finetuned high_freq_factor long_factor low_freq_factor mrope_interleaved
-    mrope_section mscale mscale_all_dim original_max_position_embeddings partial_rotary_factor rope_theta rope_type
+    alpha attention_factor beta_fast beta_slow factor finetuned high_freq_factor long_factor low_freq_factor
+    mrope_interleaved mrope_section mscale mscale_all_dim original_max_position_embeddings partial_rotary_factor rope_theta rope_type
     short_factor truncate type
     """.split()
 )

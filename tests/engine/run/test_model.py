@@ -183,12 +183,18 @@ def test_the_text_model_of_a_composite_is_trained(family: str, expected: str) ->
         ({"model_type": "musicgen"}, r"musicgen is made of several models, none of which is a causal"),
         ({"model_type": "t5"}, r"'t5' is not a causal language model"),
         ({"model_type": "bert"}, r"model\.config\.is_decoder: expected true, got false: bert would see the tokens"),
-        ({"model_type": "gemma", "use_bidirectional_attention": True}, r"use_bidirectional_attention: expected null, got true"),
+        (
+            {"model_type": "gemma", "use_bidirectional_attention": True},
+            r"use_bidirectional_attention: expected null, got true",
+        ),
         (
             {"model_type": "gemma4_text", "use_bidirectional_attention": "all"},
             r"use_bidirectional_attention: expected null, got \"all\"",
         ),
-        ({**LLAMA, "num_key_value_heads": 3}, r"num_key_value_heads: expected a divisor of num_attention_heads, 4, got 3"),
+        (
+            {**LLAMA, "num_key_value_heads": 3},
+            r"num_key_value_heads: expected a divisor of num_attention_heads, 4, got 3",
+        ),
         ({**TEXT, "model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, r"at most .*, 2, got 3"),
         (
             {"model_type": "gemma4_assistant"},
