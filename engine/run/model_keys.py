@@ -13,11 +13,12 @@ _READ_BY_MODEL = re.compile(r"\bconfig\.(\w+)|getattr\((?:self\.)?config, \"(\w+
 # Read only where there are rotary embeddings.
 _ROTARY = {"rope_scaling", "rope_theta", "partial_rotary_factor"}
 ROPE_KEYS = frozenset(
-    """
-    alpha attention_factor beta_fast beta_slow factor finetuned high_freq_factor long_factor low_freq_factor
-    mrope_interleaved mrope_section mscale mscale_all_dim original_max_position_embeddings partial_rotary_factor rope_theta rope_type
-    short_factor truncate type
-    """.split()
+    {
+        *("alpha", "attention_factor", "beta_fast", "beta_slow", "factor", "finetuned", "high_freq_factor"),
+        *("long_factor", "low_freq_factor", "mrope_interleaved", "mrope_section", "mscale", "mscale_all_dim"),
+        *("original_max_position_embeddings", "partial_rotary_factor", "rope_theta", "rope_type", "short_factor"),
+        *("truncate", "type"),
+    }
 )
 # In released files, and read by no version of transformers that is supported: notes, and names of what later ones take
 # from elsewhere.
