@@ -108,7 +108,7 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
                 self._update_dense(group, batch)
         else:
             # Only where sums go over the wire does one for all matrices pay for its temporary memory.
-            together = self.shards.num_process_ranks > 1
+            together = self.shards.is_cut
             for batch in [flats] if together else [[flat] for flat in flats]:
                 self._update_matrices(group, batch)
 

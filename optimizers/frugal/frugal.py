@@ -167,7 +167,7 @@ class Frugal(ShardedOptimizer[FrugalOptions]):
 
     def _update(self, group: dict[str, Any], flats: Sequence[Tensor]) -> None:
         foreach = self.options.foreach if self.options.foreach is not None else flats[0].is_cuda
-        together = foreach or self.shards.num_process_ranks > 1 or self.options.reduction == "majority_vote"
+        together = foreach or self.shards.is_cut or self.options.reduction == "majority_vote"
         for batch in [flats] if together else [[flat] for flat in flats]:
             self._update_batch(group, batch)
 
@@ -257,7 +257,7 @@ class Frugal(ShardedOptimizer[FrugalOptions]):
             ``step``: on every step; ``refresh``: in addition on the first step in a subspace. Where every rank holds
             all parameters whole, nothing is summed for ``svd`` and ``random``.
         """
-        is_cut = sharded if sharded is not None else self.shards.num_process_ranks > 1
+        is_cut = sharded if sharded is not None else self.shards.is_cut
         if self.subspaces.selection in LOW_RANK and is_cut:
             return self._projections.bytes_summed(itemsize)
         step = 0

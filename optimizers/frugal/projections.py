@@ -106,7 +106,7 @@ class Projections:
             else:
                 # An expert without tokens: a zero has no directions.
                 found[name] = low_rank.random_basis(self._subspaces.seed_of(name, refresh), like).contiguous()
-        if found and shards.num_process_ranks > 1:
+        if found and shards.is_cut:
             together = torch.cat([basis.view(-1) for basis in found.values()])
             _sum_(shards, together)
             summed = together.split([basis.numel() for basis in found.values()])
@@ -129,5 +129,5 @@ def gradient_of(slot: Slot) -> Tensor:
 
 
 def _sum_(shards: ShardMap, tensor: Tensor) -> None:
-    if shards.num_process_ranks > 1:
+    if shards.is_cut:
         shards.sum_(tensor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..members import Member
-from ..sharding.shards import ShardMap
+from ..sharding.shards import ShardMap, all_members
 
 
 def member_norms(
@@ -28,15 +28,12 @@ def member_norms(
         The parameters' positions by name, the same on all ranks, and the norms: fp64 of shape ``(len(quantities),
         len(positions))``.
     """
-    positions: dict[str, int] = {}
-    for flat in flats:
-        for name in shard_map.members_of(flat):
-            positions.setdefault(name, len(positions))
+    positions = {name: number for number, name in enumerate(all_members(shard_map, flats))}
     squares = torch.zeros(len(quantities), len(positions), dtype=torch.float64, device=flats[0].device)
     pieces, places = [], []
     for row, tensors in enumerate(quantities):
         for flat, tensor in zip(flats, tensors, strict=True):
-            for shard in shard_map.shards_of(flat):
+            for shard in filter(lambda shard: shard.is_counted, shard_map.shards_of(flat)):
                 pieces.append(shard.of(tensor))
                 places.append(row * len(positions) + positions[shard.name])
     if pieces:

@@ -27,6 +27,12 @@ class Box:
         """All of a parameter."""
         return Box(shape, (0,) * len(shape), shape)
 
+    @property
+    def is_one_run(self) -> bool:
+        """Whether all its elements are neighbours in the flattened parameter."""
+        size = math.prod(self.local)
+        return size == 0 or next(self.runs(0, size))[2] == size
+
     def runs(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
         """Where elements of the flattened box lie in the flattened parameter, in ascending order.
 

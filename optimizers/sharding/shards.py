@@ -4,6 +4,7 @@ Optimizers that need the whole averaged gradient (norms, projections, signs) see
 tensors, of FSDP2's row shards and of ZeRO's flat partitions, which are cut anywhere.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +26,7 @@ class Shard:
         flat: the tensor that the optimizer steps; the key of its state.
         offset: position of the first element within ``flat``.
         box: the part of the parameter that the process's tensor is, where that is not all of it.
+        is_counted: of the process ranks that hold the same elements, this one adds them to sums over all.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Shard:
     flat: Tensor
     offset: int
     box: Box | None = None
+    is_counted: bool = True
 
     @property
     def start(self) -> int:
@@ -56,6 +59,18 @@ class Shard:
         runs = self.runs()
         next(runs, None)
         return next(runs, None) is None
+
+    @property
+    def place(self) -> int:
+        """Where its elements begin if each box of the parameter, all of one size, follows the one before: over all
+        shards together every number below the parameter's is there once, however it was cut.
+        """
+        if self.box is None or self.box.is_one_run:
+            return self.start
+        number = 0
+        for offset, size, whole in zip(self.box.offsets, self.box.local, self.shape, strict=True):
+            number = number * (whole // size) + offset // size
+        return number * math.prod(self.box.local) + self.local_start
 
     @property
     def position(self) -> int | Tensor:
@@ -102,8 +117,10 @@ class ShardMap(Protocol):
     """How the parameters are cut. Everything is the same on all ranks but the shards themselves."""
 
     @property
-    def num_process_ranks(self) -> int:
-        """Over how many ranks the parameters are cut; 1 where every rank holds them whole."""
+    def is_cut(self) -> bool:
+        """Whether a member may lie in several tensors, here or on other ranks: all of a group are updated together,
+        and what is summed over a member is summed over the ranks.
+        """
         ...
 
     def shards_of(self, flat: Tensor) -> Sequence[Shard]:
@@ -119,10 +136,18 @@ class ShardMap(Protocol):
         ...
 
 
+def all_members(shards: ShardMap, flats: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+    """The members of all these tensors, in order; many may have the same ones."""
+    found: dict[str, tuple[int, ...]] = {}
+    for members in {id(members): members for members in map(shards.members_of, flats)}.values():
+        found |= members
+    return found
+
+
 class LocalShards:
     """Every parameter is one whole shard: one process, or DDP."""
 
-    num_process_ranks = 1
+    is_cut = False
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {id(p): name for name, p in model.named_parameters()}

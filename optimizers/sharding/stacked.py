@@ -5,7 +5,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
+from .box import Box
 from .shards import Shard, ShardMap
+
+Members = Mapping[str, tuple[int, ...]]
 
 
 def matrix_name(parameter: str, position: int) -> str:
@@ -19,17 +22,19 @@ class StackedShards:
     A shard of the stack, cut anywhere, becomes the end of one matrix, whole ones, and the beginning of another.
 
     Args:
-        inner: how the parameters themselves are cut; without boxes.
+        inner: how the parameters themselves are cut.
         stacks: names of the parameters that are stacks.
     """
 
     def __init__(self, inner: ShardMap, stacks: Collection[str]) -> None:
         self._inner, self._stacks = inner, frozenset(stacks)
         self._shards: dict[Tensor, list[Shard]] = {}
+        # The inner map's, and ours of them: the same object for the same.
+        self._members: dict[Tensor, tuple[Members, Members]] = {}
 
     @property
-    def num_process_ranks(self) -> int:
-        return self._inner.num_process_ranks
+    def is_cut(self) -> bool:
+        return self._inner.is_cut
 
     def shards_of(self, flat: Tensor) -> Sequence[Shard]:
         if flat not in self._shards:
@@ -37,11 +42,17 @@ class StackedShards:
         return self._shards[flat]
 
     def members_of(self, flat: Tensor) -> Mapping[str, tuple[int, ...]]:
+        if flat not in self._members:
+            inner = self._inner.members_of(flat)
+            same = next((own for of, own in self._members.values() if of is inner), None)
+            self._members[flat] = inner, same if same is not None else self._split_members(inner)
+        return self._members[flat][1]
+
+    def _split_members(self, members: Members) -> Members:
         found: dict[str, tuple[int, ...]] = {}
-        for name, shape in self._inner.members_of(flat).items():
-            found |= (
-                {matrix_name(name, i): shape[1:] for i in range(shape[0])} if name in self._stacks else {name: shape}
-            )
+        for name, shape in members.items():
+            is_stack = name in self._stacks
+            found |= {matrix_name(name, i): shape[1:] for i in range(shape[0])} if is_stack else {name: shape}
         return found
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -50,12 +61,15 @@ class StackedShards:
     def _split(self, shard: Shard) -> list[Shard]:
         if shard.name not in self._stacks:
             return [shard]
-        assert shard.box is None
-        found, size, done = [], math.prod(shard.shape[1:]), 0
+        box = shard.box or Box.whole(shard.shape)
+        of_matrix = Box(shard.shape[1:], box.offsets[1:], box.local[1:]) if shard.box is not None else None
+        found, size, done = [], math.prod(box.local[1:]), 0
         while done < shard.length:
-            position, start = divmod(shard.local_start + done, size)
+            number, start = divmod(shard.local_start + done, size)
             length = min(size - start, shard.length - done)
-            name = matrix_name(shard.name, position)
-            found.append(Shard(name, shard.shape[1:], start, length, shard.flat, shard.offset + done))
+            name, offset = matrix_name(shard.name, box.offsets[0] + number), shard.offset + done
+            found.append(
+                Shard(name, shard.shape[1:], start, length, shard.flat, offset, of_matrix, shard.is_counted)
+            )
             done += length
         return found

@@ -28,7 +28,7 @@ class Partition:
         Args:
             cuts: where the ranks' parts end, as shares of a group, for all ranks but the last.
         """
-        self.num_process_ranks = dist.get_world_size()
+        self.is_cut = dist.get_world_size() > 1
         self.num_sums = 0
         self._optimizer = optimizer
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -85,8 +85,8 @@ class EngineShards:
         }
 
     @property
-    def num_process_ranks(self) -> int:
-        return comm.get_world_size()
+    def is_cut(self) -> bool:
+        return comm.get_world_size() > 1
 
     def shards_of(self, flat: Tensor) -> Sequence[Shard]:
         return sorted(self._shards.get(id(flat), []), key=lambda shard: shard.offset)

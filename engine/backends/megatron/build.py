@@ -7,19 +7,23 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from torch import nn
 
+from narrowgauge.optimizers import CompactOptimizer
+
 from ...config.config import Config
 from ...config.problems import within
 from ...config.without_deepspeed import adam_arguments
 from ...protocol import Schedule
 from ...ranks.environment import process_rank
-from .compact.engine_part import CompactPart, make_own
+from .compact.engine_part import CompactPart
 from .draw import shapes_of
 from .keys import megatron_block
 from .masters import Masters
 from .model import StagedModel
 from .offload import make_scheduled
+from .own_part import Made, OwnPart, make_own
 from .start import device
 from .training import MegatronTraining
+from .whole_gradients import WholeGradientsPart
 
 
 def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> MegatronTraining:
@@ -27,15 +31,15 @@ def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> Meg
     assert isinstance(model, StagedModel)
     block = megatron_block(config)
     model.to(device())
-    own = make_own(config, model) if config.optimizer_options is not None else None
-    optimizer = own.optimizer if own is not None else _make_optimizer(config, model)
+    made = make_own(config, model) if config.optimizer_options is not None else None
+    optimizer = made.optimizer if made is not None else _make_optimizer(config, model)
     if config.zero_stage:
         from .zero.build import build_under_zero  # what is DeepSpeed's is imported where it is used
 
-        return build_under_zero(config, model, optimizer, own, schedule)
+        return build_under_zero(config, model, optimizer, made, schedule)
     chunks = _wrap(model, config)
     masters = Masters(chunks, distributed=block.distributed_optimizer, bf16=config.bf16)
-    compact = CompactPart(own, masters, overlaps=block.overlap_param_gather) if own is not None else None
+    own = _own_part(made, masters, overlaps=block.overlap_param_gather) if made is not None else None
     masters.take_over(optimizer)
     batches = config.batches(model.layout.data)
     return MegatronTraining(
@@ -49,8 +53,13 @@ def build(config: Config, model: nn.Module, *, schedule: Schedule | None) -> Meg
         gradient_clipping=config.parsed.gradient_clipping,
         distributed=block.distributed_optimizer,
         offload=make_scheduled(config, model, batches.accumulation_steps),
-        compact=compact,
+        own=own,
     )
+
+
+def _own_part(made: Made, masters: Masters, *, overlaps: bool) -> OwnPart:
+    is_compact = isinstance(made.optimizer, CompactOptimizer)
+    return CompactPart(made, masters, overlaps=overlaps) if is_compact else WholeGradientsPart(made)
 
 
 def _wrap(model: StagedModel, config: Config) -> list[DistributedDataParallel]:

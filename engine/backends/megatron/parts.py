@@ -65,10 +65,18 @@ class LocalParameter:
     cut: int | None = None
     is_second: bool = False
 
-    def is_held_first_by(self, place: Place) -> bool:
-        """Of the tensor-parallel ranks with the same values, one stands for all; data-parallel ones are not seen."""
+    def is_counted_by(self, place: Place) -> bool:
+        """Of a stage's tensor-parallel ranks with the same values, one stands for all; data-parallel ones are not seen."""
         across = place.expert_tensor if self.is_expert else place.tensor
-        return not self.is_second and (self.cut is not None or across == 0)
+        return self.cut is not None or across == 0
+
+    def is_held_first_by(self, place: Place) -> bool:
+        """As :meth:`is_counted_by`, of all stages' ranks."""
+        return not self.is_second and self.is_counted_by(place)
+
+    def copy_on(self, place: Place) -> int:
+        """Number of the copy among the data-parallel ranks."""
+        return place.expert_data if self.is_expert else place.data
 
     @torch.no_grad()
     def fill(self, tensor: Tensor, name: str, weight: Tensor) -> None:

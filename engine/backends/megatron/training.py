@@ -21,25 +21,18 @@ from ...micro_batch import Batch
 from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
 from ...report.dense_traffic import trained_when_dense
 from .balance import Balance
-from .compact.engine_part import CompactPart
 from .generate import generate
 from .groups import destroy_groups
 from .masters import Masters
 from .model import StagedModel
 from .offload import ScheduledOffload
-from .parts import LocalParameter
+from .own_part import OwnPart
 from .schedule import forward, forward_backward, forward_without_head
+from .shards import HeldShard, held_shards
 from .traffic import MegatronTraffic, gathered_bytes, reduced_bytes
 from .whole import Gathering, read_weights
 
 _CLIPPING_EPSILON = 1e-6
-
-
-@dataclass(frozen=True)
-class _Held(Shard):
-    """A shard with the parameter it is of."""
-
-    parameter: LocalParameter | None = None
 
 
 def tokens_of(batch: Batch) -> Tensor:
@@ -64,11 +57,11 @@ class MegatronTraining:
         gradient_clipping: float,
         distributed: bool,
         offload: ScheduledOffload,
-        compact: CompactPart | None = None,
+        own: OwnPart | None = None,
     ) -> None:
         """
         Args:
-            compact: where the optimizer is one of ours, what it has made of the model.
+            own: where the optimizer is one of ours, what it trains of the model.
             chunks: the model's, wrapped.
             optimizer: steps the masters.
             shapes: of all weights, by Hugging Face's names.
@@ -78,14 +71,17 @@ class MegatronTraining:
         """
         self._model, self._chunks, self._masters, self._optimizer = model, chunks, masters, optimizer
         self._shapes, self._lr_scheduler, self._batches = shapes, lr_scheduler, batches
-        self._clipping, self._distributed, self._compact = gradient_clipping, distributed, compact
+        self._clipping, self._distributed, self._own = gradient_clipping, distributed, own
         self._offload = offload
         self._device = next(model.parameters()).device
         self._traffic = MegatronTraffic(chunks)
         self._counters = {"global_steps": 0, "global_samples": 0, "skipped_steps": 0}
         self._grad_norm: float | None = None
         self._balance = Balance(model, batches.accumulation_steps)
-        self._shards = [*self._make_shards()]
+        held = [*model.local_parameters(), *(own.parameters if own is not None else ())]
+        self._shards: list[Shard] = [*held_shards(held, masters, model.place, distributed=distributed)]
+        if own is not None:
+            own.take_shards(self._shards)
 
     @property
     def module(self) -> StagedModel:
@@ -157,17 +153,17 @@ class MegatronTraining:
     @torch.no_grad()
     def _update(self) -> None:
         """Clip and step; a step with gradients that are not finite is left out on all ranks."""
-        compact = self._compact
-        if compact is not None:
-            compact.before_step()
+        own = self._own
+        if own is not None:
+            own.before_step()
         norm = self._masters.collect_gradients()
         self._grad_norm = norm
         self._counters["global_steps"] += 1
         self._counters["global_samples"] += self._batches.total
         if not math.isfinite(norm):
             self._counters["skipped_steps"] += 1
-            if compact is not None:
-                compact.own.forget_observed()
+            if own is not None:
+                own.own.forget_observed()
             return
         if 0.0 < self._clipping < norm + _CLIPPING_EPSILON:
             scale = self._clipping / (norm + _CLIPPING_EPSILON)
@@ -180,8 +176,8 @@ class MegatronTraining:
             self._lr_scheduler.step()
         self._masters.to_model()
         self._masters.gather()
-        if compact is not None:
-            compact.own.after_step(rates)
+        if own is not None:
+            own.own.after_step(rates)
 
     def evaluate(self, batch: Batch) -> Tensor:
         with self._parameters_at_rest():
@@ -213,46 +209,24 @@ class MegatronTraining:
     def shards(self) -> Sequence[Shard]:
         return self._shards
 
-    def _make_shards(self) -> Iterator[Shard]:
-        held = [*self._model.local_parameters(), *(self._compact.parameters if self._compact is not None else ())]
-        for parameter, tensor in held:
-            master = self._masters.of(tensor)
-            if master is None:
-                continue
-            first, end = master.start, master.start + master.tensor.numel()
-            for part in parameter.parts:
-                begin, stop = max(first, part.offset), min(end, part.offset + part.numel)
-                if begin < stop:
-                    yield _Held(
-                        part.name,
-                        part.box.shape,
-                        begin - part.offset,
-                        stop - begin,
-                        master.tensor,
-                        begin - first,
-                        part.box,
-                        parameter,
-                    )
-
     def saves(self, shard: Shard) -> bool:
-        assert isinstance(shard, _Held)
+        assert isinstance(shard, HeldShard)
         assert shard.parameter is not None
         place, parameter = self._model.place, shard.parameter
-        copy = place.expert_data if parameter.is_expert else place.data
-        return parameter.is_held_first_by(place) and (self._distributed or copy == 0)
+        return parameter.is_held_first_by(place) and (self._distributed or parameter.copy_on(place) == 0)
 
     def trainable_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._compact.trainable_shapes(self._shapes) if self._compact is not None else self._shapes
+        return self._own.trainable_shapes(self._shapes) if self._own is not None else self._shapes
 
     def parameter_groups(self) -> Mapping[str, int]:
-        return self._compact.groups if self._compact is not None else dict.fromkeys(self._shapes, 0)
+        return self._own.groups if self._own is not None else dict.fromkeys(self._shapes, 0)
 
     def subspace_state(self) -> dict[str, Any] | None:
-        return self._compact.subspace_state() if self._compact is not None else None
+        return self._own.subspace_state() if self._own is not None else None
 
     def load_subspace_state(self, state: dict[str, Any]) -> None:
-        assert self._compact is not None
-        self._compact.load_subspace_state(state)
+        assert self._own is not None
+        self._own.load_subspace_state(state)
 
     def parameter_counts(self) -> dict[str, int]:
         total = sum(map(math.prod, self._shapes.values()))
@@ -273,8 +247,8 @@ class MegatronTraining:
 
     def before_save(self) -> None:
         self._masters.gather(now=True)
-        if self._compact is not None:
-            self._compact.before_save()
+        if self._own is not None:
+            self._own.before_save()
 
     def masters_to_model(self) -> None:
         self._masters.to_model()
@@ -324,8 +298,8 @@ class MegatronTraining:
     def load_weights(self, source: WeightSource, *, rebuild_compact: bool) -> None:
         read_weights(self._model, source, self._shapes)
         if rebuild_compact:
-            if self._compact is not None:
-                self._compact.rebuild()
+            if self._own is not None:
+                self._own.rebuild()
             self._masters.from_model()
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ Gathered = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]
 
 def is_first_copy(parameter: LocalParameter, place: Place) -> bool:
     """Of the process ranks that hold the same part of the same parameter, this is the first."""
-    return parameter.is_held_first_by(place) and (place.expert_data if parameter.is_expert else place.data) == 0
+    return parameter.is_held_first_by(place) and parameter.copy_on(place) == 0
 
 
 class Gathering:

@@ -1,7 +1,6 @@
 """What our optimizers cannot do under Megatron; refused before anything starts. Nothing of Megatron's is imported."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from narrowgauge.optimizers import OPTIMIZERS, CompactOptimizer
 from narrowgauge.optimizers.galore.options import GaLoreOptions
@@ -18,14 +17,14 @@ def unsupported(config: Config) -> Iterator[str]:
     optimizer, options = config.parsed.optimizer, config.optimizer_options
     assert optimizer is not None
     assert options is not None
-    cls: Any = OPTIMIZERS[optimizer.type].class_for(options)
-    if not issubclass(cls, CompactOptimizer):
+    cls, sizes = OPTIMIZERS[optimizer.type].class_for(options), megatron_block(config).sizes()
+    if config.zero_stage and not issubclass(cls, CompactOptimizer):
         yield (
-            f"optimizer.type: expected Grass, GaLore or AdamW with the megatron engine, got {optimizer.type}: it needs"
-            " whole gradients of single weights, and Megatron packs several into one"
+            f"optimizer.type: expected Grass, GaLore or AdamW with the megatron engine at zero_optimization.stage"
+            f" {config.zero_stage}, got {optimizer.type}, which needs the ranks that hold the other pieces of a weight,"
+            " over which DeepSpeed does not cut it; use megatron.distributed_optimizer"
         )
         return
-    sizes = megatron_block(config).sizes()
     problems = list(cls.unsupported_in_engine(options, sharded=True))
     if getattr(options, "base", "AdamW") == "AdamW8bit":
         problems.append("base: expected 'AdamW' with the megatron engine, got 'AdamW8bit': it is not supported yet")

@@ -13,8 +13,9 @@ from narrowgauge.optimizers.numerics.seeds import derive_seed
 from ...deepspeed.model_parallel import gathered_shards, master_shard, rewritten
 from ...deepspeed.privates import gather_again, own_shard, state_of_stage_3
 from ..compact.backend import MegatronBackend
-from ..compact.engine_part import CompactPart, Made
+from ..compact.engine_part import CompactPart
 from ..compact.parallel_weight import ParallelUnit, SelectedParallelWeight
+from ..own_part import Made
 from .masters import ZeroMasters
 from .mpu import sum_over_tensor_parallel_ranks
 

@@ -7,10 +7,10 @@ import torch
 from ....config.config import Config
 from ....protocol import Schedule
 from ...deepspeed.model_parallel import gather_bit16, make_model_parallel
-from ..compact.engine_part import Made
 from ..draw import shapes_of
 from ..model import StagedModel
 from ..offload import make_scheduled
+from ..own_part import Made
 from .backend import ZeroCompactPart
 from .masters import ZeroMasters
 from .mpu import TensorParallel, seen_in_parts, sum_over_tensor_parallel_ranks

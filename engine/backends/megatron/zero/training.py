@@ -29,7 +29,7 @@ class ZeroTraining(MegatronTraining):
     Args:
         zero: DeepSpeed's engine of the chunk.
         masters: bound to it.
-        shapes, batches, offload, compact: as of :class:`MegatronTraining`.
+        shapes, batches, offload: as of :class:`MegatronTraining`; so is ``compact``, as ``own``.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ZeroTraining(MegatronTraining):
             gradient_clipping=0.0,
             distributed=True,
             offload=offload,
-            compact=compact,
+            own=compact,
         )
         self._shards = [_in_flat(shard, masters) for shard in self._shards]
 
@@ -88,7 +88,7 @@ class ZeroTraining(MegatronTraining):
 
     def _step(self, *, is_last: bool) -> None:
         """After a micro-batch: the weights change after the last."""
-        engine, compact = self._zero.engine, self._compact if is_last else None
+        engine, compact = self._zero.engine, self._own if is_last else None
         num_skipped = engine.skipped_steps
         rates = [group["lr"] for group in self._optimizer.param_groups]
         if compact is not None:
@@ -114,8 +114,8 @@ class ZeroTraining(MegatronTraining):
         return self._zero.local_part(parameter)
 
     def before_save(self) -> None:
-        if self._compact is not None:
-            self._compact.before_save()
+        if self._own is not None:
+            self._own.before_save()
 
     def masters_to_model(self) -> None:
         self._zero.masters_to_model()
@@ -153,8 +153,8 @@ class ZeroTraining(MegatronTraining):
                 take_values(parameter, values)
         if rebuild_compact:
             self._zero.after_load()
-            if self._compact is not None:
-                self._compact.rebuild()
+            if self._own is not None:
+                self._own.rebuild()
             self._zero.model_to_masters()
 
     def close(self) -> None:

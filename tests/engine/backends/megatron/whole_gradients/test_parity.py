@@ -1,0 +1,81 @@
+"""Optimizers on whole gradients in every layout against one process of the ``ddp`` engine: norms, projections and
+selections are of the model's own weights, wherever their pieces lie.
+
+With accumulation, clipping, decay and a schedule.
+"""
+
+from typing import Any
+
+import pytest
+
+from tests.support.cases import cases
+from tests.support.megatron_ranks import MegatronPool
+from tests.support.megatron_runs import Run, run_steps
+from tests.support.zero import worst
+
+from ..compact.test_parity import LAYOUTS as DENSE_LAYOUTS
+from ..compact.test_parity import OVERLAP, PLAIN, PP2, SP, TP2
+
+STEPS = 8
+LAMB: dict[str, Any] = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1}
+LARS: dict[str, Any] = {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.02}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "lamb": {"type": "Lamb", "params": LAMB},
+    "lamb-bounds": {"type": "Lamb", "params": {**LAMB, "weight_norm_bounds": [0.1, 1.0], "exclude": ["*norm*"]}},
+    "lars": {"type": "Lars", "params": LARS},
+    "lars-nesterov": {"type": "Lars", "params": {**LARS, "nesterov": True, "exclude": ["*norm*", "*k_proj*"]}},
+}
+EP2, ETP1, ETP2 = {"expert_parallel": 2}, {"expert_tensor_parallel": 1}, {"expert_tensor_parallel": 2}
+EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one-experts": (1, {}),
+    "EP2": (2, EP2),
+    "EP2-plain": (4, {**EP2, **PLAIN}),
+    "EP2-ETP2": (4, {**EP2, **ETP2}),
+    "TP2-SP-EP2-ETP1": (4, {**TP2, **SP, **EP2, **ETP1}),
+    "PP2-EP2-overlap": (4, {**PP2, **EP2, **OVERLAP}),
+}
+LAYOUTS = {**DENSE_LAYOUTS, **EXPERT_LAYOUTS}
+
+MANY = ("lamb", "lars")
+CASES: dict[str, tuple[str, str, str]] = {
+    f"{optimizer}-{layout}": (optimizer, layout, "mixtral" if layout in EXPERT_LAYOUTS else "llama")
+    for optimizer in OPTIMIZERS
+    for layout in (LAYOUTS if optimizer in MANY else ("TP2-SP-DP2-overlap", "EP2-ETP2"))
+}
+CASES |= {
+    # Each tensor-parallel rank uses these norms for its own heads; the head is a copy of the embedding.
+    "lamb-head-norms": ("lamb", "TP2", "qwen3"),
+    "lamb-tied": ("lamb", "TP2-SP-PP2", "qwen2"),
+    "lars-shared": ("lars", "TP2-SP-EP2-ETP1", "qwen2_moe"),
+}
+QUICK = {"lamb-TP2-SP-DP2-overlap", "lars-EP2-ETP2"}
+
+
+@pytest.fixture(scope="module")
+def expected(megatron_ranks: MegatronPool) -> Any:
+    """What one process of the ``ddp`` engine finds; once each."""
+    found: dict[tuple[str, str], Run] = {}
+
+    def of(name: str, family: str) -> Run:
+        if (name, family) not in found:
+            own = OPTIMIZERS[name]
+            (found[name, family],) = megatron_ranks.run(run_steps, "ddp", family, ranks=1, last=STEPS, optimizer=own)
+        return found[name, family]
+
+    return of
+
+
+@pytest.mark.parametrize(("optimizer", "layout", "family"), cases(CASES, slow=CASES.keys() - QUICK))
+def test_a_layout_equals_one_process_of_ddp(
+    megatron_ranks: MegatronPool, expected: Any, optimizer: str, layout: str, family: str
+) -> None:
+    steps, evaluated, weights = expected(optimizer, family)
+    ranks, block = LAYOUTS[layout]
+    more = {"last": STEPS, "optimizer": OPTIMIZERS[optimizer]}
+    results = megatron_ranks.run(run_steps, "megatron", family, block, ranks=ranks, **more)
+    for number, (found, evaluation, whole) in enumerate(results):
+        assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in steps], rel=1e-6)
+        assert [norm for _, norm in found] == pytest.approx([norm for _, norm in steps], rel=5e-5)
+        assert evaluation == pytest.approx(evaluated, rel=1e-6)
+        if number == 0:
+            assert worst(whole, weights) < 2e-5
