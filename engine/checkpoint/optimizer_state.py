@@ -49,10 +49,12 @@ def write_optimizer(engine: TrainingEngine, folder: Path) -> str | None:
     """Write this rank's masters and moments; returns the file's name, None where another rank writes the same."""
     if engine.state_is_replicated and engine.data_parallel.rank > 0:
         return None
-    own_pieces = _own_pieces(engine)
-    tensors = {f"{p.name}|{p.start}|{p.key}": p.tensor.cpu().clone() for pieces in own_pieces.values() for p in pieces}
+    shards = [*filter(engine.saves, engine.shards())]
+    own_pieces = _own_pieces(engine, shards)
+    pieces = [piece for found in own_pieces.values() for piece in found if piece.tensor.numel()]
+    tensors = {f"{p.name}|{_place(p.shard)}|{p.key}": p.tensor.cpu().clone() for p in pieces}
     flat, state = None, {}
-    for shard in filter(engine.saves, engine.shards()):
+    for shard in shards:
         if shard.flat is not flat:
             flat, state = shard.flat, _dense_state(engine, shard.flat)
         prefix = f"{shard.name}|{_place(shard)}|"
@@ -87,14 +89,14 @@ def _dense_state(engine: TrainingEngine, flat: Tensor) -> Mapping[str, Any]:
     return own.dense_state(flat) if own is not None else engine.optimizer.state.get(flat, {})
 
 
-def _own_pieces(engine: TrainingEngine) -> dict[Tensor, list[StatePiece]]:
-    """By flat tensor, the state that is not shaped like it."""
+def _own_pieces(engine: TrainingEngine, shards: Sequence[Shard]) -> dict[Tensor, list[StatePiece]]:
+    """By flat tensor that the shards lie in, the state that is not shaped like it."""
     own = engine.own_optimizer
-    return {flat: list(own.state_pieces(flat)) for flat in _flats(engine)} if own is not None else {}
+    return {flat: list(own.state_pieces(flat)) for flat in _flats(shards)} if own is not None else {}
 
 
-def _flats(engine: TrainingEngine) -> list[Tensor]:
-    return list({id(shard.flat): shard.flat for shard in engine.shards()}.values())
+def _flats(shards: Sequence[Shard]) -> list[Tensor]:
+    return list({id(shard.flat): shard.flat for shard in shards}.values())
 
 
 def write_subspace(engine: TrainingEngine, folder: Path) -> list[str]:
@@ -168,11 +170,12 @@ def load_optimizer(engine: TrainingEngine, checkpoint: Checkpoint) -> None:
     saved, state, folder = _index_pieces(checkpoint), checkpoint.state, checkpoint.folder
     for group, values in zip(engine.optimizer.param_groups, state["groups"], strict=True):
         group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in values.items()})
-    own_pieces, own, flats = _own_pieces(engine), engine.own_optimizer, _flats(engine)
+    shards, own = engine.shards(), engine.own_optimizer
+    own_pieces, flats = _own_pieces(engine, shards), _flats(shards)
     if own is not None:
         for flat in flats:
             own.expect_dense_state(flat)
-    for shard in engine.shards():
+    for shard in shards:
         if _MASTER not in saved.get(shard.name, {}):
             raise CheckpointError(f"{folder}: no state of {shard.name}; the engine is partly restored")
         own_keys = {piece.key for piece in own_pieces.get(shard.flat, ())}
@@ -183,7 +186,7 @@ def load_optimizer(engine: TrainingEngine, checkpoint: Checkpoint) -> None:
         for key, number in state["scalars"][shard.name].items():
             _set_scalar(engine.optimizer, shard, key, number)
     for piece in (piece for pieces in own_pieces.values() for piece in pieces):
-        _read_into(piece.tensor, piece.name, piece.start, saved.get(piece.name, {}).get(piece.key, []))
+        _read_shard(piece.tensor, piece.shard, saved.get(piece.name, {}).get(piece.key, []))
     if own is not None:
         for flat in flats:
             own.accept_dense_state(flat)

@@ -4,7 +4,7 @@
 # pyright: reportPrivateImportUsage=false
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from ..numerics.precision import compute_dtype, widen, write_back
 from ..numerics.seeds import derive_seed
 from ..sharded import ShardedOptimizer
 from ..sharding.blocks import blocks_of
-from ..sharding.shards import Shard, StatePiece
+from ..sharding.shards import Shard, StatePiece, all_members
 from .channels import Layout, own_channels, sides_of
 from .options import ApolloOptions
 
@@ -129,7 +129,7 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
                 self._write_back(shard, shard.of(value))
 
     def _update_matrices(self, group: dict[str, Any], flats: Sequence[Tensor]) -> None:
-        layout = Layout(self._members(flats), self.options.scale_type)
+        layout = Layout(all_members(self.shards, flats), self.options.scale_type)
         projected, squares = self._project(flats, layout)
         states = [self._moments(flat, self._low_rank_shape(flat)) for flat in flats]
         adapted = self._adapt(group, flats, states, layout, projected)
@@ -145,9 +145,6 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
         for flat, state in zip(flats, states, strict=True):
             self._apply(group, flat, layout, factors, self._late_correction(group, state))
 
-    def _members(self, flats: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
-        return {name: shape for flat in flats for name, shape in self.shards.members_of(flat).items()}
-
     def _project(self, flats: Sequence[Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
         """``R`` of all matrices, (channels, rank), and the squared norms of what shares a factor, (factors,)."""
         num_channels = layout.num_channels
@@ -157,7 +154,7 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
         projected = buffer[: num_channels * self.options.rank].view(num_channels, self.options.rank)
         squares = buffer[num_channels * self.options.rank :]
         for flat in flats:
-            for shard in self.shards.shards_of(flat):
+            for shard in _counted(self.shards.shards_of(flat)):
                 basis, tall = self._projection(shard, buffer), self._is_tall(shard)
                 channels, factors = projected[layout.channels[shard.name]], squares[layout.factors[shard.name]]
                 gradient = widen(shard.of(_gradient(flat)))
@@ -206,6 +203,8 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
             norms = torch.linalg.vector_norm(direction, dim=1).square()
             parts = norms.split([len(channels) for _, channels in ranges])
             for (shard, channels), part in zip(ranges, parts, strict=True):
+                if not shard.is_counted:
+                    continue
                 if self.options.scale_type == "channel":
                     layout.part(squares, shard, channels).add_(part)
                 else:
@@ -297,7 +296,8 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
         for key in ("exp_avg", "exp_avg_sq"):
             parts = state[key].split([len(channels) for _, channels in owned])
             for (shard, channels), part in zip(owned, parts, strict=True):
-                yield StatePiece(shard.name, key, channels.start * self.options.rank, part.view(-1))
+                first, shape = channels.start * self.options.rank, (max(shard.shape), self.options.rank)
+                yield StatePiece(shard.name, key, first, part.view(-1), shape)
 
     def subspace_state(self) -> dict[str, Any]:
         """JSON values: counters, the projections' seeds, and the limiter's norms."""
@@ -328,3 +328,7 @@ class Apollo(ShardedOptimizer[ApolloOptions]):
 def _gradient(flat: Tensor) -> Tensor:
     assert flat.grad is not None
     return flat.grad
+
+
+def _counted(shards: Sequence[Shard]) -> Iterator[Shard]:
+    return (shard for shard in shards if shard.is_counted)

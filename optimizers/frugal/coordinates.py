@@ -1,6 +1,6 @@
 """Which coordinates of a parameter keep optimizer state, and which of those lie in a shard that was cut anywhere.
 
-A selection is derived from a seed and answers for any range of the flattened parameter, so that nothing but the
+A selection is derived from a seed and answers for any shard, so that nothing but the
 chosen lines of a matrix (a few kilobytes) is ever kept.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..numerics.rounding import hash_positions
 from ..sharding.blocks import Block, blocks_of
+from ..sharding.box import Box
 from ..sharding.shards import Shard
 
 # Small enough for a CPU's cache, large enough not to be many kernels on a GPU.
@@ -62,11 +63,28 @@ def put_(parts: Sequence[Part], piece: Tensor, chosen: Tensor) -> None:
         part.put_(piece, own)
 
 
-class Selection(Protocol):
-    """The chosen coordinates of one parameter; positions are those of the flattened parameter."""
+@dataclass(frozen=True)
+class Place:
+    """Where the chosen coordinates of a shard lie among all chosen ones of the parameter: those are its state.
 
-    def before(self, position: int) -> int:
-        """How many of the first ``position`` coordinates are chosen."""
+    Attributes:
+        start: of the first within the flattened state, or its ``box``.
+        count: how many there are.
+        shape: of the state of the whole parameter.
+        box: the part of the state that the shard's process has, where that is not all of it.
+    """
+
+    start: int
+    count: int
+    shape: tuple[int, ...]
+    box: Box | None = None
+
+
+class Selection(Protocol):
+    """The chosen coordinates of one parameter."""
+
+    def place(self, shard: Shard) -> Place:
+        """Where the shard's are among all."""
         ...
 
     def parts(self, shard: Shard) -> list[Part]:
@@ -77,8 +95,8 @@ class Selection(Protocol):
 class Everything:
     """All coordinates."""
 
-    def before(self, position: int) -> int:
-        return position
+    def place(self, shard: Shard) -> Place:
+        return Place(shard.local_start, shard.length, shard.shape, shard.box)
 
     def parts(self, shard: Shard) -> list[Part]:
         return [Part(_one_row(shard))]
@@ -87,8 +105,8 @@ class Everything:
 class Nothing:
     """No coordinate."""
 
-    def before(self, position: int) -> int:
-        return 0
+    def place(self, shard: Shard) -> Place:
+        return Place(0, 0, (0,))
 
     def parts(self, shard: Shard) -> list[Part]:
         return []
@@ -99,22 +117,39 @@ class Lines:
 
     Args:
         index: int64, ascending, on the CPU.
+        shape: of the matrix.
         device: where the shards lie.
     """
 
-    def __init__(self, index: Tensor, dim: int, width: int, device: torch.device) -> None:
+    def __init__(self, index: Tensor, dim: int, shape: tuple[int, int], device: torch.device) -> None:
         self._lines: list[int] = index.tolist()
         self._index = index.to(device)
-        self._dim = dim
-        self._width = width
+        self._dim, self._shape = dim, shape
 
-    def before(self, position: int) -> int:
-        row, column = divmod(position, self._width)
+    def place(self, shard: Shard) -> Place:
+        box = shard.box or Box.whole(shard.shape)
+        (row, column), (num_rows, num_columns) = box.offsets, box.local
+        first = (row, column)[self._dim]
+        low, high = (bisect_left(self._lines, edge) for edge in (first, first + box.local[self._dim]))
         if self._dim == 1:
-            return row * len(self._lines) + bisect_left(self._lines, column)
-        found = bisect_left(self._lines, row)
-        inside = found < len(self._lines) and self._lines[found] == row
-        return found * self._width + (column if inside else 0)
+            shape, offsets, local = (self._shape[0], len(self._lines)), (row, low), (num_rows, high - low)
+        else:
+            shape, offsets, local = (len(self._lines), self._shape[1]), (low, column), (high - low, num_columns)
+        start, end = (
+            self._before(position, box, low) for position in (shard.local_start, shard.local_start + shard.length)
+        )
+        return Place(start, end - start, shape, Box(shape, offsets, local) if shard.box is not None else None)
+
+    def _before(self, position: int, box: Box, low: int) -> int:
+        """How many of the first ``position`` coordinates of a box are chosen, ``low`` being its first line."""
+        row, column = divmod(position, box.local[1])
+        if self._dim == 1:
+            first, edge = box.offsets[1], box.offsets[1] + box.local[1]
+            num_lines = bisect_left(self._lines, edge) - low
+            return row * num_lines + bisect_left(self._lines, first + column) - low
+        found = bisect_left(self._lines, box.offsets[0] + row)
+        inside = found < len(self._lines) and self._lines[found] == box.offsets[0] + row
+        return (found - low) * box.local[1] + (column if inside else 0)
 
     def parts(self, shard: Shard) -> list[Part]:
         found = []
@@ -138,7 +173,7 @@ class Scattered:
     """
 
     def __init__(self, numel: int, count: int, seed: int, device: torch.device) -> None:
-        self._seed = seed
+        self._seed, self._count = seed, count
         self._device = device
         hashes = torch.cat([self._hash(start, length) for start, length in _chunks(0, numel)])
         self._largest = hashes.kthvalue(count).values
@@ -148,8 +183,12 @@ class Scattered:
         # Without the multiplication the sets of two seeds would be each other's translates.
         return hash_positions(positions * (self._seed >> 32 | 1), self._seed)
 
-    def before(self, position: int) -> int:
-        return sum(int((self._hash(*chunk) <= self._largest).sum()) for chunk in _chunks(0, position))
+    def place(self, shard: Shard) -> Place:
+        start, count = (
+            sum(int((self._hash(*chunk) <= self._largest).sum()) for chunk in _chunks(first, length))
+            for first, length in ((0, shard.start), (shard.start, shard.length))
+        )
+        return Place(start, count, (self._count,))
 
     def parts(self, shard: Shard) -> list[Part]:
         index = [

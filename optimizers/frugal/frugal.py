@@ -120,11 +120,9 @@ class Frugal(ShardedOptimizer[FrugalOptions]):
             slots, first = [], 0
             for shard in self.shards.shards_of(flat):
                 selection = self.subspaces.select(shard.name, self.num_refreshes, flat.device)
-                before = selection.before(shard.start)
-                count = selection.before(shard.start + shard.length) - before
-                resets = shard.name in self.subspaces.projected
-                slots.append(Slot(shard, selection, before, first, count, resets))
-                first += count
+                place, resets = selection.place(shard), shard.name in self.subspaces.projected
+                slots.append(Slot(shard, selection, place, first, resets))
+                first += place.count
             self._slots[flat] = slots
         return self._slots[flat]
 
@@ -235,7 +233,7 @@ class Frugal(ShardedOptimizer[FrugalOptions]):
 
     def _expand(self, compact: Compact, slots: Sequence[Slot], group: dict[str, Any]) -> None:
         """Take the step of the projected shards: Adam's update from its own space, the remainder state-free."""
-        self._projections.sum_updates(self.shards, compact)
+        self._projections.sum_updates(self.shards, slots, compact)
         for slot in slots:
             parameter = widen(slot.shard.of(slot.shard.flat))
             projected, update = self._projections.expand(compact, slot)
@@ -273,7 +271,8 @@ class Frugal(ShardedOptimizer[FrugalOptions]):
         state = self._state_of(flat)
         for slot in self.slots_of(flat):
             for key in _MOMENTS:
-                yield StatePiece(slot.shard.name, key, slot.before, slot.of(state[key]))
+                place = slot.place
+                yield StatePiece(slot.shard.name, key, place.start, slot.of(state[key]), place.shape, place.box)
 
     def subspace_bytes(self) -> int:
         """Bytes of the bases of ``svd`` and ``random``."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..sharding.blocks import blocks_of
 from ..sharding.shards import Shard
+from .coordinates import Place
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,15 @@ class LowRank:
         """Coordinates of the projected gradient."""
         return self.rank * max(self.shape)
 
-    def before(self, position: int) -> int:
-        """Which element of the projected gradient belongs to this position of the parameter: both are cut in the same
+    def place(self, shard: Shard) -> Place:
+        """Which elements of the projected gradient have their state with a shard: both are cut in the same
         proportions.
         """
-        return position * self.numel // (self.shape[0] * self.shape[1])
+        start, end = (
+            position * self.numel // (self.shape[0] * self.shape[1])
+            for position in (shard.place, shard.place + shard.length)
+        )
+        return Place(start, end - start, (self.numel,))
 
     def basis_of(self, gradient: Tensor) -> Tensor:
         """``P`` of the leading singular vectors of a gradient in fp32 or fp64."""

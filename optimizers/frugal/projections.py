@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..numerics.precision import compute_dtype, widen
-from ..sharding.shards import ShardMap
+from ..sharding.blocks import blocks_of
+from ..sharding.shards import ShardMap, all_members
 from .low_rank import LowRank
 from .subspaces import Slot, Subspaces
 
@@ -31,7 +32,7 @@ class Compact:
 
     def own(self, tensor: Tensor, slot: Slot) -> Tensor:
         """The slot's part of it, which has its state on this rank."""
-        return self.whole(tensor, slot).narrow(0, slot.before, slot.count)
+        return self.whole(tensor, slot).narrow(0, slot.place.start, slot.count)
 
 
 class Projections:
@@ -51,8 +52,10 @@ class Projections:
         Args:
             slots: those of this rank's shards that have a low-rank selection.
         """
-        names = [name for flat in flats for name in shards.members_of(flat) if name in self._subspaces.projected]
-        members = {name: self._subspaces.low_rank_of(name) for name in names}
+        projected = {*self._subspaces.projected}
+        members = {
+            name: self._subspaces.low_rank_of(name) for name in all_members(shards, flats) if name in projected
+        }
         offsets, total = {}, 0
         for name, low_rank in members.items():
             offsets[name] = total
@@ -61,6 +64,8 @@ class Projections:
         compact = Compact(offsets, *buffers)
         self._find_bases(shards, members, slots, refresh, like=buffers[0])
         for slot in slots:
+            if not slot.shard.is_counted:
+                continue
             target, basis = compact.whole(compact.gradient, slot), self.bases[slot.shard.name]
             slot.low_rank.add_projection_(target, slot.shard, gradient_of(slot), basis)
         _sum_(shards, compact.gradient)
@@ -75,8 +80,11 @@ class Projections:
         )
         return first, second
 
-    def sum_updates(self, shards: ShardMap, compact: Compact) -> None:
+    def sum_updates(self, shards: ShardMap, slots: Sequence[Slot], compact: Compact) -> None:
         """Bring the updates of all ranks' parts together. Collective."""
+        for slot in slots:
+            if not slot.shard.is_counted:
+                compact.own(compact.update, slot).zero_()
         _sum_(shards, compact.update)
 
     def _find_bases(
@@ -89,20 +97,25 @@ class Projections:
             seeds = {name: self._subspaces.seed_of(name, refresh) for name in missing}
             self.bases.update({name: r.random_basis(seeds[name], like) for name, r in missing.items()})
             return
-        own = {slot.shard.name: slot for slot in slots}
+        own: dict[str, list[Slot]] = {}
+        for slot in slots:
+            if slot.shard.is_counted:
+                own.setdefault(slot.shard.name, []).append(slot)
         found = {}
         for name, low_rank in missing.items():
-            whole = like.new_zeros(math.prod(low_rank.shape))
-            if name in own:
-                shard = own[name].shard
-                whole.narrow(0, shard.start, shard.length).copy_(gradient_of(own[name]))
+            whole, here = like.new_zeros(low_rank.shape), own.get(name, [])
+            for slot in here:
+                gradient = gradient_of(slot)
+                for block in blocks_of(slot.shard):
+                    rows = whole.narrow(0, block.row, block.num_rows)
+                    rows.narrow(1, block.column, block.num_columns).copy_(block.of(gradient))
             _sum_(shards, whole)
             if not bool(torch.isfinite(whole).all()):
                 raise RuntimeError(f"Frugal: the gradient of {name} is not finite at a refresh, it has no basis")
-            if name not in own or own[name].shard.start > 0:
+            if not any(slot.shard.holds_first for slot in here):
                 found[name] = like.new_zeros(low_rank.basis_shape)
             elif bool(whole.any()):
-                found[name] = low_rank.basis_of(whole.view(low_rank.shape))
+                found[name] = low_rank.basis_of(whole)
             else:
                 # An expert without tokens: a zero has no directions.
                 found[name] = low_rank.random_basis(self._subspaces.seed_of(name, refresh), like).contiguous()

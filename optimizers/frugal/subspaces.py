@@ -13,7 +13,7 @@ from ..members import Member
 from ..numerics.seeds import derive_seed
 from ..numerics.selection import SELECTION_RULES, select_index
 from ..sharding.shards import Shard
-from .coordinates import Everything, Lines, Nothing, Part, Scattered, Selection
+from .coordinates import Everything, Lines, Nothing, Part, Place, Scattered, Selection
 from .low_rank import LowRank
 
 SelectionName = Literal["columns", "rows", "randk", "blockwise", "svd", "random"]
@@ -27,18 +27,21 @@ class Slot:
     """One shard's place in the state of its flat tensor.
 
     Attributes:
-        before: state elements of the whole parameter that come before this shard's.
+        place: of the shard's within the state of the whole parameter.
         first: position of the shard's within the flat tensor's state.
-        count: number of the shard's.
         resets: whether they start again at a refresh.
     """
 
     shard: Shard
     selection: Selection | LowRank
-    before: int
+    place: Place
     first: int
-    count: int
     resets: bool
+
+    @property
+    def count(self) -> int:
+        """Number of the shard's."""
+        return self.place.count
 
     def of(self, state: Tensor) -> Tensor:
         """This shard's part of a state tensor of the flat tensor."""
@@ -138,7 +141,7 @@ class Subspaces:
         if self.selection in ("columns", "rows"):
             dim = self._line_dim(name)
             index = self._uniform(shape[dim], count, refresh, name.removesuffix(".weight"))
-            return Lines(index, dim, shape[1], device)
+            return Lines(index, dim, shape, device)
         if self.selection == "randk":
             return Scattered(math.prod(shape), count, self.seed_of(name, refresh), device)
         if self.selection == "blockwise":

@@ -61,6 +61,11 @@ class Shard:
         return next(runs, None) is None
 
     @property
+    def holds_first(self) -> bool:
+        """Whether the first element of the parameter is here."""
+        return self.local_start == 0 and (self.box is None or not any(self.box.offsets))
+
+    @property
     def place(self) -> int:
         """Where its elements begin if each box of the parameter, all of one size, follows the one before: over all
         shards together every number below the parameter's is there once, however it was cut.
@@ -103,14 +108,23 @@ class StatePiece:
         name: the parameter's.
         key: the state's, such as ``exp_avg``.
         start: position of the first element within the state of the whole parameter, flattened in an order that does
-            not depend on how the parameter was cut.
+            not depend on how the parameter was cut, or within the ``box``.
         tensor: 1-D view of the live state, to save it or to write to it.
+        shape: of the state of the whole parameter.
+        box: the part of that state that the process has, where its elements are no neighbours in it.
     """
 
     name: str
     key: str
     start: int
     tensor: Tensor
+    shape: tuple[int, ...]
+    box: Box | None = None
+
+    @property
+    def shard(self) -> Shard:
+        """As a shard of the state."""
+        return Shard(self.name, self.shape, self.start, self.tensor.numel(), self.tensor, 0, self.box)
 
 
 class ShardMap(Protocol):

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 from narrowgauge.optimizers import OPTIMIZERS, CompactOptimizer
+from narrowgauge.optimizers.apollo.options import ApolloOptions
+from narrowgauge.optimizers.frugal.options import FrugalOptions
 from narrowgauge.optimizers.galore.options import GaLoreOptions
 from narrowgauge.optimizers.grass.options import GrassOptions
 
@@ -30,7 +32,33 @@ def unsupported(config: Config) -> Iterator[str]:
         problems.append("base: expected 'AdamW' with the megatron engine, got 'AdamW8bit': it is not supported yet")
     if isinstance(options, GrassOptions):
         problems += _grass(options, tensor=sizes.tensor, has_stages=sizes.pipeline > 1)
+    elif isinstance(options, FrugalOptions):
+        problems += _frugal(options, shares=max(sizes.tensor, sizes.expert_tensor), has_stages=sizes.pipeline > 1)
+    elif isinstance(options, ApolloOptions) and options.reference_compatible:
+        problems.append(
+            "reference_compatible: expected false with the megatron engine, got true: a matrix's seed is its number"
+            " among all parameters, which no process rank has"
+        )
     yield from (f"optimizer.params.{problem}" for problem in problems)
+
+
+def _frugal(options: FrugalOptions, *, shares: int, has_stages: bool) -> Iterator[str]:
+    for key in ("embeddings", "head"):
+        if (found := getattr(options, key)) != "full":
+            yield (
+                f"{key}: expected 'full' with the megatron engine, got {found!r}: the vocabulary is cut over process"
+                " ranks"
+            )
+    if options.selection == "randk" and shares > 1:
+        yield (
+            f"selection: expected one of lines or projections with matrices that {shares} process ranks share, got"
+            " 'randk': a rank would hash the positions of all ranks"
+        )
+    if options.selection == "blockwise" and has_stages:
+        yield (
+            "selection: expected another than 'blockwise' with megatron.pipeline_parallel, which chooses among all"
+            " matrices: no process rank sees all layers"
+        )
 
 
 def _grass(options: GrassOptions, *, tensor: int, has_stages: bool) -> Iterator[str]:

@@ -36,12 +36,6 @@ def test_options_are_refused(case: str) -> None:
     assert f"optimizer.params.{message}" in str(caught.value)
 
 
-def test_optimizers_on_whole_gradients_are_refused() -> None:
-    config = run_config("megatron", "llama", {}, optimizer={"type": "Lars", "params": {"lr": 1e-2}})
-    with pytest.raises(ConfigError, match=r"optimizer\.type: expected Grass, GaLore or AdamW .* got Lars"):
-        backend_of("megatron").check(config)
-
-
 @pytest.mark.parametrize(
     ("optimizer", "params", "message"),
     [

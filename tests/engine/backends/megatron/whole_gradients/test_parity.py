@@ -17,6 +17,8 @@ from ..compact.test_parity import LAYOUTS as DENSE_LAYOUTS
 from ..compact.test_parity import OVERLAP, PLAIN, PP2, SP, TP2
 
 STEPS = 8
+# Two changes of subspace.
+BASE: dict[str, Any] = {"lr": 1e-2, "eps": 1e-4, "refresh_interval": 3, "weight_decay": 0.1}
 LAMB: dict[str, Any] = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1}
 LARS: dict[str, Any] = {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.02}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -24,6 +26,25 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lamb-bounds": {"type": "Lamb", "params": {**LAMB, "weight_norm_bounds": [0.1, 1.0], "exclude": ["*norm*"]}},
     "lars": {"type": "Lars", "params": LARS},
     "lars-nesterov": {"type": "Lars", "params": {**LARS, "nesterov": True, "exclude": ["*norm*", "*k_proj*"]}},
+    "frugal": {"type": "Frugal", "params": {**BASE, "density": 0.25}},
+    "frugal-rows": {"type": "Frugal", "params": {**BASE, "density": 0.4, "selection": "rows", "state_free": "SGD"}},
+    "frugal-randk": {"type": "Frugal", "params": {**BASE, "density": 0.25, "selection": "randk"}},
+    "frugal-blocks": {"type": "Frugal", "params": {**BASE, "density": 0.25, "selection": "blockwise"}},
+    "frugal-svd": {"type": "Frugal", "params": {**BASE, "density": 0.25, "selection": "svd", "norms": "free"}},
+    "frugal-random": {"type": "Frugal", "params": {**BASE, "density": 0.2, "selection": "random"}},
+    "apollo": {"type": "Apollo", "params": {**BASE, "rank": 4}},
+    "apollo-free": {"type": "Apollo", "params": {**BASE, "rank": 3, "norm_growth_limit": None, "scale": 0.5}},
+    "apollo-mini": {"type": "Apollo", "params": {**BASE, "rank": 1, "scale_type": "tensor", "scale": 4.0}},
+    "apollo-groups": {
+        "type": "Apollo",
+        "params": {
+            **BASE,
+            "rank": 4,
+            "target_modules": ["*.mlp.*"],
+            "matrix_lr_scale": 0.5,
+            "param_groups": [{"params": ["*layernorm*"], "weight_decay": 0.0}],
+        },
+    },
 }
 EP2, ETP1, ETP2 = {"expert_parallel": 2}, {"expert_tensor_parallel": 1}, {"expert_tensor_parallel": 2}
 EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -36,11 +57,19 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 LAYOUTS = {**DENSE_LAYOUTS, **EXPERT_LAYOUTS}
 
-MANY = ("lamb", "lars")
+FEW = ("TP2-SP-DP2-overlap", "TP2-DP2-plain", "EP2-ETP2")
+MANY = {"lamb": LAYOUTS, "frugal": LAYOUTS, "apollo": LAYOUTS, "frugal-svd": [*FEW, "PP2", "EP2-plain"]}
+MANY |= {"frugal-randk": ["DP2", "PP2", "EP2"], "apollo-groups": ["TP2-SP-PP2"]}
+
+
+def family(layout: str) -> str:
+    return "mixtral" if layout in EXPERT_LAYOUTS else "llama"
+
+
 CASES: dict[str, tuple[str, str, str]] = {
-    f"{optimizer}-{layout}": (optimizer, layout, "mixtral" if layout in EXPERT_LAYOUTS else "llama")
+    f"{optimizer}-{layout}": (optimizer, layout, family(layout))
     for optimizer in OPTIMIZERS
-    for layout in (LAYOUTS if optimizer in MANY else ("TP2-SP-DP2-overlap", "EP2-ETP2"))
+    for layout in MANY.get(optimizer, FEW)
 }
 CASES |= {
     # Each tensor-parallel rank uses these norms for its own heads; the head is a copy of the embedding.
@@ -48,7 +77,7 @@ CASES |= {
     "lamb-tied": ("lamb", "TP2-SP-PP2", "qwen2"),
     "lars-shared": ("lars", "TP2-SP-EP2-ETP1", "qwen2_moe"),
 }
-QUICK = {"lamb-TP2-SP-DP2-overlap", "lars-EP2-ETP2"}
+QUICK = {"lamb-TP2-SP-DP2-overlap", "frugal-TP2-SP-PP2", "frugal-svd-EP2-ETP2", "apollo-mini-EP2-ETP2"}
 
 
 @pytest.fixture(scope="module")
