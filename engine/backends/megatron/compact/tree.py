@@ -159,7 +159,8 @@ class ModelTree(nn.Module):
                     if group_of.setdefault(id(own), number) != number:
                         names = next(packed.names for packed in self._packed if packed.parameter is own)
                         raise ValueError(
-                            f"target_modules, param_groups: expected one group for {names}, which are one parameter, got two"
+                            f"param_groups: expected one group for {names}, which are one parameter, got two (what"
+                            " target_modules names has groups of its own)"
                         )
                     real[id(own)] = own
             group["params"] = list(real.values())
