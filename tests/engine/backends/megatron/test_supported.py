@@ -63,7 +63,10 @@ def test_settings(layout: dict[str, Any], reason: str) -> None:
         ({"fp16": {"enabled": True}}, "fp16.enabled"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler"),
         ({"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}, "optimizer.type"),
-        ({"optimizer": {"type": "Lamb", "params": {"lr": 0.1}}}, "optimizer.type"),
+        (
+            {"zero_optimization": {"stage": 1}, "optimizer": {"type": "Lamb", "params": {"lr": 0.1}}},
+            "optimizer.type",
+        ),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1, "fused": True}}}, "optimizer.params.fused"),
         ({"activation_offload": {"path": ".", "granularity": "layer_inputs"}}, "activation_offload.granularity"),
         ({"activation_offload": {"path": ".", "backend": "aio"}}, "activation_offload.backend"),
