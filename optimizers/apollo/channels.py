@@ -26,8 +26,8 @@ def sides_of(block: Block, *, tall: bool) -> tuple[slice, slice]:
 def own_channels(shard: Shard) -> range:
     """The channels, indices along the longer side of the matrix, whose state is kept with this shard.
 
-    The longer side is cut where the shards cut the flattened matrix, or its boxes in a row, in proportion: every channel belongs to one shard,
-    whatever the number of ranks, and a shard's channels take its share of the memory.
+    The longer side is cut where the shards cut the flattened matrix, or its boxes in a row, in proportion: every
+    channel belongs to one shard, whatever the number of ranks, and a shard's channels take its share of the memory.
     """
     shorter = min(shard.shape)
     return range(-(-shard.place // shorter), -(-(shard.place + shard.length) // shorter))

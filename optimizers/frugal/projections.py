@@ -53,9 +53,7 @@ class Projections:
             slots: those of this rank's shards that have a low-rank selection.
         """
         projected = {*self._subspaces.projected}
-        members = {
-            name: self._subspaces.low_rank_of(name) for name in all_members(shards, flats) if name in projected
-        }
+        members = {name: self._subspaces.low_rank_of(name) for name in all_members(shards, flats) if name in projected}
         offsets, total = {}, 0
         for name, low_rank in members.items():
             offsets[name] = total

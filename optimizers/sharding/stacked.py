@@ -68,8 +68,6 @@ class StackedShards:
             number, start = divmod(shard.local_start + done, size)
             length = min(size - start, shard.length - done)
             name, offset = matrix_name(shard.name, box.offsets[0] + number), shard.offset + done
-            found.append(
-                Shard(name, shard.shape[1:], start, length, shard.flat, offset, of_matrix, shard.is_counted)
-            )
+            found.append(Shard(name, shard.shape[1:], start, length, shard.flat, offset, of_matrix, shard.is_counted))
             done += length
         return found

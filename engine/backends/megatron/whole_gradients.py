@@ -1,4 +1,4 @@
-"""Our optimizers on whole gradients (Frugal, Apollo, Lamb, Lars): what they see of the masters, and how they are saved."""
+"""Our optimizers on whole gradients (Frugal, Apollo, Lamb, Lars): what they see of masters, and how they are saved."""
 
 from collections.abc import Collection, Iterable
 from typing import Any

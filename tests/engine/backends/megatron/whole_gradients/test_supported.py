@@ -43,7 +43,9 @@ def test_options_are_refused(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "params"), [("Lamb", {}), ("Lars", {}), ("Frugal", {}), ("Apollo", {"rank": 2})], ids=lambda value: str(value)
+    ("name", "params"),
+    [("Lamb", {}), ("Lars", {}), ("Frugal", {}), ("Apollo", {"rank": 2})],
+    ids=lambda value: str(value),
 )
 def test_zero_around_tensor_parallelism_refuses_them(name: str, params: dict[str, Any]) -> None:
     optimizer = {"type": name, "params": {"lr": 1e-2, **params}}
