@@ -66,7 +66,9 @@ class LocalParameter:
     is_second: bool = False
 
     def is_counted_by(self, place: Place) -> bool:
-        """Of a stage's tensor-parallel ranks with the same values, one stands for all; data-parallel ones are not seen."""
+        """Of a stage's tensor-parallel ranks with the same values, one stands for all; data-parallel ones are not
+        seen.
+        """
         across = place.expert_tensor if self.is_expert else place.tensor
         return self.cut is not None or across == 0
 
