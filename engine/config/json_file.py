@@ -86,10 +86,14 @@ def copied(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("config", [f"expected JSON values: {error}"]) from error
 
 
+# What keys begin with that people, and their editors, write for themselves.
+_COMMENTS = ("_comment", "__comment", "_note", "_doc", "_description", "//", "#", "$schema", "$comment")
+
+
 def without_comments(value: Any) -> Any:
-    """A configuration without keys that begin with ``_comment`` or ``//``, which people write for themselves."""
+    """A configuration without keys that are comments, such as ``_comment`` and ``//``."""
     if isinstance(value, dict):
-        kept = {key: child for key, child in value.items() if not str(key).startswith(("_comment", "//"))}
+        kept = {key: child for key, child in value.items() if not str(key).startswith(_COMMENTS)}
         return {key: without_comments(child) for key, child in kept.items()}
     return [without_comments(child) for child in value] if isinstance(value, list) else value
 

@@ -1,17 +1,20 @@
 """A continuation of a prompt by the trained model."""
 
 import logging
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError, first_line
 from ..protocol import TrainingEngine
 
 logger = logging.getLogger(__name__)
+_PATIENCE = timedelta(seconds=10)
 
 
 def check_prompt(prompt: str, tokenizer_folder: Path | None) -> None:
@@ -31,17 +34,35 @@ def try_sample(
 ) -> str | None:
     """:func:`sample_text`, or a warning and None: the run is trained and saved, and a model that cannot generate with
     this version of transformers still has its summary. Collective.
+
+    Raises:
+        RuntimeError: this rank alone failed, and the others wait for it in a forward that they take part in together.
     """
+    text, failure = None, None
     try:
-        return sample_text(engine, tokenizer_folder, prompt, num_tokens, seed)
+        text = sample_text(engine, tokenizer_folder, prompt, num_tokens, seed)
     except Exception as error:
-        if engine.forward_is_collective and isinstance(error, torch.OutOfMemoryError | dist.DistError | OSError):
-            # This rank's alone: the others wait for it.
-            raise
-        # Every rank generates the same, so that all fail alike.
-        if dist.get_rank() == 0:
-            logger.warning(f"training.sample_prompt: no sample: {type(error).__name__}: {first_line(error)}")
-        return None
+        failure = f"{type(error).__name__}: {first_line(error)}"
+    if engine.forward_is_collective and not _all_are_here(failure is not None):
+        raise RuntimeError(
+            f"training.sample_prompt: no sample: {failure}; other ranks did not fail and wait for this one. The run is"
+            " complete without the sample"
+        )
+    if failure is not None and dist.get_rank() == 0:
+        logger.warning(f"training.sample_prompt: no sample: {failure}")
+    return text
+
+
+def _all_are_here(wait: bool) -> bool:
+    """Tell the others that this rank is past the forwards; if ``wait``, whether they are, soon."""
+    store = PrefixStore("narrowgauge/sample", _get_default_store())
+    store.set(str(dist.get_rank()), "")
+    try:
+        if wait:
+            store.wait([str(rank) for rank in range(dist.get_world_size())], _PATIENCE)
+    except dist.DistStoreError:
+        return False
+    return True
 
 
 @torch.no_grad()

@@ -407,20 +407,25 @@ class _Run:
         plan, engine = self.plan, self.engine
         training = plan.training
         self.watchdog.beat("the end of the run")
-        sample = None
+        memory = max_over_ranks(peak_memory(), engine.device)
+        tensors = max_over_ranks(tensor_memory(self.heap), engine.device)
+        summary: dict[str, Any] = {}
+        if self.is_first_rank:
+            # Before the sample, whose failure shall not cost it.
+            summary = finite(self._summarize(int(memory), int(tensors)))
+            write_json(plan.run_dir / SUMMARY, summary)
         if training.sample_prompt is not None:
             sample = try_sample(
                 engine, plan.prepared.tokenizer, training.sample_prompt, training.sample_tokens, training.seed
             )
-        memory = max_over_ranks(peak_memory(), engine.device)
-        tensors = max_over_ranks(tensor_memory(self.heap), engine.device)
+            if self.is_first_rank:
+                summary["sample"] = sample
+                write_json(plan.run_dir / SUMMARY, summary)
         if self.is_first_rank:
-            summary = finite(self._summarize(int(memory), int(tensors), sample))
-            write_json(plan.run_dir / SUMMARY, summary)
             print_summary(summary, str(plan.run_dir), self.console)
         dist.barrier()
 
-    def _summarize(self, memory: int, tensors: int, sample: str | None) -> dict[str, Any]:
+    def _summarize(self, memory: int, tensors: int) -> dict[str, Any]:
         """The figures of the whole run, also of parts that other processes trained.
 
         Args:
@@ -472,7 +477,7 @@ class _Run:
             "forecast": self.foretold.beside(
                 {"peak_memory": tensors or None, "reduced_per_step": reduced, "gathered_per_step": gathered}
             ),
-            "sample": sample,
+            "sample": None,
         }
 
 

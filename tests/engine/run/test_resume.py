@@ -13,7 +13,7 @@ from narrowgauge.engine.errors import CheckpointError, UserError
 from narrowgauge.engine.run.export import export_run
 from narrowgauge.engine.run.sample import try_sample
 from tests.support.command import records, tiny_config
-from tests.support.forked import run
+from tests.support.forked import python, run
 from tests.support.ranks import RankPool
 from tests.support.zero import ds_config, finish, make_engine
 
@@ -99,3 +99,39 @@ def sample_of_a_model_that_cannot_generate() -> tuple[str | None, bool]:
 def test_a_sample_that_fails_does_not_end_a_run(one_rank: RankPool) -> None:
     """The run ended without its summary after all its steps, and so did every start after that."""
     assert one_rank.run(sample_of_a_model_that_cannot_generate) == [(None, True)]
+
+
+FAILING = """
+import os, sys
+from narrowgauge.engine.backends.deepspeed.training import DeepSpeedTraining
+from narrowgauge.launcher.main import main
+
+ranks, generate = sys.argv.pop().split(","), DeepSpeedTraining.generate
+
+def fails(self, *args, **kwargs):
+    if os.environ["RANK"] in ranks:
+        raise IndexError("no such token")
+    return generate(self, *args, **kwargs)
+
+DeepSpeedTraining.generate = fails
+main()
+"""
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(1, "0"), (3, "0,1"), (3, "1"), (3, "0")])
+@pytest.mark.quick("1-0")
+def test_a_sample_that_fails_on_some_ranks_leaves_a_complete_run(
+    corpus: Path, tmp_path: Path, stage: int, ranks: str
+) -> None:
+    """At ZeRO-3 one rank that failed went on to another collective than the others, which waited for it."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    config = str(tiny_config(corpus, tmp_path, zero_optimization={"stage": stage}))
+    words = ["train", config, "--set", "training.steps=2", "--set", "training.sample_prompt=def "]
+    result = python(str(tmp_path / "failing.py"), *words, ranks, ranks=2)
+    is_alone = stage == 3 and ranks != "0,1"
+    assert (result.returncode != 0) == is_alone, result.stderr
+    assert "training.sample_prompt: no sample: IndexError: no such token" in result.stdout + result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["sample"]) == (2, None)
+    again = run(*words, ranks=2)
+    assert again.returncode == 0, again.stderr
