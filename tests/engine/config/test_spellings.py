@@ -51,7 +51,16 @@ def test_numbers_and_depths_that_no_file_means(tmp_path: Path) -> None:
 
 def test_comments_as_keys_are_left_out() -> None:
     """``_comment`` was an unknown key; DeepSpeed's files are full of it."""
-    config = {**BASE, "_comment": "a", "//": "b", "__comment__": 1, "_note": [], "$schema": "x", "#": 2, "zero_optimization": {"stage": 1, "_comment_stage": "c"}}
+    config = {
+        **BASE,
+        "_comment": "a",
+        "//": "b",
+        "__comment__": 1,
+        "_note": [],
+        "$schema": "x",
+        "#": 2,
+        "zero_optimization": {"stage": 1, "_comment_stage": "c"},
+    }
     assert load_config(config).raw == {**BASE, "zero_optimization": {"stage": 1}}
 
 
