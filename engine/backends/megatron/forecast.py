@@ -22,10 +22,10 @@ from . import cpu
 from .compact.tree import ModelTree, compact_units_of
 from .groups import destroy_groups
 from .keys import layout_of, megatron_block
+from .micro_batches import Given
 from .model import StagedModel
 from .passes import schedule_of
 from .rehearse import build_abstract, group_of, what_of
-from .schedule import inputs_of, loss_of
 
 _FP32 = 4
 
@@ -139,8 +139,8 @@ class _Stage:
                         size = length // (layout.tensor if layout.sequence_parallel else 1)
                         shape = (size, micro, transformer.hidden_size)
                         found.set_input_tensor(torch.empty(shape, dtype=transformer.params_dtype, requires_grad=True))
-                    output = found(**inputs_of(tokens))
-                    return loss_of(output) if layout.is_last(place, number) else output
+                    output = found(**Given(tokens).inputs())
+                    return Given(tokens).loss(output) if layout.is_last(place, number) else output
 
                 return trace(
                     chunk,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,24 +12,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from ...protocol import Phase
+from .micro_batches import Given
 from .model import StagedModel
 from .offload import ScheduledOffload
 
 
-def loss_of(losses: Tensor) -> Tensor:
-    """The mean of next-token losses ``(batch, sequence)``; the last position has no next token."""
-    return losses[:, :-1].mean()
-
-
-def inputs_of(tokens: Tensor) -> dict[str, Any]:
-    """A chunk's arguments for a micro-batch of tokens ``(batch, sequence)``."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    labels = tokens.roll(-1, dims=1)
-    return {"input_ids": tokens, "position_ids": positions, "attention_mask": None, "labels": labels}
-
-
 def forward_backward(
-    chunks: Sequence[nn.Module], micro_batches: Sequence[Tensor], phase: Phase, offload: ScheduledOffload
+    chunks: Sequence[nn.Module], micro_batches: Sequence[Given], phase: Phase, offload: ScheduledOffload
 ) -> Tensor:
     """Forwards and backwards of all micro-batches, and the reduction of gradients. Collective.
 
@@ -43,17 +33,17 @@ def forward_backward(
     assert all(other.shape == first.shape for other in others)
     turns = _Turns(phase)
 
-    def step(batches: Iterator[tuple[int, int, Tensor]], chunk: nn.Module) -> tuple[Tensor, Any]:
-        number, place, tokens = next(batches)
+    def step(batches: Iterator[tuple[int, int, Given]], chunk: nn.Module) -> tuple[Tensor, Any]:
+        number, place, given = next(batches)
         with turns.forward(), offload.forward(number, place):
-            return chunk(**inputs_of(tokens)), _scaled
+            return chunk(**given.inputs()), partial(_scaled, given)
 
     offload.begin_step()
     with turns.backward():
         losses = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=[
-                iter([(number, place, tokens) for number, tokens in enumerate(micro_batches)])
+                iter([(number, place, given) for number, given in enumerate(micro_batches)])
                 for place in range(len(chunks))
             ],
             model=list(chunks),
@@ -62,14 +52,14 @@ def forward_backward(
             micro_batch_size=first.shape[0],
             forward_only=False,
         )
-    total = torch.zeros((), dtype=torch.float64, device=first.device)
+    total = torch.zeros((), dtype=torch.float64, device=first.tokens.device)
     for loss in losses:
         total += loss
     return from_last_stage(total)
 
 
 @torch.no_grad()
-def forward_without_head(chunks: Sequence[nn.Module], micro_batches: Sequence[Tensor], phase: Phase) -> None:
+def forward_without_head(chunks: Sequence[nn.Module], micro_batches: Sequence[Given], phase: Phase) -> None:
     """Forwards of all micro-batches up to the head, for what the layers find out in them. Collective.
 
     Args:
@@ -77,8 +67,8 @@ def forward_without_head(chunks: Sequence[nn.Module], micro_batches: Sequence[Te
     """
     wrapped: Sequence[Any] = chunks
 
-    def step(batches: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Any]:
-        return chunk(**inputs_of(next(batches))), lambda hidden: (hidden.new_zeros(()), hidden.new_zeros(()))
+    def step(batches: Iterator[Given], chunk: nn.Module) -> tuple[Tensor, Any]:
+        return chunk(**next(batches).inputs()), lambda hidden: (hidden.new_zeros(()), hidden.new_zeros(()))
 
     for chunk in wrapped:
         chunk.module.leaves_out_head = True
@@ -98,8 +88,8 @@ def forward_without_head(chunks: Sequence[nn.Module], micro_batches: Sequence[Te
             chunk.module.leaves_out_head = False
 
 
-def _scaled(losses: Tensor) -> tuple[Tensor, Tensor]:
-    loss = loss_of(losses)
+def _scaled(given: Given, losses: Tensor) -> tuple[Tensor, Tensor]:
+    loss = given.loss(losses)
     # Megatron divides the first in place.
     return loss, loss.detach().clone()
 
@@ -113,10 +103,10 @@ def from_last_stage(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def forward(model: StagedModel, tokens: Tensor) -> Tensor:
+def forward(model: StagedModel, given: Given) -> Tensor:
     """The mean loss of a micro-batch; the same on all stages. Collective."""
-    losses = _through_the_stages(model, inputs_of(tokens))
-    loss = loss_of(losses) if losses is not None else torch.zeros((), dtype=torch.float32, device=tokens.device)
+    losses, device = _through_the_stages(model, given.inputs()), given.tokens.device
+    loss = given.loss(losses) if losses is not None else torch.zeros((), dtype=torch.float32, device=device)
     return from_last_stage(loss)
 
 
@@ -128,7 +118,7 @@ def next_token_logits(model: StagedModel, tokens: Tensor) -> Tensor:
     layout, (batch, length) = model.layout, tokens.shape
     # Sequence-parallel ranks share it evenly; no position sees what is behind it.
     padded = torch.nn.functional.pad(tokens, (0, -length % layout.tensor if layout.sequence_parallel else 0))
-    inputs = {**inputs_of(padded), "labels": None, "runtime_gather_output": True}
+    inputs = {**Given(padded).inputs(), "labels": None, "runtime_gather_output": True}
     found = _through_the_stages(model, inputs)
     vocab = model.architecture.vocab
     logits = torch.empty(batch, vocab, dtype=torch.float32, device=tokens.device)

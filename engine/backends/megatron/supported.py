@@ -60,11 +60,6 @@ def _settings(config: Config) -> Iterator[str]:
             "model.gradient_checkpointing: expected 'none' with the megatron engine, got"
             f" {parsed.model.gradient_checkpointing!r}; use megatron.recompute"
         )
-    if parsed.data is not None and names_records(parsed.data):
-        yield (
-            "data.train: expected text or token files with the megatron engine, which learns all tokens of samples of"
-            " one length, got records; use the deepspeed or ddp engine"
-        )
     options = config.offload()
     if options is not None and options.granularity != "saved_tensors":
         yield (
@@ -110,8 +105,15 @@ def check_model(config: Config, model_config: PretrainedConfig, world_size: int)
 
 
 def _of_experts(config: Config, architecture: Architecture) -> Iterator[str]:
-    """Settings that the model has nothing for."""
-    block = megatron_block(config)
+    """Settings that the model has nothing for, or that would see padding."""
+    block, data = megatron_block(config), config.parsed.data
+    if data is not None and names_records(data):
+        for key, expected in (("balance_loss", "none"), ("expert_capacity_factor", None)):
+            if (found := getattr(block, key)) != expected:
+                yield (
+                    f"megatron.{key}: expected {expected!r} with records, got {found!r}: experts take what pads samples"
+                    " to one length, too, and that would count"
+                )
     if not architecture.num_experts:
         for key in ("balance_loss", "expert_dispatcher", "expert_capacity_factor"):
             found, default = getattr(block, key), type(block).model_fields[key].default

@@ -23,6 +23,7 @@ from .balance import Balance
 from .generate import generate
 from .groups import destroy_groups
 from .masters import Masters
+from .micro_batches import given_of
 from .model import StagedModel
 from .offload import ScheduledOffload
 from .own_part import OwnPart
@@ -32,12 +33,6 @@ from .traffic import MegatronTraffic, gathered_bytes, reduced_bytes
 from .whole import Gathering, read_weights
 
 _CLIPPING_EPSILON = 1e-6
-
-
-def tokens_of(batch: Batch) -> Tensor:
-    # Records are refused before anything is built.
-    assert isinstance(batch, Tensor)
-    return batch
 
 
 class MegatronTraining:
@@ -137,7 +132,8 @@ class MegatronTraining:
         return False
 
     def train_step(self, batches: Iterator[Batch], phase: Phase) -> Tensor:
-        micro_batches = [tokens_of(next(batches)).to(self._device) for _ in range(self.accumulation_steps)]
+        own = [next(batches) for _ in range(self.accumulation_steps)]
+        micro_batches = given_of(own, self._model.layout, self._device)
         self._masters.forget_gradients()
         self._balance.begin_step()
         if self._balance.needs_counts_ahead:
@@ -181,7 +177,8 @@ class MegatronTraining:
     def evaluate(self, batch: Batch) -> Tensor:
         with self._parameters_at_rest():
             self._model.eval()
-            loss = forward(self._model, tokens_of(batch).to(self._device))
+            (given,) = given_of([batch], self._model.layout, self._device)
+            loss = forward(self._model, given)
             self._model.train()
         return loss
 

@@ -14,10 +14,10 @@ from ....protocol import MemoryLayout, Phase, WeightSource
 from ...deepspeed.model_parallel import take_values, whole
 from ...deepspeed.privates import forget_model_parallel
 from ...deepspeed.training import DeepSpeedTraining
+from ..micro_batches import given_of
 from ..model import StagedModel
 from ..offload import ScheduledOffload
-from ..schedule import inputs_of, loss_of
-from ..training import MegatronTraining, tokens_of
+from ..training import MegatronTraining
 from ..whole import Gathering, check_shapes, fill_from
 from .backend import ZeroCompactPart
 from .masters import ZeroMasters
@@ -76,9 +76,9 @@ class ZeroTraining(MegatronTraining):
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         self._offload.begin_step()
         for number in range(self.accumulation_steps):
-            tokens = tokens_of(next(batches)).to(self._device)
+            (given,) = given_of([next(batches)], self._model.layout, self._device)
             with phase("forward"), self._offload.forward(number, 0):
-                loss = loss_of(self._zero.engine(**inputs_of(tokens)))
+                loss = given.loss(self._zero.engine(**given.inputs()))
             with phase("backward"):
                 self._zero.engine.backward(loss)
             with phase("optimizer"):
