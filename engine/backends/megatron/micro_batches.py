@@ -54,41 +54,44 @@ class Given:
 
 
 def given_of(batches: Sequence[Batch], layout: Layout, device: torch.device) -> list[Given]:
-    """The micro-batches of a step, or of an evaluation, made as long as the longest of them. Collective where ranks with
-    other data share experts.
+    """The micro-batches of a step, or of an evaluation, made as long as the longest of them, and of as many sequences
+    as the largest. Collective, over ranks with other data, where these share experts and not all is learned.
 
-    What is added lies behind all tokens and is learned nowhere. Positions are counted from the start of a sequence,
+    What is added lies behind all tokens, and is not learned. Positions are counted from the start of a sequence,
     also where examples are packed: only their differences matter, and no example attends to another.
     """
     if not any(isinstance(batch, MicroBatch) for batch in batches):
         return [Given(micro_batch_of(batch).tokens.to(device)) for batch in batches]
     found = [micro_batch_of(batch).to(device) for batch in batches]
     shares = layout.tensor if layout.sequence_parallel else 1
-    longest = max(batch.tokens.shape[1] for batch in found)
+    most, longest = (max(batch.tokens.shape[dim] for batch in found) for dim in (0, 1))
     if layout.splits_experts:
-        longest = _over_data_parallel_ranks(longest, device)
-    return [_given(_longer(batch, -(-longest // shares) * shares)) for batch in found]
+        most, longest = _over_data_parallel_ranks([most, longest], device)
+    return [_given(_as_large(batch, most, -(-longest // shares) * shares)) for batch in found]
 
 
-def _over_data_parallel_ranks(longest: int, device: torch.device) -> int:
-    found = torch.tensor(longest, device=device)
+def _over_data_parallel_ranks(sizes: list[int], device: torch.device) -> list[int]:
+    """The largest. Collective."""
+    found = torch.tensor(sizes, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
-    return int(found)
+    return found.tolist()
 
 
-def _longer(batch: MicroBatch, length: int) -> MicroBatch:
-    missing = length - batch.tokens.shape[1]
-    if not missing:
+def _as_large(batch: MicroBatch, num_sequences: int, length: int) -> MicroBatch:
+    rows, missing = num_sequences - batch.tokens.shape[0], length - batch.tokens.shape[1]
+    if not (rows or missing):
         return batch
-    positions = batch.positions
+    padding, positions = (0, missing, 0, rows), batch.positions
     if positions is not None:
-        # Padding is an example of its own.
-        padding = torch.arange(missing, device=positions.device).expand(len(positions), missing)
-        positions = torch.cat([positions, padding], dim=1)
+        # Padding is an example of its own, for each sequence.
+        size = positions.shape[1]
+        positions = F.pad(positions, padding)
+        positions[:, size:] = torch.arange(missing, device=positions.device)
+        positions[len(positions) - rows :] = torch.arange(length, device=positions.device)
     return replace(
         batch,
-        tokens=F.pad(batch.tokens, (0, missing)),
-        labels=F.pad(batch.labels, (0, missing), value=NOT_LEARNED),
+        tokens=F.pad(batch.tokens, padding),
+        labels=F.pad(batch.labels, padding, value=NOT_LEARNED),
         positions=positions,
     )
 

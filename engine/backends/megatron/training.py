@@ -16,7 +16,7 @@ from narrowgauge.optimizers import EngineOptimizer
 from narrowgauge.optimizers.sharding.shards import Shard
 
 from ...config.config import Batches
-from ...micro_batch import Batch
+from ...micro_batch import Batch, micro_batch_of
 from ...protocol import MemoryLayout, ParallelGroup, Phase, WeightSource
 from ...report.dense_traffic import trained_when_dense
 from .balance import Balance
@@ -177,7 +177,9 @@ class MegatronTraining:
     def evaluate(self, batch: Batch) -> Tensor:
         with self._parameters_at_rest():
             self._model.eval()
-            (given,) = given_of([batch], self._model.layout, self._device)
+            # At the end of the samples some ranks have fewer than others, with which they may share experts.
+            own = micro_batch_of(batch) if self._model.layout.splits_experts else batch
+            (given,) = given_of([own], self._model.layout, self._device)
             loss = forward(self._model, given)
             self._model.train()
         return loss

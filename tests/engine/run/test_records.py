@@ -78,6 +78,24 @@ def test_kinds_of_files_ranks_and_resumed_runs_have_equal_losses(folder: Path, t
     assert summaries[0]["tokens"] == 6 * round(8 * counts["tokens"] / counts["samples"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_tensor_parallel_runs_have_the_losses_of_ddp(folder: Path, tmp_path: Path, packing: bool) -> None:
+    found = []
+    for engine, ranks in (("ddp", 1), ("megatron", 2)):
+        target = tmp_path / engine
+        target.mkdir()
+        config = config_of(folder, target, packing=packing) | {"engine": engine}
+        config["optimizer"]["params"]["strata"] = 2
+        if engine == "megatron":
+            config["megatron"] = {"tensor_parallel": 2, "sequence_parallel": True}
+        curve = train(config, target, ranks)
+        found.append((curve, json.loads((target / "run" / "summary.json").read_text())["eval_loss"]))
+    (curve, evaluated), (other, other_evaluated) = found
+    assert other == pytest.approx(curve, abs=1e-6)
+    assert other_evaluated == pytest.approx(evaluated, abs=1e-6)
+
+
 def lengths(folder: Path) -> list[int]:
     """Tokens of the examples that are trained on, from the cache."""
     from narrowgauge.engine.data.examples import PreparedExamples

@@ -1,4 +1,4 @@
-"""Fine-tuning records under Megatron: padded or packed, each learned token of a step weighs the same, in every layout."""
+"""Fine-tuning records under Megatron: padded or packed, each learned token of a step weighs the same, in any layout."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -7,9 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -124,7 +122,9 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "TP2-SP-EP2": (4, "mixtral", {**SP, **EP2, "expert_tensor_parallel": 1}, {}),
 }
 CASES: dict[str, tuple[str, bool]] = {
-    f"{layout}-{'packed' if packing else 'padded'}": (layout, packing) for layout in LAYOUTS for packing in (False, True)
+    f"{layout}-{'packed' if packing else 'padded'}": (layout, packing)
+    for layout in LAYOUTS
+    for packing in (False, True)
 }
 QUICK = {"TP2-SP-DP2-packed", "PP2-DP2-padded"}
 
@@ -162,7 +162,7 @@ def losses_of(folder: str, changed: int) -> list[float]:
 
 
 def test_no_packed_example_sees_another(megatron_ranks: MegatronPool, folder: Path) -> None:
-    """Of two samples that differ in the first example's first token, the second example's loss is the same bit for bit."""
+    """Two samples differ in the first example's first token: the second example's losses are the same bit for bit."""
     (one,) = megatron_ranks.run(losses_of, str(folder), 5, ranks=1)
     (other,) = megatron_ranks.run(losses_of, str(folder), 6, ranks=1)
     assert one[0] != other[0]
