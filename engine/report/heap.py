@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 
+import torch
+
 # Seconds between looks; each takes some ten microseconds.
 _INTERVAL = 0.001
+# Of a product that uses its buffers as large products do; some ten milliseconds.
+_BLAS_SIZE = 1024
 
 
 class _Info(ctypes.Structure):
@@ -37,9 +41,14 @@ def heap_bytes() -> int | None:
 
 
 class HeapMeter:
-    """The most that was given out while it watched, beyond what there was when it was made."""
+    """The most that was given out while it watched, beyond what there was when it was made, and beyond what the BLAS
+    keeps from its first product on to pack matrices: some MB, which depend on the processor.
+    """
 
     def __init__(self) -> None:
+        square = torch.zeros(_BLAS_SIZE, _BLAS_SIZE)
+        square.mm(square)
+        del square
         self._before, self._peak = heap_bytes(), 0
 
     @property

@@ -88,7 +88,8 @@ def _stage_1_or_2(config: Config, subject: Subject, world_size: int, on_gpu: boo
     if is_stage_2:
         return held, Gradients(
             in_forward=own if accumulates else 0,
-            in_backward=lambda made: own * (2 if accumulates else 1),
+            # Those of a rank's parts are kept as they are made, beside the sums of the micro-batches before.
+            in_backward=lambda made: min(own, element * made) + (own if accumulates else 0),
             buffers=buckets + flattened,
             in_step=own + step,
         )
