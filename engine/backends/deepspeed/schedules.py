@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler as torch_schedules
 from narrowgauge.optimizers import EngineOptimizer
 
 from ...config.config import Config
-from ...errors import UserError
+from ...errors import UserError, first_line
 
 # Keys that set learning rates outright; other schedules scale the rates they find.
 _ABSOLUTE_RATES = {
@@ -35,7 +35,7 @@ def schedule_problems(raw: Mapping[str, Any]) -> list[str]:
         return []
     name, problems = block.get("type"), []
     made_of = [key for key in ("lr_lambda", "schedulers", "scale_fn") if key in params]
-    if is_torch_schedule(name) and (made_of or name in ("LambdaLR", "MultiplicativeLR", "SequentialLR")):
+    if is_torch_schedule(name) and (made_of or name in ("ChainedScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR")):
         problems.append(
             f"scheduler.type: {name} is made of functions or schedules, which JSON cannot hold: pass"
             f" lr_scheduler=lambda optimizer: {name}(optimizer, ...) to initialize"
@@ -45,7 +45,49 @@ def schedule_problems(raw: Mapping[str, Any]) -> list[str]:
             "scheduler.type: ReduceLROnPlateau follows a measured loss, which narrowgauge train gives to none"
         )
     given = optimizer.get("params", {}) if isinstance(optimizer, dict) else {}
-    return problems + _momentum_problems(name, params, given if isinstance(given, dict) else {})
+    problems += _momentum_problems(name, params, given if isinstance(given, dict) else {})
+    steps = training.get("steps") if isinstance(training := raw.get("training"), dict) else None
+    return problems or _value_problems(name, params, steps if isinstance(steps, int) else 1)
+
+
+def _value_problems(name: Any, params: dict[str, Any], steps: int) -> list[str]:
+    """What keeps the schedule from being made and stepped, or takes its rate below 0."""
+    kind = getattr(lr_schedules, str(name), None) or getattr(torch_schedules, str(name), None)
+    if not inspect.isclass(kind) or not _takes(kind, params) or "auto" in params.values():
+        # Told elsewhere.
+        return []
+    if (found := params.get("warmup_type", "log")) not in ("log", "linear"):
+        return [f"scheduler.params.warmup_type: expected log or linear, got {found!r}"]
+    if (found := params.get("last_epoch", -1)) != -1:
+        return [f"scheduler.params.last_epoch: expected -1, got {found!r}: a checkpoint says where a schedule is"]
+    milestones = params.get("milestones", [])
+    if not isinstance(milestones, list) or any(type(step) is not int for step in milestones):
+        return [f"scheduler.params.milestones: expected a list of whole numbers, got {milestones!r}"]
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    try:
+        optimizer = torch.optim.AdamW([parameter], lr=1e-3)
+        # One group's of several.
+        rates = {key: value[0] for key, value in params.items() if key in _ABSOLUTE_RATES and isinstance(value, list)}
+        schedule: Any = kind(optimizer, **{**params, **rates})
+        optimizer.step()
+        schedule.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+        total = getattr(schedule, "total_steps", None) if name == "OneCycleLR" else None
+        rate = optimizer.param_groups[0]["lr"]
+    except Exception as error:
+        # Schedules check little, and raise what comes.
+        return [f"scheduler.params: {name} cannot be made of them: {type(error).__name__}: {first_line(error)}"]
+    if total is not None and steps > total:
+        return [f"scheduler.params: {name} has {total} steps, expected at least training.steps, {steps}"]
+    return [] if rate >= 0 else [f"scheduler.params: expected rates of at least 0, got {rate} at the first step"]
+
+
+def _takes(kind: Callable[..., Any], params: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(kind).bind(None, **params)
+    except TypeError:
+        return False
+    return True
 
 
 def _momentum_problems(name: Any, params: dict[str, Any], optimizer: dict[str, Any]) -> list[str]:

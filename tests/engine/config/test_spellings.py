@@ -40,6 +40,33 @@ def test_a_word_or_number_that_deepspeed_would_stumble_over(override: str, expec
     assert expected in problem(BASE, override)
 
 
+@pytest.mark.parametrize(
+    ("name", "params", "expected"),
+    [
+        ("StepLR", {"step_size": "a"}, "StepLR cannot be made of them: TypeError"),
+        ("StepLR", {"step_size": 0}, "StepLR cannot be made of them: ZeroDivisionError"),
+        ("StepLR", {"step_size": 2, "last_epoch": 3}, "last_epoch: expected -1, got 3"),
+        ("ExponentialLR", {"gamma": "x"}, "ExponentialLR cannot be made of them"),
+        ("MultiStepLR", {"milestones": "2"}, "milestones: expected a list of whole numbers, got '2'"),
+        ("OneCycleLR", {"max_lr": 0.1}, "You must define either total_steps OR"),
+        ("LRRangeTest", {"lr_range_test_min_lr": -1}, "expected rates of at least 0, got -1.0"),
+        ("WarmupLR", {"warmup_type": "cosine"}, "warmup_type: expected log or linear, got 'cosine'"),
+        ("ReduceLROnPlateau", {"mode": "least"}, "mode least is unknown"),
+        ("ChainedScheduler", {"schedulers": []}, "ChainedScheduler is made of functions or schedules"),
+    ],
+)
+def test_parameters_that_make_no_schedule(name: str, params: dict[str, Any], expected: str) -> None:
+    """They ended in torch's traceback once the engine was made, or were ignored."""
+    assert expected in problem({**BASE, "scheduler": {"type": name, "params": params}})
+
+
+def test_a_cycle_that_ends_before_the_run() -> None:
+    scheduler = {"type": "OneCycleLR", "params": {"max_lr": 0.1, "total_steps": 3, "cycle_momentum": False}}
+    found = problem({**BASE, "scheduler": scheduler, "training": {"steps": 5}})
+    assert "OneCycleLR has 3 steps, expected at least training.steps, 5" in found
+    load_config({**BASE, "scheduler": {"type": "MultiStepLR", "params": {"milestones": [2, 4]}}})
+
+
 def test_numbers_and_depths_that_no_file_means(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text('{"gradient_clipping": 1e400}')
