@@ -35,7 +35,9 @@ def schedule_problems(raw: Mapping[str, Any]) -> list[str]:
         return []
     name, problems = block.get("type"), []
     made_of = [key for key in ("lr_lambda", "schedulers", "scale_fn") if key in params]
-    if is_torch_schedule(name) and (made_of or name in ("ChainedScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR")):
+    if is_torch_schedule(name) and (
+        made_of or name in ("ChainedScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR")
+    ):
         problems.append(
             f"scheduler.type: {name} is made of functions or schedules, which JSON cannot hold: pass"
             f" lr_scheduler=lambda optimizer: {name}(optimizer, ...) to initialize"
