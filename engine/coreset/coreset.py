@@ -23,6 +23,8 @@ from .facility import choose
 from .slopes import example_losses, slopes
 from .vectors import Vectors, distances, draw_directions
 
+NO_RECORDS = "coreset: expected records as data.train, whose examples can be chosen, got texts or tokens"
+
 Numbers = npt.NDArray[np.int64]
 
 
@@ -38,6 +40,8 @@ def check_coreset(config: Config, batches: Batches) -> None:
     problems = []
     if parsed.engine == "megatron":
         problems.append("coreset: expected engine 'deepspeed' or 'ddp', got 'megatron'")
+    if parsed.data is not None and parsed.data.train == "stdlib":
+        problems.append(NO_RECORDS)
     if parsed.data is not None and parsed.data.packing:
         problems.append("coreset: expected data.packing false, as each example is chosen by itself, got true")
     if _rounds(block, batches) is None:

@@ -19,7 +19,7 @@ from ..config.optimizer_params import make_optimizer
 from ..config.problems import within
 from ..config.redaction import redact
 from ..config.run_blocks import DataBlock, LoggingBlock, ModelBlock, TrainingBlock
-from ..coreset.coreset import check_coreset, large_batch
+from ..coreset.coreset import NO_RECORDS, check_coreset, large_batch
 from ..data.loader import Samples
 from ..data.mixture import Mixture
 from ..data.run_data import Prepared, prepare, with_own_tokenizer
@@ -154,7 +154,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         check_prompt(parsed.training.sample_prompt, prepared.tokenizer)
     train_data, eval_data = prepared.samples(parsed.data.sequence_length, described.vocab_size)
     if parsed.coreset is not None and not isinstance(train_data, Mixture):
-        raise config.error("coreset: expected records as data.train, whose examples can be chosen, got texts or tokens")
+        raise config.error(NO_RECORDS)
     steps = parsed.training.steps
     if steps is None:
         assert parsed.training.epochs is not None

@@ -18,7 +18,7 @@ from tests.support.models import tiny
 from tests.support.ranks import RankPool
 from tests.support.zero import ds_config, finish, make_engine, train_step
 
-STEPS = 50
+STEPS = 20
 EVERYTHING = {"keep_resident": 0.0, "min_tensor_bytes": 0, "backend": "threads", "capacity_bytes": 64 << 20}
 
 
@@ -86,7 +86,7 @@ QUICK = ("zero2-rows", "zero3-columns", "zero1-adamw", "zero2-adaptive")
 def test_losses_and_weights_are_bit_equal(
     config: dict[str, Any], offload: dict[str, Any], two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    """50 steps of two micro-batches. Only what is not asked for at once is read back from disk."""
+    """20 steps of two micro-batches. Only what is not asked for at once is read back from disk."""
     for found in two_ranks.run(compare, config, str(tmp_path), **offload):
         assert found["losses"]
         assert found["shards"]

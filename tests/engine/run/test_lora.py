@@ -38,7 +38,7 @@ def config_of(corpus: Path, folder: Path, base: Path, **changes: Any) -> Path:
         "engine": "ddp",
         "model": {"path": str(base)},
         "lora": {"rank": RANK, "alpha": ALPHA},
-        "optimizer": {"type": "AdamW", "params": {"lr": 0.02, "eps": 1e-4, "weight_decay": 0.01}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.02, "eps": 1e-4, "weight_decay": 0.01, "torch_adam": True}},
         **changes,
     }
     path = tiny_config(corpus, folder, **given)

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from narrowgauge.engine.config.config import load_config
 from tests.support.command import ROOT
 from tests.support.forked import run
@@ -10,8 +12,13 @@ from tests.support.forked import run
 QUICKSTART = ROOT / "configs" / "quickstart.json"
 
 
-def test_its_first_steps(tmp_path: Path) -> None:
+@pytest.mark.quick("some-text")
+@pytest.mark.parametrize("text", ["some-text", "its-own-text"])
+def test_its_first_steps(text: str, corpus: Path, tmp_path: Path) -> None:
     words = ["training.steps=8", "training.checkpoint_interval=null", f"logging.run_dir={tmp_path}/run"]
+    if text == "some-text":
+        # A tokenizer of the whole library takes a minute.
+        words += [f'data.train=["{corpus}/*.txt"]', f"data.cache_dir={tmp_path}/cache"]
     words += ["training.sample_tokens=8", "training.eval_sequences=16", "data.sequence_length=32"]
     result = run("train", str(QUICKSTART), *(word for change in words for word in ("--set", change)), ranks=2)
     assert result.returncode == 0, result.stderr

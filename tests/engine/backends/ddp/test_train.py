@@ -1,11 +1,13 @@
 """``narrowgauge train`` with the ``ddp`` engine: DeepSpeed's run without ZeRO, and DeepSpeed never imported."""
 
+import inspect
 import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.ops.adam import FusedAdam
 
 from narrowgauge.engine import initialize
 from narrowgauge.engine.backends.ddp.build import build
@@ -76,6 +78,18 @@ def decays(params: dict[str, Any]) -> list[float]:
     return [*found, training.optimizer.param_groups[0]["weight_decay"]]
 
 
+def own_decay() -> float:
+    config = {"engine": "ddp", "train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    return build(load_config(config), tiny(), schedule=None).optimizer.param_groups[0]["weight_decay"]
+
+
+def test_adamw_has_the_weight_decay_of_deepspeeds(one_rank: RankPool) -> None:
+    default = inspect.signature(FusedAdam).parameters["weight_decay"].default
+    assert one_rank.run(own_decay) == [default] == [0]
+
+
+# DeepSpeed compiles its own AdamW for a minute.
+@pytest.mark.quick("params1-0.01")
 @pytest.mark.parametrize(
     ("params", "expected"), [({}, 0.0), ({"torch_adam": True}, 0.01), ({"weight_decay": 0.2}, 0.2)]
 )
