@@ -15,6 +15,7 @@ from ..errors import UserError, one_line
 from ..files import local_path
 from ..lora.adapters import add_adapters, quantization_of
 from ..quantization.quantize import quantize
+from ..sampled_backward import sample_backward
 from .first_weights import Whole, draw_weights, undrawn
 
 
@@ -48,6 +49,8 @@ def build_model(
         add_adapters(model, lora, seed=seed)
     if config.parsed.quantization is not None:
         quantize(model, config.parsed.quantization)
+    if config.parsed.sampled_backward is not None:
+        sample_backward(model, config.parsed.sampled_backward, lora=lora is not None)
     model.config.use_cache = False
     if block.gradient_checkpointing != "none":
         reentrant = block.gradient_checkpointing == "reentrant"

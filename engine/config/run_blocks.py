@@ -10,6 +10,7 @@ from .launch_block import LaunchBlock
 from .lora_block import LoraBlock
 from .offload_block import ActivationOffloadBlock
 from .quantization_block import QuantizationBlock
+from .sampling_block import SampledBackwardBlock
 from .rate_blocks import BatchRuleBlock, LengthPhaseBlock, ScheduleBlock, TrustRegionBlock, WidthRuleBlock
 
 
@@ -172,6 +173,7 @@ class RunBlocks(StrictBlock):
     model: ModelBlock | None = None
     lora: LoraBlock | None = None
     quantization: QuantizationBlock | None = None
+    sampled_backward: SampledBackwardBlock | None = None
     data: DataBlock | None = None
     coreset: CoresetBlock | None = None
     training: TrainingBlock | None = None

@@ -99,6 +99,8 @@ def training_loader(samples: Samples, sampler: RankSampler, num_workers: int) ->
         "prefetch_factor": 8 if num_workers else None,
         "pin_memory": torch.cuda.is_available(),
         "worker_init_fn": ignore_stop_signals,
+        # An iterator draws a seed when it begins, in the first step after a start: not from the model's generator.
+        "generator": torch.Generator(),
     }
     if isinstance(samples, Mixture):
         # What is drawn is a micro-batch already.

@@ -19,6 +19,7 @@ from ..config.problems import within
 from ..lora.adapters import add_adapters
 from ..report.parameters import count_parameters
 from ..run.model import abstract_model
+from ..sampled_backward import sample_trial
 
 FP32 = 4
 # Of bitsandbytes' moments: elements that share a scale, and of the smallest tensor that has them.
@@ -103,7 +104,7 @@ def subject_of(config: Config, model_config: PretrainedConfig) -> Subject:
     """The configuration's model, converted.
 
     Raises:
-        ConfigError: the optimizer's options do not fit it, or its weights are quantized.
+        ConfigError: the options of the optimizer or of sampling do not fit it, or its weights are quantized.
     """
     parsed = config.parsed
     if parsed.lora is not None and parsed.lora.base != "full":
@@ -116,6 +117,7 @@ def subject_of(config: Config, model_config: PretrainedConfig) -> Subject:
     model.to(dtype)
     if parsed.lora is not None:
         add_adapters(model, parsed.lora, seed=None)
+    sample_trial(config, model)
     model.config.use_cache = False
     optimizer = None
     if config.optimizer_options is not None:

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..files import naming, write_json
 from ..protocol import TrainingEngine
 from ..quantization.quantize import describe as describe_quantization
+from ..sampled_backward import describe as describe_sampling
 from ..ranks.environment import world_size
 from ..run_folder import CONFIG, ENDS, STARTS, TOKENIZER
 from .plan import Plan
@@ -63,8 +64,9 @@ def write_head(engine: TrainingEngine, plan: Plan, first_step: int, tokens_per_s
         f"{parameters:,} parameters, {plan.config.raw['optimizer']['type']} at {engine.description} on"
         f" {ranks} rank{'s' if ranks > 1 else ''}, {tokens_per_step:,} tokens per step; {plan.run_dir}"
     )
-    if (line := describe_quantization(engine.module, plan.config)) is not None:
-        logger.info(line)
+    for describe_layers in (describe_quantization, describe_sampling):
+        if (line := describe_layers(engine.module, plan.config)) is not None:
+            logger.info(line)
     for line in plan.rates.describe():
         logger.info(line)
     for name, counts in plan.prepared.counts().items():

@@ -28,6 +28,7 @@ from ..files import local_path
 from ..lora.adapters import add_adapters, check_lora
 from ..offload.attach import check_codec, check_offload
 from ..quantization.quantize import check_quantization, quantize_trial
+from ..sampled_backward import check_sampling, sample_trial
 from ..ranks.agreement import agree
 from ..ranks.environment import process_rank, world_size
 from ..report.sinks import missing_sinks
@@ -121,6 +122,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     check_rates(config)
     check_lengths(config)
     check_quantization(config)
+    check_sampling(config)
     batches = config.batches(backend.data_parallel_size(config, world_size()))
     check_coreset(config, batches)
     run_dir = local_path(parsed.logging.run_dir, "logging.run_dir")
@@ -139,6 +141,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     if parsed.lora is not None:
         add_adapters(abstract, parsed.lora, seed=None)
     quantize_trial(config, abstract)
+    sample_trial(config, abstract)
     options = config.optimizer_options
     if options is not None and parsed.optimizer is not None:
         if isinstance(options, CompactOptions):

@@ -31,6 +31,7 @@ from ..micro_batch import Batch
 from ..offload.meter import OffloadMeter, summarize_offload
 from ..protocol import TrainingEngine
 from ..quantization.quantize import quantization_record
+from ..sampled_backward import sampling_record
 from ..ranks.agreement import agree
 from ..ranks.environment import ensure_environment, process_rank, world_size
 from ..ranks.failure import FailureWatch
@@ -460,6 +461,7 @@ class _Run:
             **({"data": counts} if (counts := plan.prepared.counts()) else {}),
             **({"rates": applied} if (applied := plan.rates.applied) else {}),
             **({"quantization": quantized} if (quantized := quantization_record(engine.module, plan.config)) else {}),
+            **({"sampled_backward": sampled} if (sampled := sampling_record(engine.module, plan.config)) else {}),
             "tokens_per_second": self.tokens_per_step / median["step"],
             **(self.utilization.summary(records) if self.utilization is not None else {}),
             **self.history,

@@ -15,6 +15,7 @@ from ..data.run_data import with_own_tokenizer
 from ..lora.adapters import add_adapters, check_lora
 from ..protocol import HeldByRank
 from ..quantization.quantize import check_quantization, quantize_trial
+from ..sampled_backward import check_sampling, sample_trial
 from .lengths import check_lengths
 from .model import abstract_model, check_model, model_config
 from .packable import check_packing
@@ -64,6 +65,7 @@ def check_for(config: Config, world_size: int) -> tuple[Batches, PretrainedConfi
     check_rates(config)
     check_lengths(config)
     check_quantization(config)
+    check_sampling(config)
     batches = config.batches(backend.data_parallel_size(config, world_size))
     check_coreset(config, batches)
     check_model(parsed.model)
@@ -71,10 +73,12 @@ def check_for(config: Config, world_size: int) -> tuple[Batches, PretrainedConfi
     vocab_size = parsed.data.vocab_size if parsed.data.tokenizer is None else None
     described = model_config(parsed.model, vocab_size=vocab_size, sequence_length=parsed.data.sequence_length)
     backend.check_model(config, described, world_size)
-    if parsed.lora is not None:
-        add_adapters(abstract_model(described), parsed.lora, seed=None)
-    if parsed.quantization is not None:
-        quantize_trial(config, abstract_model(described))
+    if parsed.lora is not None or parsed.quantization is not None or parsed.sampled_backward is not None:
+        abstract = abstract_model(described)
+        if parsed.lora is not None:
+            add_adapters(abstract, parsed.lora, seed=None)
+        quantize_trial(config, abstract)
+        sample_trial(config, abstract)
     check_packing(parsed.data, described)
     return batches, described
 

@@ -1,6 +1,6 @@
 """Modules that have compact units: to the outside they stay what they were made from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache
 from typing import Any, ClassVar, Protocol
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .sampling import Kept, SampledInputs
 from .unit import CompactUnit, ProbeKind, Side
 from .watch import unwatch
 
@@ -125,15 +126,23 @@ class CompactLinear(CompactWeight, nn.Linear):
     Attributes:
         transposed: the layer is ``y = x W + b`` instead, with a weight of inputs times outputs: ``G = X^T dY``.
         quantizer: of the layer that it was made from; its gradients go straight through.
+        sampled: of the layer that it was made from; what of the input is kept for the gradient of ``compact``.
     """
 
     plain: ClassVar[type[nn.Module]] = nn.Linear
     transposed: ClassVar[bool] = False
     quantizer: Quantizer | None = None
+    sampled: SampledInputs | None = None
 
     def quantized(self, input: Tensor) -> Tensor:
         """What the layer computes with in the place of its input."""
         return input if self.quantizer is None else self.quantizer.activations(input)
+
+    def _sampled_input(self, input: Tensor, key: Hashable, read: Callable[[], Tensor]) -> Kept | None:
+        """What is kept of what ``read`` makes of the input; None where all is, or nothing is trained."""
+        if self.sampled is None or not (self.training or torch.is_grad_enabled()):
+            return None
+        return self.sampled.keep(input, key, read)
 
     def _probe_arguments(
         self, input: Tensor, compute_dtype: torch.dtype

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact import CompactLinear, Quantizer, compact_class, keep_dtypes, linear, other_gradients, weight_gradient
+from .compact import CompactLinear, Quantizer, compact_class, keep_dtypes, linear, other_gradients
 from .kept import as_activation
 from .projected_weight import BASES, ProjectedWeight, lift_rows, project
 from .registry import register
+from .sampling import Projection, gradient_of
 from .selected_linear import SelectedLinear
 from .unit import ProbeKind
 
@@ -42,26 +43,31 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         probe_kind: ProbeKind | None,
         probe_input: Tensor | None,
         omega: Tensor | None,
+        kept_x: Tensor | None,
+        rows: Tensor | None,
+        projection: Projection | None,
         quantizer: Quantizer | None,
     ) -> Tensor:
         keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed, quantizer, keeps)
         x = x.to(compute_dtype)
         y = linear(x, weight, bias, quantizer=quantizer, transposed=transposed, keeps=keeps)
-        projected = project(x.reshape(-1, x.shape[-1]), right, right_index)
-        ctx.save_for_backward(as_activation(projected), weight, left, left_index, probe_input, omega)
+        projected = kept_x if kept_x is not None else project(x.reshape(-1, x.shape[-1]), right, right_index)
+        ctx.save_for_backward(as_activation(projected), weight, left, left_index, probe_input, omega, rows)
+        ctx.projection = projection
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_y,) = grad_outputs
-        projected, weight, left, left_index, probe_input, omega = ctx.saved_tensors
+        projected, weight, left, left_index, probe_input, omega, rows = ctx.saved_tensors
         grad_y_2d, grad_compact = grad_y.reshape(-1, grad_y.shape[-1]), None
         grad_x, grad_bias, grad_probe = other_gradients(ctx, grad_y, grad_y_2d, weight, probe_input, omega)
         if ctx.needs_input_grad[3]:
             projected_y = project(grad_y_2d, left, left_index)
-            grad_compact = weight_gradient(projected_y, projected, ctx.transposed).to(ctx.compact_dtype)
-        return grad_x, None, grad_bias, grad_compact, *(None,) * 7, grad_probe, None, None, None, None
+            grad_compact = gradient_of(projected_y, projected, rows, ctx.projection, transposed=ctx.transposed)
+            grad_compact = grad_compact.to(ctx.compact_dtype)
+        return grad_x, None, grad_bias, grad_compact, *(None,) * 7, grad_probe, *(None,) * 7
 
 
 class ProjectedLinear(ProjectedWeight, CompactLinear):
@@ -125,8 +131,21 @@ class ProjectedLinear(ProjectedWeight, CompactLinear):
             self.weight_stays,
             compute_dtype,
             *self._probe_arguments(input, compute_dtype),
+            *self._kept_input(input, compute_dtype, of_inputs),
             self.quantizer,
         )
+
+    def _kept_input(
+        self, input: Tensor, compute_dtype: torch.dtype, basis: tuple[Tensor | None, Tensor | None]
+    ) -> tuple[Tensor | None, Tensor | None, Projection | None]:
+        """What is kept of the projected input where it is sampled: values, rows and projection."""
+
+        def read() -> Tensor:
+            return project(input.detach().reshape(-1, input.shape[-1]).to(compute_dtype), *basis)
+
+        # Bases differ from layer to layer.
+        kept = self._sampled_input(input, (id(self) if basis[0] is not None else None, compute_dtype), read)
+        return (None, None, None) if kept is None else (kept.values, kept.rows, kept.projection)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, compact={tuple(self.compact.shape)}"

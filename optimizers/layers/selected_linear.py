@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compact import CompactLinear, Quantizer, compact_class, keep_dtypes, linear, other_gradients, weight_gradient
+from .compact import CompactLinear, Quantizer, compact_class, keep_dtypes, linear, other_gradients
 from .kept import as_activation
+from .sampling import Projection, gradient_of
 from .selected_weight import SelectedWeight, read_selected, write_selected_
 from .shared_copy import SharedCopy
 from .unit import ProbeKind, Side
@@ -42,7 +43,9 @@ class _SelectedLinearFunction(torch.autograd.Function):
         probe_kind: ProbeKind | None,
         probe_input: Tensor | None,
         omega: Tensor | None,
-        shared_x: Tensor | None,
+        kept_x: Tensor | None,
+        rows: Tensor | None,
+        projection: Projection | None,
         quantizer: Quantizer | None,
     ) -> Tensor:
         if folds_at_use:
@@ -50,33 +53,30 @@ class _SelectedLinearFunction(torch.autograd.Function):
         keep_dtypes(ctx, x, bias, compact, probe, probe_kind, transposed, quantizer, keeps)
         x = x.to(compute_dtype)
         y = linear(x, weight, bias, quantizer=quantizer, transposed=transposed, keeps=keeps)
-        saved_x = shared_x if shared_x is not None else x
-        if columns and shared_x is None:
+        saved_x = kept_x if kept_x is not None else x
+        if columns and kept_x is None:
             saved_x = read_selected(x.reshape(-1, x.shape[-1]), index, start, dim=1)
         # The weight is saved as it is, not its cast: autocast must not keep a second copy of the model alive.
-        kept = compact if folds_at_use else None
-        ctx.save_for_backward(as_activation(saved_x), weight, index, kept, probe_input, omega)
-        ctx.start, ctx.columns = start, columns
+        folded = compact if folds_at_use else None
+        ctx.save_for_backward(as_activation(saved_x), weight, index, folded, probe_input, omega, rows)
+        ctx.start, ctx.columns, ctx.projection = start, columns, projection
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_y,) = grad_outputs
-        saved_x, weight, index, compact, probe_input, omega = ctx.saved_tensors
+        saved_x, weight, index, compact, probe_input, omega, rows = ctx.saved_tensors
         if compact is not None:
             write_selected_(weight.data, compact.data, index, ctx.start, dim=int(ctx.columns != ctx.transposed))
         grad_y_2d, grad_compact = grad_y.reshape(-1, grad_y.shape[-1]), None
         grad_x, grad_bias, grad_probe = other_gradients(ctx, grad_y, grad_y_2d, weight, probe_input, omega)
         if ctx.needs_input_grad[3]:
-            if ctx.columns:
-                grad_compact = weight_gradient(grad_y_2d, saved_x, ctx.transposed)
-            else:
-                x_2d = saved_x.reshape(-1, saved_x.shape[-1])
-                selected_y = read_selected(grad_y_2d, index, ctx.start, dim=1)
-                grad_compact = weight_gradient(selected_y, x_2d, ctx.transposed)
+            of_y = grad_y_2d if ctx.columns else read_selected(grad_y_2d, index, ctx.start, dim=1)
+            x_2d = saved_x.reshape(-1, saved_x.shape[-1])
+            grad_compact = gradient_of(of_y, x_2d, rows, ctx.projection, transposed=ctx.transposed)
             grad_compact = grad_compact.to(ctx.compact_dtype)
-        return grad_x, None, grad_bias, grad_compact, *(None,) * 7, grad_probe, *(None,) * 5
+        return grad_x, None, grad_bias, grad_compact, *(None,) * 7, grad_probe, *(None,) * 7
 
 
 class SelectedLinear(SelectedWeight, CompactLinear):
@@ -121,20 +121,28 @@ class SelectedLinear(SelectedWeight, CompactLinear):
             self.weight_stays,
             compute_dtype,
             *self._probe_arguments(input, compute_dtype),
-            self._shared_input(input, compute_dtype),
+            *self._kept_input(input, compute_dtype),
             self.quantizer,
         )
 
-    def _shared_input(self, input: Tensor, compute_dtype: torch.dtype) -> Tensor | None:
-        """The group's copy of the selected inputs, where there is one to share."""
-        if self.shared is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return None
+    def _kept_input(
+        self, input: Tensor, compute_dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None, Projection | None]:
+        """What is kept of the input where it is sampled, or selected for a group: values, rows and projection."""
+        columns = (self.side == "columns") != self.transposed
 
-        def make() -> Tensor:
+        def read() -> Tensor:
             x_2d = input.detach().reshape(-1, input.shape[-1])
-            return read_selected(x_2d, self.index, self.start, dim=1).to(compute_dtype)
+            read = read_selected(x_2d, self.index, self.start, dim=1) if columns else x_2d
+            return read.to(compute_dtype)
 
-        return self.shared.get(input, (self._index_key, compute_dtype), make)
+        key = (self._index_key if columns else None, compute_dtype)
+        kept = self._sampled_input(input, key, read)
+        if kept is not None:
+            return kept.values, kept.rows, kept.projection
+        if self.shared is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None, None, None
+        return self.shared.get(input, key, read), None, None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, side={self.side}, rank={self.index.numel()}"

@@ -3,10 +3,12 @@
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class _Kept:
 
     storage: "weakref.ref[torch.UntypedStorage]"
     key: tuple[Any, ...]
-    copy: Tensor
+    copy: Any
     uses_left: int
 
 
@@ -41,7 +43,7 @@ class SharedCopy:
     def __reduce__(self) -> Any:
         return SharedCopy, (self._num_layers,)
 
-    def get(self, x: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+    def get(self, x: Tensor, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """The copy for ``x``.
 
         Args:
@@ -63,7 +65,7 @@ class SharedCopy:
         return copy
 
     @property
-    def copy(self) -> Tensor | None:
+    def copy(self) -> Any:
         """The copy that is held now, for layers of the group that have not had it yet."""
         return self._kept.copy if self._kept is not None else None
 
