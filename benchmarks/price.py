@@ -1,28 +1,36 @@
-"""What schedules, a trust region, short sequences and ternary weights cost in loss: a small LLaMA, AdamW, on CPUs.
+"""What schedules, a trust region, short sequences, ternary weights and ways to save memory cost in loss and time: a
+small LLaMA on CPUs.
 
-``python -m benchmarks.rates OUT.csv``: each method at the best of its own learning rates for seed 0, over three seeds.
+``python -m benchmarks.price OUT.csv``: each method at the best of its own learning rates for seed 0, over three seeds.
 """
 
 import argparse
 import csv
 import dataclasses
 import statistics
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.quality_data import SMALL, Task, Text, build_model
 from narrowgauge.engine.config.rate_blocks import ScheduleBlock
 from narrowgauge.engine.run.lengths import Lengths
 from narrowgauge.engine.run.schedule import rule_of
-from narrowgauge.optimizers import TrustRegion
+from narrowgauge.offload import ActivationOffload
+from narrowgauge.optimizers import Grass, TrustRegion
 from narrowgauge.optimizers.layers.quantized_linear import quantize_linears
+from narrowgauge.optimizers.layers.sampled_linear import sample_linears
+from narrowgauge.optimizers.layers.sampling import Rad, Sampler, WtaCrs
 from narrowgauge.optimizers.layers.ternary_quantizer import TernaryQuantizer
 from narrowgauge.optimizers.numerics.ternary import ScaleName
 from narrowgauge.optimizers.trust_region import inner_rate
@@ -53,6 +61,11 @@ class Method:
         cycle: of a trust region.
         short_first: with the square root of the sequences as the batch rule.
         ternary: scale of ternary weights.
+        sampler: of the linear layers' inputs.
+        density: of Grass's columns, in AdamW's stead.
+        codec: of saved tensors.
+        to_disk: they go there, all of them.
+        recompute: layers keep their inputs only.
     """
 
     rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
@@ -60,8 +73,15 @@ class Method:
     cycle: int | None = None
     short_first: bool = False
     ternary: ScaleName | None = None
+    sampler: Callable[[], Sampler] | None = None
+    density: float | None = None
+    codec: str | None = None
+    to_disk: bool = False
+    recompute: bool = False
 
 
+_COLUMNS: dict[str, Any] = {"density": 1 / 8, "rates": (4e-3, 8e-3, 1.6e-2)}
+_SAMPLED = partial(WtaCrs, 0.3)
 METHODS = {
     "adamw": Method(),
     "wsd": Method(schedule="wsd"),
@@ -70,6 +90,16 @@ METHODS = {
     "short-first": Method(short_first=True),
     "bitnet-mean": Method(ternary="mean"),
     "bitnet-median": Method(ternary="median"),
+    "recompute": Method(recompute=True),
+    "disk": Method(to_disk=True),
+    "mesa8": Method(codec="mesa8"),
+    "wta-crs-0.3": Method(sampler=_SAMPLED),
+    "wta-crs-0.1": Method(sampler=partial(WtaCrs, 0.1)),
+    "rad-0.5": Method(sampler=partial(Rad, 0.5), rates=(5e-4, 1e-3, 2e-3, 4e-3)),
+    "columns-1/8": Method(**_COLUMNS),
+    "columns-1/8+wta-crs-0.3": Method(**_COLUMNS, sampler=_SAMPLED),
+    "columns-1/8+mesa8": Method(**_COLUMNS, codec="mesa8"),
+    "columns-1/8+wta-crs-0.3+mesa8+disk": Method(**_COLUMNS, sampler=_SAMPLED, codec="mesa8", to_disk=True),
 }
 
 
@@ -78,14 +108,37 @@ class Result:
     loss: float
     step_seconds: float
     state_bytes: int
+    saved_bytes: int
 
 
 def train(method: Method, rate: float, task: Task, text: Text) -> Result:
-    """Train once; ``loss`` is the validation's, at full length."""
+    """Train once; ``loss`` is the validation's, at full length; ``saved_bytes`` are in memory between the forward and
+    the backward of one micro-batch, parameters aside.
+    """
+    with tempfile.TemporaryDirectory(prefix="narrowgauge-price-") as folder:
+        return _train(method, rate, task, text, folder)
+
+
+def _train(method: Method, rate: float, task: Task, text: Text, folder: str) -> Result:
     model = build_model(task)
+    if method.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if method.sampler is not None:
+        sample_linears(model, None, method.sampler)
     if method.ternary is not None:
         quantize_linears(model, None, partial(TernaryQuantizer, method.ternary))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    if method.density is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    else:
+        optimizer = Grass(
+            model, lr=rate, density=method.density, refresh_interval=task.interval, weight_decay=0.01, decay="all"
+        )
+    offload = None
+    if method.codec is not None or method.to_disk:
+        options: dict[str, Any] = {"min_tensor_bytes": 1}
+        options |= {"codec": method.codec} if method.codec else {}
+        options |= {"keep_resident": 0.0} if method.to_disk else {}
+        offload = ActivationOffload(folder if method.to_disk else None, model=model, **options)
     block = ScheduleBlock.model_validate(
         {"type": method.schedule, "warmup_steps": task.warmup_steps, **_ends(method.schedule, task.steps)}
     )
@@ -99,14 +152,54 @@ def train(method: Method, rate: float, task: Task, text: Text) -> Result:
     for step, batch in enumerate(text.batches(task)):
         begin = time.perf_counter()
         tokens = lengths.cut(batch, step)
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        with offload or nullcontext():
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         seconds.append(time.perf_counter() - begin)
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
-    return Result(_evaluate(model, text, task), statistics.median(seconds), state)
+    saved = _saved_bytes(model, next(iter(text.batches(task))), offload)
+    if offload is not None:
+        offload.close()
+    return Result(_evaluate(model, text, task), statistics.median(seconds), state, saved)
+
+
+def _saved_bytes(model: Any, tokens: Tensor, offload: ActivationOffload | None) -> int:
+    """Of the storages that a forward leaves in memory for backward, each once, without parameters."""
+    model.train()
+    if offload is not None:
+        with offload:
+            loss = model(input_ids=tokens, labels=tokens).loss
+        while offload.debug_state().writes_pending or offload.debug_state().lanes_busy:
+            time.sleep(0.001)
+        found = offload.stats().resident
+        del loss
+        return found
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor.detach())
+        return tensor
+
+    def keep_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        pack(inputs[0])
+
+    # Checkpointing's own hooks are inside of ours: what it keeps are the layers' inputs.
+    layers = model.model.layers if model.is_gradient_checkpointing else ()
+    handles = [layer.register_forward_pre_hook(keep_input) for layer in layers]
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=tokens, labels=tokens)
+    for handle in handles:
+        handle.remove()
+    return sum(found.values())
 
 
 def _ends(schedule: str, steps: int) -> dict[str, int]:
@@ -140,6 +233,7 @@ def compare(task: Task, names: Sequence[str], seeds: int) -> list[dict[str, str]
                 "loss_high": f"{max(losses):.4f}",
                 "step_ratio": f"{statistics.median(r.step_seconds for r in results) / plain.step_seconds:.2f}",
                 "state_ratio": f"{tried[best].state_bytes / plain.state_bytes:.2f}",
+                "saved_ratio": f"{tried[best].saved_bytes / plain.saved_bytes:.3f}",
                 "at_edge": "yes" if len(tried) > 1 and best in (min(tried), max(tried)) else "no",
             }
         )
@@ -151,9 +245,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--small", action="store_true", help="seconds, for a test")
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), help="the first is compared with")
     arguments = parser.parse_args()
     task = dataclasses.replace(SMALL, length=128, steps=6) if arguments.small else TASK
-    rows = compare(task, list(METHODS), 1 if arguments.small else _SEEDS)
+    rows = compare(task, arguments.only, 1 if arguments.small else _SEEDS)
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
