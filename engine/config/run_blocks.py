@@ -10,8 +10,8 @@ from .launch_block import LaunchBlock
 from .lora_block import LoraBlock
 from .offload_block import ActivationOffloadBlock
 from .quantization_block import QuantizationBlock
-from .sampling_block import SampledBackwardBlock
 from .rate_blocks import BatchRuleBlock, LengthPhaseBlock, ScheduleBlock, TrustRegionBlock, WidthRuleBlock
+from .sampling_block import SampledBackwardBlock
 
 
 class ModelBlock(StrictBlock):

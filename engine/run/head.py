@@ -15,9 +15,9 @@ from ..errors import UserError
 from ..files import naming, write_json
 from ..protocol import TrainingEngine
 from ..quantization.quantize import describe as describe_quantization
-from ..sampled_backward import describe as describe_sampling
 from ..ranks.environment import world_size
 from ..run_folder import CONFIG, ENDS, STARTS, TOKENIZER
+from ..sampled_backward import describe as describe_sampling
 from .plan import Plan
 
 logger = logging.getLogger(__name__)

@@ -28,11 +28,11 @@ from ..files import local_path
 from ..lora.adapters import add_adapters, check_lora
 from ..offload.attach import check_codec, check_offload
 from ..quantization.quantize import check_quantization, quantize_trial
-from ..sampled_backward import check_sampling, sample_trial
 from ..ranks.agreement import agree
 from ..ranks.environment import process_rank, world_size
 from ..report.sinks import missing_sinks
 from ..run_folder import RunLock, check_same_run, check_shared, check_writable, folder_beside
+from ..sampled_backward import check_sampling, sample_trial
 from .lengths import Lengths, check_lengths, lengths_of
 from .model import abstract_model, check_model, model_config
 from .packable import check_packing

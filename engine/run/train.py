@@ -31,7 +31,6 @@ from ..micro_batch import Batch
 from ..offload.meter import OffloadMeter, summarize_offload
 from ..protocol import TrainingEngine
 from ..quantization.quantize import quantization_record
-from ..sampled_backward import sampling_record
 from ..ranks.agreement import agree
 from ..ranks.environment import ensure_environment, process_rank, world_size
 from ..ranks.failure import FailureWatch
@@ -54,6 +53,7 @@ from ..report.summary import (
 from ..report.summary_table import print_summary
 from ..report.timing import PhaseTimer
 from ..run_folder import CHECKPOINTS, METRICS, SUMMARY, RunLock
+from ..sampled_backward import sampling_record
 from .evaluate import evaluate
 from .foretold import WATCHED_STEPS, Foretold, foretell
 from .head import model_block, write_end, write_head

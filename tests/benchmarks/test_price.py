@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from benchmarks.quality_data import SMALL, Text
 from benchmarks.price import METHODS, train
+from benchmarks.quality_data import SMALL, Text
 
 
 @pytest.mark.slow

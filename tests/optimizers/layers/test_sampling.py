@@ -199,9 +199,7 @@ COMPACT: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.quick("wta_crs-columns", "rad-rows")
 @pytest.mark.parametrize("compact", COMPACT.values(), ids=COMPACT)
 @pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
-def test_compact_layers_sample_what_they_keep(
-    compact: Callable[[nn.Module], Any], make: Callable[[], Sampler]
-) -> None:
+def test_compact_layers_sample_what_they_keep(compact: Callable[[nn.Module], Any], make: Callable[[], Sampler]) -> None:
     x, sampled, plain, whole = inputs(4, 6, N), model().eval(), model().eval(), model().eval()
     sample_linears(sampled, None, make)
     sample_linears(whole, None, lambda: WtaCrs(1.0))
