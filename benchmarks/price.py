@@ -175,9 +175,9 @@ def _saved_bytes(model: Any, tokens: Tensor, offload: ActivationOffload | None) 
             loss = model(input_ids=tokens, labels=tokens).loss
         while offload.debug_state().writes_pending or offload.debug_state().lanes_busy:
             time.sleep(0.001)
-        found = offload.stats().resident
+        resident = offload.stats().resident
         del loss
-        return found
+        return resident
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}
     kept: list[Tensor] = []
