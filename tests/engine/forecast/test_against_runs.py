@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "grass-1-recomputed": {**zero(1), **GRASS, **RECOMPUTED},
     "galore-1": {**zero(1), **optimizer("GaLore", matrix_lr_scale=0.2, density=0.125, refresh_interval=3)},
     "frugal-2": {**zero(2), **optimizer("Frugal", density=0.25, refresh_interval=3)},
+    "dense-1-sampled": {**zero(1), **optimizer("AdamW"), "sampled_backward": {"method": "wta_crs", "keep": 0.3}},
     "grass-1-saved": {**zero(1), **GRASS, "activation_offload": OFFLOAD},
     "grass-1-inputs": {**zero(1), **GRASS, "activation_offload": {**OFFLOAD, "granularity": "layer_inputs"}},
     "grass-ddp": {"engine": "ddp", "zero_optimization": {"stage": 0}, **GRASS},

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from narrowgauge.optimizers import GaLore, Grass
 from narrowgauge.optimizers.layers.sampled_linear import SampledLinear, sample_linears
@@ -382,3 +383,33 @@ def test_what_cannot_be_sampled_is_refused(corpus: Path, tmp_path: Path, words: 
     result = forked.run("train", str(tiny_config(corpus, tmp_path)), *settings)
     assert result.returncode == 2, result.stdout
     assert message in " ".join(result.stderr.split())
+
+
+class Hidden(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens).last_hidden_state
+
+
+def transformer(family: str) -> Hidden:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 100}
+    if family == "llama":
+        return Hidden(LlamaModel(LlamaConfig(num_attention_heads=4, use_cache=False, **sizes)))
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return Hidden(BertModel(BertConfig(num_attention_heads=4, **sizes, **dropout), add_pooling_layer=False))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_bytes_that_a_model_as_it_is_saves_no_longer(family: str) -> None:
+    """The inputs of queries, keys and values, of the first and of the last matrices of the MLP; attention itself keeps
+    its output.
+    """
+    tokens, plain, sampled = torch.arange(400).view(4, 100) % 100, transformer(family), transformer(family)
+    assert len(sample_linears(sampled, None, lambda: WtaCrs(0.3))) == {"llama": 14, "bert": 12}[family]
+    whole, kept = 400 * (64 + 64 + 160), 120 * (64 + 64 + 64 + 160)
+    expected = 2 * (4 * whole - 4 * kept - 4 * 8 * 120)
+    assert saved_bytes(plain, tokens) - saved_bytes(sampled, tokens) == expected
