@@ -399,7 +399,7 @@ def transformer(family: str) -> Hidden:
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 100}
     if family == "llama":
         return Hidden(LlamaModel(LlamaConfig(num_attention_heads=4, use_cache=False, **sizes)))
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return Hidden(BertModel(BertConfig(num_attention_heads=4, **sizes, **dropout), add_pooling_layer=False))
 
 
