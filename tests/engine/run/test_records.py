@@ -85,7 +85,7 @@ def test_tensor_parallel_runs_have_the_losses_of_ddp(folder: Path, tmp_path: Pat
     for engine, ranks in (("ddp", 1), ("megatron", 2)):
         target = tmp_path / engine
         target.mkdir()
-        config = config_of(folder, target, packing=packing) | {"engine": engine}
+        config: dict[str, Any] = {**config_of(folder, target, packing=packing), "engine": engine}
         config["optimizer"]["params"]["strata"] = 2
         if engine == "megatron":
             config["megatron"] = {"tensor_parallel": 2, "sequence_parallel": True}
