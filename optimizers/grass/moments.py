@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.shape import whole_shape
 from ..layers.targets import CompactLayer
 from ..sharding.shards import Shard, ShardMap
 
@@ -42,7 +41,7 @@ def carry_moments(
             stacked = whole.view(module.num_matrices, -1, whole.shape[1])
             new = _rearranged(stacked, source, dim=1 + module.dim, fill=key == "exp_avg_sq").reshape(-1)
             for shard, moments in own:
-                shard.of(moments[key]).copy_(new.narrow(0, shard.start, shard.length))
+                shard.of(moments[key]).copy_(new[_places(shard)])
 
 
 def _source(layer: CompactLayer, old: Tensor) -> Tensor:
@@ -55,12 +54,18 @@ def _source(layer: CompactLayer, old: Tensor) -> Tensor:
 
 def _whole(layer: CompactLayer, own: Sequence[tuple[Shard, Tensor]], shards: ShardMap) -> Tensor:
     """A moment of the layer from all ranks' shards of it, shaped like its compact values."""
-    compact = layer.module.compact
-    dtype = torch.promote_types(compact.dtype, torch.float32)
-    whole = torch.zeros(whole_shape(compact), dtype=dtype, device=layer.module.selected().device)
+    module = layer.module
+    dtype = torch.promote_types(module.compact.dtype, torch.float32)
+    whole = torch.zeros(module.compact_shape, dtype=dtype, device=module.selected().device)
     for shard, values in own:
-        whole.view(-1).narrow(0, shard.start, shard.length).copy_(shard.of(values))
+        if shard.is_counted:
+            whole.view(-1)[_places(shard)] = shard.of(values).to(dtype)
     return shards.sum_(whole)
+
+
+def _places(shard: Shard) -> slice | Tensor:
+    position = shard.position
+    return position if isinstance(position, Tensor) else slice(position, position + shard.length)
 
 
 def _rearranged(values: Tensor, source: Tensor, *, dim: int, fill: bool) -> Tensor:

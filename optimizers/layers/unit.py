@@ -82,6 +82,12 @@ class CompactUnit:
         return m, n
 
     @property
+    def compact_shape(self) -> tuple[int, int]:
+        """Of ``compact``, also where an engine keeps only a part of it here."""
+        rows, columns = whole_shape(self.compact)
+        return rows, columns
+
+    @property
     def num_choices(self) -> int:
         """How many columns or rows a selection is taken from."""
         return self.weight_shape[1] if self.side == "columns" else self.weight_shape[0] // self.num_matrices

@@ -13,9 +13,10 @@ from narrowgauge.optimizers.layers.targets import CompactLayer
 from narrowgauge.optimizers.numerics.rounding import stochastic_round_
 from narrowgauge.optimizers.numerics.seeds import derive_seed
 from narrowgauge.optimizers.sharding.communicator import Communicator
-from narrowgauge.optimizers.sharding.shards import ShardMap
+from narrowgauge.optimizers.sharding.shards import Shard, ShardMap
 
 from ..masters import MasterCopies
+from ..shards import StageShards
 from .linear import CompactParallelLinear
 from .parallel_weight import ParallelUnit
 
@@ -77,6 +78,7 @@ class MegatronBackend:
     def __init__(self, layers: Sequence[CompactLayer], masters: MasterCopies, *, overlaps: bool) -> None:
         self._layers, self._masters, self._overlaps = list(layers), masters, overlaps
         self._communicator = communicator()
+        self._shards: StageShards | None = None
         self._replicated: list[Any] = [unit.compact for unit in map(_unit, layers) if unit.is_replicated]
 
     def gathered(self, layer: CompactLayer) -> AbstractContextManager[Any]:
@@ -88,8 +90,12 @@ class MegatronBackend:
     def state_tensors(self, group: dict[str, Any]) -> Iterable[Tensor]:
         return group["params"]
 
+    def take_shards(self, shards: Iterable[Shard]) -> None:
+        """What this process rank steps."""
+        self._shards = StageShards(shards, {}, self._communicator)
+
     def shards(self) -> ShardMap | None:
-        raise NotImplementedError("moments that are carried to a new subspace")
+        return self._shards
 
     def fold(self, layers: Sequence[CompactLayer]) -> None:
         for linear in _linears(layers):

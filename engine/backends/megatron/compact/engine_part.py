@@ -1,11 +1,12 @@
 """What a compact optimizer adds to the engine."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from narrowgauge.optimizers import CompactOptimizer
+from narrowgauge.optimizers.sharding.shards import Shard
 
 from ..masters import MasterCopies
 from ..own_part import Made, OwnPart, of_all_ranks
@@ -33,6 +34,9 @@ class CompactPart(OwnPart):
 
     def trainable_shapes(self, weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         return super().trainable_shapes(weights) | self._shapes
+
+    def take_shards(self, shards: Iterable[Shard]) -> None:
+        self._backend.take_shards(shards)
 
     def before_step(self) -> None:
         super().before_step()

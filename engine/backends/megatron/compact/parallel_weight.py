@@ -62,6 +62,11 @@ class ParallelUnit(CompactUnit):
         raise NotImplementedError
 
     @property
+    def compact_shape(self) -> tuple[int, int]:
+        rows, columns = self.compact_parts("")[0].box.shape
+        return rows, columns
+
+    @property
     def linears(self) -> Sequence[Any]:
         """The compact parallel layers that hold it."""
         raise NotImplementedError

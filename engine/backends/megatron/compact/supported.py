@@ -31,7 +31,9 @@ def unsupported(config: Config) -> Iterator[str]:
     if getattr(options, "base", "AdamW") == "AdamW8bit":
         problems.append("base: expected 'AdamW' with the megatron engine, got 'AdamW8bit': it is not supported yet")
     if isinstance(options, GrassOptions):
-        problems += _grass(options, tensor=sizes.tensor, has_stages=sizes.pipeline > 1)
+        problems += _grass(
+            options, tensor=sizes.tensor, has_stages=sizes.pipeline > 1, under_zero=config.zero_stage > 0
+        )
     elif isinstance(options, FrugalOptions):
         problems += _frugal(options, shares=max(sizes.tensor, sizes.expert_tensor), has_stages=sizes.pipeline > 1)
     elif isinstance(options, ApolloOptions) and options.reference_compatible:
@@ -61,20 +63,27 @@ def _frugal(options: FrugalOptions, *, shares: int, has_stages: bool) -> Iterato
         )
 
 
-def _grass(options: GrassOptions, *, tensor: int, has_stages: bool) -> Iterator[str]:
+def _grass(options: GrassOptions, *, tensor: int, has_stages: bool, under_zero: bool) -> Iterator[str]:
     if options.strata % tensor:
         yield (
             f"strata: expected a multiple of megatron.tensor_parallel, {tensor}, got {options.strata}: each of the"
             " ranks that share a matrix trains as many of its columns or rows"
         )
-    refused = {
-        "budget": (None, "no process rank sees all layers"),
-        "vocabulary": ("dense", "the vocabulary is cut over process ranks"),
-        "moments": ("reset", "not supported yet"),
-    }
-    for key, (expected, why) in refused.items():
-        if getattr(options, key) != expected:
-            yield f"{key}: expected {expected!r} with the megatron engine, got {getattr(options, key)!r}: {why}"
+    if options.vocabulary != "dense":
+        yield (
+            f"vocabulary: expected 'dense' with the megatron engine, got {options.vocabulary!r}: the vocabulary is cut"
+            " over process ranks"
+        )
+    if options.moments != "reset" and under_zero:
+        yield (
+            f"moments: expected 'reset' with the megatron engine and zero_optimization, got {options.moments!r}: moments"
+            " are in DeepSpeed's flat pieces; use megatron.distributed_optimizer"
+        )
+    if options.budget is not None and has_stages:
+        yield (
+            f"budget: expected None with megatron.pipeline_parallel, got {options.budget}: no process rank sees all"
+            " layers"
+        )
     if options.repeats:
         yield f"selection: expected one without repeats with the megatron engine, got {options.selection!r}"
     if options.statistics == "local":

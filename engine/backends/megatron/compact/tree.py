@@ -49,12 +49,16 @@ class ModelTree(nn.Module):
         self._experts: list[tuple[ParallelExperts, nn.Module]] = []
         for chunk, described in zip(model.chunks, model.held, strict=True):
             experts: dict[tuple[str, str], list[_Expert]] = {}
-            for name, parameter in chunk.named_parameters():
+            parameters = dict(chunk.named_parameters())
+            # In the model's own order, not that in which Megatron makes its layers: some choices are among all.
+            for name in described:
+                parameter = parameters[name]
                 layer = chunk.get_submodule(name.rpartition(".")[0])
                 if described[name].is_expert:
                     # decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight
                     module = name.split(".local_experts.")[0]
                     weight = described[name].parts[0].name
+                    self._experts_with(weight, chunk.get_submodule(module))
                     experts.setdefault((module, weight), []).append(_Expert(layer, described[name]))
                     continue
                 if not (is_parallel_linear(layer) and name.startswith("decoder.") and name.endswith(".weight")):
@@ -65,17 +69,21 @@ class ModelTree(nn.Module):
 
     def _enter_experts(self, name: str, module: nn.Module, members: Sequence[_Expert]) -> None:
         """Matrices of experts that are stacked in one weight of the model."""
-        path, _, key = name.rpartition(".")
-        parent, _, own = path.rpartition(".")
+        experts, key = self._experts_with(name, module), name.rpartition(".")[2]
+        linears: list[Any] = [member.layer for member in members]
+        stand_in = experts.add(key, linears, ExpertsCut.of([member.described for member in members]))
+        self._stands_for[id(stand_in)] = [linear.weight for linear in linears]
+
+    def _experts_with(self, name: str, module: nn.Module) -> ParallelExperts:
+        """What stands for the experts with this weight, made if it is not there."""
+        parent, _, own = name.rpartition(".")[0].rpartition(".")
         experts = self._child(parent)._modules.get(own)
         if experts is None:
             experts = ParallelExperts()
             self._child(parent).add_module(own, experts)
             self._experts.append((experts, module))
         assert isinstance(experts, ParallelExperts)
-        linears: list[Any] = [member.layer for member in members]
-        stand_in = experts.add(key, linears, ExpertsCut.of([member.described for member in members]))
-        self._stands_for[id(stand_in)] = [linear.weight for linear in linears]
+        return experts
 
     def _enter(self, described: LocalParameter, parameter: nn.Parameter, layer: nn.Module | None) -> None:
         by_name: dict[str, list[Part]] = {}

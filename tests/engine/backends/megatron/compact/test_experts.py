@@ -28,6 +28,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "top": {"type": "Grass", "params": {**COLUMNS, "selection": "top", "sketch_size": 4, "decay": "all"}},
     "top-rows": {"type": "Grass", "params": {**COLUMNS, "side": "rows", "selection": "top", "statistics": "exact"}},
     "experts-only": {"type": "Grass", "params": {**COLUMNS, "target_modules": ["*.gate_up_proj"]}},
+    "carry": {"type": "Grass", "params": {**COLUMNS, "density": 0.5, "moments": "carry"}},
+    "carry-rows": {"type": "Grass", "params": {**COLUMNS, "side": "rows", "density": 0.5, "moments": "carry"}},
+    "budget": {"type": "Grass", "params": {**BASE, "budget": 30_000}},
     "no-gate": {"type": "Grass", "params": {**COLUMNS, **NO_GATE}},
     "galore": {"type": "GaLore", "params": {**BASE, "rank": 4}},
     "galore-full": {"type": "GaLore", "params": {**BASE, "rank": 4, "side": "full", "projector": "svd"}},
@@ -49,6 +52,9 @@ CASES: list[tuple[str, str, int, dict[str, Any]]] = [
     ("galore", "mixtral", 4, {**TP2, **SP, **EP2, **ETP1}),
     ("galore", "mixtral", 2, {**EP2, "recompute": "full"}),
     ("galore-full", "mixtral", 2, EP2),
+    ("carry", "mixtral", 4, {**EP2, **ETP2}),
+    ("carry-rows", "mixtral", 4, {**TP2, **SP, **EP2, **ETP2}),
+    ("budget", "mixtral", 4, EP2),
 ]
 QUICK = {0, 8, 13}
 

@@ -35,6 +35,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
             "param_groups": [{"params": ["*layernorm*", "*gate_proj*"], "weight_decay": 0.0}],
         },
     },
+    "carry": {"type": "Grass", "params": {**COLUMNS, "density": 0.5, "moments": "carry", "decay": "all"}},
+    "carry-rows": {"type": "Grass", "params": {**COLUMNS, "side": "rows", "density": 0.5, "moments": "carry"}},
+    "budget": {"type": "Grass", "params": {**BASE, "budget": 12_000}},
     "full": {"type": "Grass", "params": {**COLUMNS, "density": 1.0, "matrix_lr_scale": 0.5}},
     "galore": {"type": "GaLore", "params": {**BASE, "rank": 4}},
     "galore-left": {"type": "GaLore", "params": {**BASE, "rank": 4, "side": "left", "projector": "power"}},
@@ -65,11 +68,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2-SP-selective": (2, {**TP2, **SP, **SELECTIVE}),
 }
 
-QUICK = {("rows", "TP2-SP-PP2"), ("galore", "TP2-SP")}
+QUICK = {("rows", "TP2-SP-PP2"), ("galore", "TP2-SP"), ("carry", "TP2-SP-DP2-overlap")}
+ANYWHERE = OPTIMIZERS.keys() - {"budget"}
 SLOW = {
     ("multinomial", "TP2-full"),
     *((optimizer, layout) for optimizer in ("columns", "rows", "galore") for layout in LAYOUTS),
-    *((optimizer, layout) for optimizer in OPTIMIZERS for layout in ("one", "TP2-SP-DP2-overlap")),
+    *((optimizer, layout) for optimizer in ANYWHERE for layout in ("one", "TP2-SP-DP2-overlap")),
+    *(("budget", layout) for layout in ("DP2-plain", "DP2-overlap")),
+    *(("carry-rows", layout) for layout in ("PP2-DP2-overlap", "TP2-DP2-plain")),
     ("groups", "TP2-SP-PP2"),
     ("top", "VPP"),
 }

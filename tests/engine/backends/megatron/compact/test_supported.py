@@ -14,9 +14,13 @@ TP2: dict[str, Any] = {"tensor_parallel": 2}
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "strata": (TP2, {**GRASS, "strata": 1}, "strata: expected a multiple of megatron.tensor_parallel, 2, got 1"),
-    "budget": ({}, {"lr": 1e-2, "budget": 10_000}, "budget: expected None with the megatron engine, got 10000"),
+    "budget": (
+        {"pipeline_parallel": 2},
+        {"lr": 1e-2, "budget": 10_000},
+        "budget: expected None with megatron.pipeline_parallel, got 10000",
+    ),
+    "budget-TP": (TP2, {"lr": 1e-2, "budget": 10_000}, "strata: expected a multiple of megatron.tensor_parallel, 2"),
     "vocabulary": ({}, {**GRASS, "strata": 1, "vocabulary": "rows"}, "vocabulary: expected 'dense'"),
-    "carry": (TP2, {**GRASS, "moments": "carry"}, "moments: expected 'reset'"),
     "local": (TP2, {**GRASS, "selection": "top", "statistics": "local"}, "statistics: expected 'sketch' or 'exact'"),
     "repeats": ({}, {"lr": 1e-2, "density": 0.25, "selection": "multinomial_replacement"}, "selection: expected one"),
     "adaptive": (
@@ -34,6 +38,13 @@ def test_options_are_refused(case: str) -> None:
     with pytest.raises(ConfigError) as caught:
         backend_of("megatron").check(config)
     assert f"optimizer.params.{message}" in str(caught.value)
+
+
+def test_moments_are_not_carried_around_zero() -> None:
+    optimizer = {"type": "Grass", "params": {**GRASS, "moments": "carry"}}
+    config = run_config("megatron", "llama", TP2, optimizer=optimizer, zero_optimization={"stage": 1})
+    with pytest.raises(ConfigError, match=r"optimizer\.params\.moments: expected 'reset' .* and zero_optimization"):
+        backend_of("megatron").check(config)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "frugal-rows": {"type": "Frugal", "params": {**BASE, "density": 0.4, "selection": "rows", "state_free": "SGD"}},
     "frugal-randk": {"type": "Frugal", "params": {**BASE, "density": 0.25, "selection": "randk"}},
     "frugal-blocks": {"type": "Frugal", "params": {**BASE, "density": 0.25, "selection": "blockwise"}},
-    "frugal-svd": {"type": "Frugal", "params": {**BASE, "density": 0.25, "selection": "svd", "norms": "free"}},
+    "frugal-svd": {"type": "Frugal", "params": {**BASE, "density": 0.25, "selection": "svd", "state_free": "SGD"}},
     "frugal-random": {"type": "Frugal", "params": {**BASE, "density": 0.2, "selection": "random"}},
     "apollo": {"type": "Apollo", "params": {**BASE, "rank": 4}},
     "apollo-free": {"type": "Apollo", "params": {**BASE, "rank": 3, "norm_growth_limit": None, "scale": 0.5}},
