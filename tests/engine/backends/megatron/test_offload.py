@@ -139,9 +139,7 @@ WITH_EXPERTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("ranks", "layout", "more"), cases(WITH_EXPERTS, slow=WITH_EXPERTS.keys() - {"EP2"})
-)
+@pytest.mark.parametrize(("ranks", "layout", "more"), cases(WITH_EXPERTS, slow=WITH_EXPERTS.keys() - {"EP2"}))
 def test_training_with_experts_is_bit_equal(
     megatron_ranks: MegatronPool, tmp_path: Path, ranks: int, layout: dict[str, Any], more: dict[str, Any]
 ) -> None:
