@@ -72,7 +72,7 @@ def take_stock_router(engine: Any, num_micro_batches: int) -> None:
     from narrowgauge.engine.backends.megatron.balance import Balance
 
     class Stock(TopKRouter):
-        def _apply_expert_bias(self, *unused: Any) -> None:
+        def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
             """As in ours: Megatron compiles a function to find out that there is none."""
 
     transformer = engine.module.transformer
