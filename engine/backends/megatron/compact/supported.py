@@ -76,8 +76,8 @@ def _grass(options: GrassOptions, *, tensor: int, has_stages: bool, under_zero: 
         )
     if options.moments != "reset" and under_zero:
         yield (
-            f"moments: expected 'reset' with the megatron engine and zero_optimization, got {options.moments!r}: they are"
-            " in DeepSpeed's flat pieces; use megatron.distributed_optimizer"
+            f"moments: expected 'reset' with the megatron engine and zero_optimization, got {options.moments!r}:"
+            " they are in DeepSpeed's flat pieces; use megatron.distributed_optimizer"
         )
     if options.budget is not None and has_stages:
         yield (
