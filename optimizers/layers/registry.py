@@ -1,9 +1,11 @@
 """From the type of a layer to the compact layers that it can become."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -40,7 +42,7 @@ def register(
     projected: Callable[..., CompactUnit] | None = None,
 ) -> None:
     """Let layers of exactly ``layer_type`` become compact; a subclass may compute something else, and is its own type.
-    (Those of ``nn.Linear`` that have its ``forward`` count as it.)
+    (Those of ``nn.Linear`` that compute what it does count as it.)
 
     Args:
         selected, projected: as in :class:`CompactTypes`. With both, the layer has ``nn.Linear``'s ``weight`` and
@@ -76,13 +78,43 @@ def _computes_as_linear(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Linear)
         and not isinstance(module, CompactWeight)
-        and cls.forward is nn.Linear.forward
         and cls.__call__ is nn.Module.__call__
         # Its weight is read by nn.MultiheadAttention, which does not call it.
         and cls is not NonDynamicallyQuantizableLinear
         # A parametrised weight is computed.
         and module._parameters.get("weight") is not None
+        and (cls.forward is nn.Linear.forward or _is_linear_when_tried(module))
     )
+
+
+def _is_linear_when_tried(module: nn.Linear) -> bool:
+    """Whether a ``forward`` of its own gives what that of ``nn.Linear`` does: tried on a copy with a small weight, as
+    the layer's own may be cut or on no device.
+    """
+    tried: Any = copy.copy(module)
+    own = [key for key, value in module._parameters.items() if value is not None and key not in ("weight", "bias")]
+    if own or module._modules:
+        return False
+    weight = torch.linspace(-1.0, 1.3, 15).square().sub(0.4).reshape(3, 5)
+    bias = None if module.bias is None else torch.tensor([0.3, -0.7, 0.1])
+    tried._parameters = {"weight": nn.Parameter(weight), "bias": bias if bias is None else nn.Parameter(bias)}
+    tried.in_features, tried.out_features = 5, 3
+    x = torch.linspace(-2.0, 2.1, 40).sin().reshape(2, 4, 5)
+    forward: Any = type(module).forward
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        try:
+            found = [forward(tried, part) for part in (x, x[0], -3.0 * x)]
+        except Exception:
+            return False
+        expected = [nn.functional.linear(part, weight, bias) for part in (x, x[0], -3.0 * x)]
+        if not all(torch.is_tensor(a) and a.shape == b.shape and torch.allclose(a, b) for a, b in zip(found, expected, strict=True)):
+            return False
+        try:
+            forward(tried, x.bfloat16())
+        except RuntimeError:
+            return True
+    # It brings dtypes together, which a compact layer does not.
+    return False
 
 
 def outputs_and_inputs(module: nn.Module | StackedMatrices) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from narrowgauge.engine import initialize
 from narrowgauge.optimizers import CompactLinear, FullNorm, GaLore, Grass
+from narrowgauge.optimizers.layers.compact import CompactWeight
 from tests.support.models import tiny, token_batch
 from tests.support.ranks import RankPool
 from tests.support.zero import ds_config, finish, train_step
@@ -147,6 +148,61 @@ def test_subclasses_that_compute_the_same_become_compact_and_stay_their_type() -
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
     layer.revert()
     assert type(layer) is Named
+
+
+class Own(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.weight, self.bias)
+
+
+class Calls(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input)
+
+
+class Multiplies(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.T + self.bias
+
+
+class Doubles(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Drops(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(super().forward(input), 0.5)
+
+
+class Casts(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input.to(self.weight.dtype), self.weight, self.bias)
+
+
+class Normalises(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, nn.functional.normalize(self.weight), self.bias)
+
+
+@pytest.mark.parametrize("optimizer", [Grass, GaLore])
+def test_a_forward_of_its_own_is_tried(optimizer: Any) -> None:
+    """Subclasses with one stayed dense, whatever it computed."""
+    torch.manual_seed(0)
+    same, others = (Own, Calls, Multiplies), (Doubles, Drops, Casts, Normalises)
+    model = nn.Sequential(nn.Sequential(*(cls(8, 8) for cls in (*same, *others))))
+    twin = nn.Sequential(nn.Sequential(*(nn.Linear(8, 8) for _ in same)))
+    state = torch.get_rng_state()
+    own = optimizer(model, lr=1e-2, density=0.5, min_compact_share=0.0)
+    layers = list(model.get_submodule("0").children())
+    assert [isinstance(layer, CompactWeight) for layer in layers] == [True] * 3 + [False] * 4
+    assert torch.equal(torch.get_rng_state(), state)
+    twin.load_state_dict({name: value for name, value in model.state_dict().items() if name[2] in "012"})
+    x = torch.randn(4, 8)
+    for layer, plain in zip(layers, twin.get_submodule("0").children(), strict=False):
+        torch.testing.assert_close(layer(x), plain(x))
+    own.revert()
+    assert [type(layer) for layer in layers] == [*same, *others]
 
 
 def test_gpt2_and_falcon_are_compact_throughout() -> None:
