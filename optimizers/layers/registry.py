@@ -107,7 +107,10 @@ def _is_linear_when_tried(module: nn.Linear) -> bool:
         except Exception:
             return False
         expected = [nn.functional.linear(part, weight, bias) for part in (x, x[0], -3.0 * x)]
-        if not all(torch.is_tensor(a) and a.shape == b.shape and torch.allclose(a, b) for a, b in zip(found, expected, strict=True)):
+        if not all(
+            torch.is_tensor(a) and a.shape == b.shape and torch.allclose(a, b)
+            for a, b in zip(found, expected, strict=True)
+        ):
             return False
         try:
             forward(tried, x.bfloat16())
