@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from narrowgauge.engine import initialize
 from narrowgauge.optimizers import CompactLinear, GaLore, Grass
 from tests.support.models import TinyTransformer, tiny, token_batch
 from tests.support.ranks import RankPool
+from tests.support.zero import ds_config, finish
 
 Make = Callable[[nn.Module], Any]
 METHODS: dict[str, Make] = {
@@ -181,6 +183,31 @@ def test_a_layer_that_is_not_called_is_named_after_the_first_step() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
+
+
+def cross_attention_without_an_encoder(stage: int) -> list[str]:
+    """What is warned of in a step of BART's decoder alone, whose cross-attention is never called."""
+    from transformers import AutoModelForCausalLM, BartConfig
+
+    sizes: dict[str, Any] = {"vocab_size": 60, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2}
+    config = BartConfig(**sizes, decoder_ffn_dim=32, max_position_embeddings=32, is_encoder_decoder=False)
+    engine, *_ = initialize(model=AutoModelForCausalLM.from_config(config), config=ds_config(stage, global_batch=4))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(2 * engine.gradient_accumulation_steps()):
+            tokens = token_batch(step, engine.train_micro_batch_size_per_gpu(), vocab=60)
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            engine.step()
+    finish(engine)
+    return [str(each.message) for each in caught if "no forward" in str(each.message)]
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 3])
+def test_a_layer_that_is_not_called_is_named_under_zero(one_rank: RankPool, stage: int) -> None:
+    ((said,),) = one_rank.run(cross_attention_without_an_encoder, stage)
+    for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+        assert f"layers.0.encoder_attn.{name}" in said
+    assert "self_attn" not in said
 
 
 def test_decay_of_all_entries_spares_layers_without_a_gradient() -> None:
