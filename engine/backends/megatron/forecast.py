@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from narrowgauge.optimizers import ShardedOptimizer
 from narrowgauge.optimizers.compact.backend import LocalBackend
 
 from ...config.config import Config
@@ -16,7 +17,7 @@ from ...errors import UserError, first_line
 from ...forecast.held import COMPACT, GRADIENTS, MASTERS, MOMENTS, SUBSPACES, WEIGHTS, Gradients, Rank
 from ...forecast.passes import Passes, shorten, trace, without_contents
 from ...forecast.sent import Sent
-from ...forecast.subject import on_meta
+from ...forecast.subject import on_meta, sharded_moments
 from ...forecast.whole_model import offloaded_of
 from . import cpu
 from .compact.tree import ModelTree, compact_units_of
@@ -55,10 +56,13 @@ def ranks_of(
 class _Stage:
     """A process rank's part of a model, on the meta device."""
 
+    # Bytes of moments for each element that is stepped here: their share of the stage's.
+    _moments: float
+
     def __init__(self, config: Config, model: StagedModel, on_gpu: bool) -> None:
         self._config, self._model, self._on_gpu = config, model, on_gpu
         self._block = megatron_block(config)
-        self._tree, self._own = ModelTree(model), None
+        self._tree, self._own, self._moments = ModelTree(model), None, 2.0 * _FP32
         options, block = config.optimizer_options, config.parsed.optimizer
         assert block is not None
         if options is not None:
@@ -66,6 +70,9 @@ class _Stage:
                 self._own = make_optimizer(block.type, self._tree, on_meta(options), LocalBackend())
             except ValueError as error:
                 raise config.error(within("optimizer.params", str(error))) from error
+            if isinstance(self._own, ShardedOptimizer):
+                whole = sum(p.numel() for group in self._own.param_groups for p in group["params"])
+                self._moments = sharded_moments(self._own) / max(1, whole)
             self._tree.hand_over(self._own)
         self._units = list(compact_units_of(self._own)) if self._own is not None else []
 
@@ -96,7 +103,7 @@ class _Stage:
             COMPACT: element * counts["compact"],
             GRADIENTS: round(_FP32 * trained),
             MASTERS: round(_FP32 * shares) if config.bf16 else 0,
-            MOMENTS: round(2 * _FP32 * shares),
+            MOMENTS: round(self._moments * shares),
             SUBSPACES: self._own.subspace_bytes() if self._own is not None else 0,
         }
         passes = [self._passes(number, batches.micro) for number in range(layout.chunks)]

@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "grass-ddp": {"engine": "ddp", "zero_optimization": {"stage": 0}, **GRASS},
     "dense-tensor-parallel": {**under_megatron(tensor_parallel=2), **optimizer("AdamW")},
     "grass-tensor-parallel": under_megatron(tensor_parallel=2),
+    "frugal-tensor-parallel": {**under_megatron(tensor_parallel=2), **optimizer("Frugal")},
     "dense-pipeline": {**under_megatron(pipeline_parallel=2), **optimizer("AdamW")},
 }
 
