@@ -161,13 +161,13 @@ def _train(method: Method, rate: float, task: Task, text: Text, folder: str) -> 
         schedule.step()
         seconds.append(time.perf_counter() - begin)
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
-    saved = _saved_bytes(model, next(iter(text.batches(task))), offload)
+    saved = _saved_bytes(model, next(iter(text.batches(task))), offload, recomputes=method.recompute)
     if offload is not None:
         offload.close()
     return Result(_evaluate(model, text, task), statistics.median(seconds), state, saved)
 
 
-def _saved_bytes(model: Any, tokens: Tensor, offload: ActivationOffload | None) -> int:
+def _saved_bytes(model: Any, tokens: Tensor, offload: ActivationOffload | None, *, recomputes: bool) -> int:
     """Of the storages that a forward leaves in memory for backward, each once, without parameters."""
     model.train()
     if offload is not None:
@@ -193,7 +193,7 @@ def _saved_bytes(model: Any, tokens: Tensor, offload: ActivationOffload | None) 
         pack(inputs[0])
 
     # Checkpointing's own hooks are inside of ours: what it keeps are the layers' inputs.
-    layers = model.model.layers if model.is_gradient_checkpointing else ()
+    layers = model.model.layers if recomputes else ()
     handles = [layer.register_forward_pre_hook(keep_input) for layer in layers]
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         model(input_ids=tokens, labels=tokens)
