@@ -11,7 +11,7 @@ from .compact import compact_units
 from .experts import StackedMatrices
 from .find_experts import find_experts
 from .registry import is_target
-from .unfit import ADAPTER, READ, REPLACED, unfit_layers
+from .unfit import ADAPTER, ALSO_READ, READ, REPLACED, unfit_layers
 from .unit import CompactUnit
 
 
@@ -83,7 +83,7 @@ def find_targets(
         if replaced:
             raise ValueError(f"target_modules: {replaced[0]}: {REPLACED}")
         # Who names a layer knows that it is called, or that it is an adapter's.
-        unfit = {name: why for name, why in unfit.items() if why not in (ADAPTER, READ)}
+        unfit = {name: why for name, why in unfit.items() if why not in (ADAPTER, READ, ALSO_READ)}
     matched = {name: m for name, m in matched.items() if name not in unfit}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     targets = {name: m for name, m in matched.items() if m.weight.requires_grad and uses[id(m.weight)] == 1}

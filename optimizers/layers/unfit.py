@@ -3,7 +3,7 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 from torch import nn
@@ -21,12 +21,15 @@ def unfit_layers(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str
             found[name] = ADAPTER
         elif own in _only_read(type(model.get_submodule(parent))):
             found[name] = READ
+        elif own in _also_read(type(model.get_submodule(parent))):
+            found[name] = ALSO_READ
     return found
 
 
 REPLACED = "its forward was replaced on the instance, as accelerate's hooks do: make the optimizer before them"
 ADAPTER = "an adapter's, which is small already"
 READ = "its weight is read without calling it"
+ALSO_READ = "its weight is read besides calling it, and what is read would not train"
 
 
 def _is_adapted(module: nn.Module) -> bool:
@@ -46,6 +49,27 @@ def _only_read(parent: type[nn.Module]) -> frozenset[str]:
                         called.add(child)
                     read |= _weights_used_in(node)
     return frozenset(read - called)
+
+
+@cache
+def _also_read(parent: type[nn.Module]) -> frozenset[str]:
+    """The children that a method of a class calls and whose ``weight`` it uses as well, in all cases."""
+    found = set[str]()
+    for base in parent.__mro__:
+        if base is not nn.Module and issubclass(base, nn.Module):
+            for method in _methods(base):
+                nodes = [node for statement in method.body for node in _in_all_cases(statement)]
+                called = {child for node in nodes if isinstance(node, ast.Call) and (child := _child(node.func))}
+                found |= called & {name for node in nodes for name in _weights_used_in(node)}
+    return frozenset(found)
+
+
+def _in_all_cases(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and what is below it, without what a condition chooses."""
+    yield node
+    if not isinstance(node, ast.If | ast.IfExp | ast.Try | ast.BoolOp):
+        for child in ast.iter_child_nodes(node):
+            yield from _in_all_cases(child)
 
 
 def _methods(cls: type[nn.Module]) -> list[ast.FunctionDef]:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.runtime import lr_schedules
@@ -71,7 +71,7 @@ def _value_problems(name: Any, params: dict[str, Any], steps: int) -> list[str]:
         optimizer = torch.optim.AdamW([parameter], lr=1e-3)
         # One group's of several.
         rates = {key: value[0] for key, value in params.items() if key in _ABSOLUTE_RATES and isinstance(value, list)}
-        schedule: Any = kind(optimizer, **{**params, **rates})
+        schedule = cast("Callable[..., Any]", kind)(optimizer, **{**params, **rates})
         optimizer.step()
         schedule.step(*([1.0] if name == "ReduceLROnPlateau" else []))
         total = getattr(schedule, "total_steps", None) if name == "OneCycleLR" else None

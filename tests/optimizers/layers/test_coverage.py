@@ -60,11 +60,11 @@ def test_what_is_compact_is_told_and_a_small_share_is_warned_of(caplog: pytest.L
 
 
 class Attention(nn.Module):
-    """``read`` is only read, ``both`` is read in one case and called in the other."""
+    """``read`` is only read, ``both`` is read in one case and called in the other, ``twice`` is both in all cases."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.read, self.both, self.kept = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.read, self.both, self.kept, self.twice = (nn.Linear(8, 8) for _ in range(4))
 
     def init_weights(self) -> None:
         nn.init.zeros_(self.kept.weight)
@@ -72,7 +72,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.kept.weight.dtype) @ self.read.weight.t()
         x = self.both(x) if self.training else x @ self.both.weight.t()
-        return self.kept(x)
+        return self.kept(self.twice(x) @ self.twice.weight)
 
 
 def test_layers_whose_weight_is_read_without_a_call_stay_dense() -> None:
@@ -80,9 +80,11 @@ def test_layers_whose_weight_is_read_without_a_call_stay_dense() -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList([Attention()])})
     optimizer = Grass(model, density=0.5)
     assert [layer.name for layer in optimizer.layers] == ["blocks.0.both", "blocks.0.kept"]
-    assert "blocks.*.read.weight (33 %; its weight is read without calling it)" in optimizer.coverage.describe()
+    said = optimizer.coverage.describe()
+    assert "blocks.*.read.weight (25 %; its weight is read without calling it)" in said
+    assert "blocks.*.twice.weight (25 %; its weight is read besides calling it" in said
     named = Grass(nn.ModuleDict({"blocks": nn.ModuleList([Attention()])}), density=0.5, target_modules=["*"])
-    assert len(named.layers) == 3
+    assert len(named.layers) == 4
 
 
 def test_layers_with_a_forward_of_their_own_stay_dense() -> None:
