@@ -87,13 +87,18 @@ def _computes_as_linear(module: nn.Module) -> bool:
     )
 
 
+_OF_LINEARS = {"training", "in_features", "out_features"}
+
+
 def _is_linear_when_tried(module: nn.Linear) -> bool:
     """Whether a ``forward`` of its own gives what that of ``nn.Linear`` does: tried on a copy with a small weight, as
-    the layer's own may be cut or on no device.
+    the layer's own may be cut or on no device, in training and in evaluation. A layer with attributes of its own is not:
+    they may change what it computes later.
     """
     tried: Any = copy.copy(module)
     own = [key for key, value in module._parameters.items() if value is not None and key not in ("weight", "bias")]
-    if own or module._modules:
+    more = {key for key in module.__dict__ if not key.startswith(("_", "ds_"))} - _OF_LINEARS
+    if own or more or module._modules or module._buffers:
         return False
     weight = torch.linspace(-1.0, 1.3, 15).square().sub(0.4).reshape(3, 5)
     bias = None if module.bias is None else torch.tensor([0.3, -0.7, 0.1])
@@ -103,10 +108,12 @@ def _is_linear_when_tried(module: nn.Linear) -> bool:
     forward: Any = type(module).forward
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         try:
-            found = [forward(tried, part) for part in (x, x[0], -3.0 * x)]
+            found = []
+            for tried.training in (False, True):
+                found += [forward(tried, part) for part in (x, x[0], -3.0 * x)]
         except Exception:
             return False
-        expected = [nn.functional.linear(part, weight, bias) for part in (x, x[0], -3.0 * x)]
+        expected = 2 * [nn.functional.linear(part, weight, bias) for part in (x, x[0], -3.0 * x)]
         if not all(
             torch.is_tensor(a) and a.shape == b.shape and torch.allclose(a, b)
             for a, b in zip(found, expected, strict=True)

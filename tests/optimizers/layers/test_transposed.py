@@ -172,7 +172,14 @@ class Doubles(nn.Linear):
 
 class Drops(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return nn.functional.dropout(super().forward(input), 0.5)
+        return nn.functional.dropout(super().forward(input), 0.5, self.training)
+
+
+class Scales(nn.Linear):
+    scale = 1.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.scale * super().forward(input)
 
 
 class Casts(nn.Linear):
@@ -189,13 +196,14 @@ class Normalises(nn.Linear):
 def test_a_forward_of_its_own_is_tried(optimizer: Any) -> None:
     """Subclasses with one stayed dense, whatever it computed."""
     torch.manual_seed(0)
-    same, others = (Own, Calls, Multiplies), (Doubles, Drops, Casts, Normalises)
+    same, others = (Own, Calls, Multiplies), (Doubles, Drops, Casts, Normalises, Scales)
     model = nn.Sequential(nn.Sequential(*(cls(8, 8) for cls in (*same, *others))))
+    model.eval().get_submodule("0.7").scale = 1.0
     twin = nn.Sequential(nn.Sequential(*(nn.Linear(8, 8) for _ in same)))
     state = torch.get_rng_state()
     own = optimizer(model, lr=1e-2, density=0.5, min_compact_share=0.0)
     layers = list(model.get_submodule("0").children())
-    assert [isinstance(layer, CompactWeight) for layer in layers] == [True] * 3 + [False] * 4
+    assert [isinstance(layer, CompactWeight) for layer in layers] == [True] * 3 + [False] * 5
     assert torch.equal(torch.get_rng_state(), state)
     twin.load_state_dict({name: value for name, value in model.state_dict().items() if name[2] in "012"})
     x = torch.randn(4, 8)
