@@ -92,8 +92,8 @@ _OF_LINEARS = {"training", "in_features", "out_features"}
 
 def _is_linear_when_tried(module: nn.Linear) -> bool:
     """Whether a ``forward`` of its own gives what that of ``nn.Linear`` does: tried on a copy with a small weight, as
-    the layer's own may be cut or on no device, in training and in evaluation. A layer with attributes of its own is not:
-    they may change what it computes later.
+    the layer's own may be cut or on no device, in training and in evaluation. A layer with attributes of its own is
+    not: they may change what it computes later.
     """
     tried: Any = copy.copy(module)
     own = [key for key, value in module._parameters.items() if value is not None and key not in ("weight", "bias")]
