@@ -198,7 +198,8 @@ def test_a_forward_of_its_own_is_tried(optimizer: Any) -> None:
     torch.manual_seed(0)
     same, others = (Own, Calls, Multiplies), (Doubles, Drops, Casts, Normalises, Scales)
     model = nn.Sequential(nn.Sequential(*(cls(8, 8) for cls in (*same, *others))))
-    model.eval().get_submodule("0.7").scale = 1.0
+    scaled: Any = model.eval().get_submodule("0.7")
+    scaled.scale = 1.0
     twin = nn.Sequential(nn.Sequential(*(nn.Linear(8, 8) for _ in same)))
     state = torch.get_rng_state()
     own = optimizer(model, lr=1e-2, density=0.5, min_compact_share=0.0)
