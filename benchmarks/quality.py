@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality_data import SMALL, Task, Text
+from benchmarks.quality_data import SMALL, WIDE, Task, Text
 from benchmarks.quality_methods import METHODS
 from benchmarks.quality_report import best_results, plot, rows_of, show_table, title_of, write_markdown
 from benchmarks.quality_sweep import BASELINE, Search, Sweep
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repeats", type=int, default=0, help="more runs of each method at its best rates, other seeds"
     )
+    parser.add_argument("--wide", action="store_true", help="a smaller model, 2,048 tokens a step, 400 steps")
     parser.add_argument("--small", action="store_true", help="a tiny model and text, to see that everything works")
     parser.add_argument("--report", action="store_true", help="print the table instead of sweeping")
     parser.add_argument("--markdown", type=Path, help="write the table here instead of sweeping")
@@ -70,7 +71,7 @@ def _chosen(patterns: Sequence[str]) -> list[str]:
 
 
 def _task(arguments: argparse.Namespace) -> Task:
-    task = replace(SMALL if arguments.small else Task(), seed=arguments.seed)
+    task = replace(SMALL if arguments.small else WIDE if arguments.wide else Task(), seed=arguments.seed)
     if arguments.steps is None:
         return task
     return replace(task, steps=arguments.steps, warmup_steps=round(arguments.steps / 10))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.quality_anchors import NormalisedColumns, beside_adamw, frozen, muon
 from narrowgauge.optimizers.layers.targets import find_targets, rank_of
 
 _FP32, _INDEX = 4, 8
@@ -70,6 +71,7 @@ class Method:
             gradients.
         options: given to the three above; part of a result's key.
         start: the first matrix rate tried, relative to AdamW's best one.
+        trains_matrices: else there is no rate of theirs to try.
     """
 
     make: Make
@@ -77,6 +79,7 @@ class Method:
     traffic: Formula = _no_traffic
     options: Mapping[str, Any] = field(default_factory=dict)
     start: float = 1.0
+    trains_matrices: bool = True
 
 
 def _hidden(model: Any) -> int:
@@ -179,6 +182,20 @@ def _own(name: str) -> Make:
     return make
 
 
+def _anchor(make: Callable[..., torch.optim.Optimizer], per_element: int, **kwargs: Any) -> Method:
+    """Trains the matrices with ``per_element`` numbers of state for each of their elements."""
+
+    def made(
+        model: nn.Module, *, lr: float, matrix_lr_scale: float, betas: tuple[float, float], interval: int
+    ) -> torch.optim.Optimizer:
+        return make(_groups(model, lr, matrix_lr_scale), betas)
+
+    def state(shapes: Shapes) -> float:
+        return _moments(sum(shapes.dense)) + _FP32 * per_element * sum(m * n for m, n in shapes.matrices)
+
+    return Method(make=made, state=state, **kwargs)
+
+
 def _moments(elements: float) -> float:
     return 2 * _FP32 * elements
 
@@ -245,6 +262,9 @@ def _galore_torch(share: float) -> Method:
 
 METHODS: dict[str, Method] = {
     "adamw": Method(make=_make_adamw, state=_adamw_state),
+    "frozen": _anchor(frozen, 0, trains_matrices=False),
+    "muon": _anchor(beside_adamw(muon), 1),
+    "normalised-columns": _anchor(beside_adamw(NormalisedColumns), 0),
     "grass-columns-1/8": _grass("columns", 1 / 8),
     "grass-columns-1/4": _grass("columns", 1 / 4),
     "grass-columns-1/16": _grass("columns", 1 / 16),

@@ -16,10 +16,14 @@ from benchmarks.quality_time import read_times
 from benchmarks.results_file import Row
 
 _MIB = 1 << 20
+# The frozen matrices' loss against AdamW's, below which a task tells little of what trains them.
+_LEAST_GAP = 1.05
+FROZEN = "frozen"
 _MARKED = "grass-columns-1/8"
 _RIGHT: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": 8, "color": "#44688c"}
 _COLUMNS = (
     "method",
+    "share of the gap",
     "validation loss",
     "against AdamW",
     "mean of seeds",
@@ -63,6 +67,7 @@ def _without_rates(settings: dict[str, Any]) -> dict[str, Any]:
 def rows_of(search: Search, found: dict[str, dict[str, Any]]) -> list[Row]:
     """A row of numbers for each method: losses, rates, sizes in MiB, times against AdamW."""
     rows, times = [], read_times(search.folder)
+    base, frozen = (found[name]["loss"] if name in found else None for name in (BASELINE, FROZEN))
     for method, result in found.items():
         size, rates = result["bytes"], result["settings"]["rates"]
         losses = [result["loss"], *result["repeated"]]
@@ -71,6 +76,7 @@ def rows_of(search: Search, found: dict[str, dict[str, Any]]) -> list[Row]:
         rows.append(
             {
                 "method": method,
+                "share_percent": share_of_gap(result["loss"], base, frozen),
                 "loss": result["loss"],
                 **dict(zip(("loss_mean", "loss_low", "loss_high"), seeds, strict=True)),
                 "lr": rates["lr"],
@@ -90,12 +96,22 @@ def rows_of(search: Search, found: dict[str, dict[str, Any]]) -> list[Row]:
     return rows
 
 
+def share_of_gap(loss: float, base: float | None, frozen: float | None) -> float | None:
+    """How far a loss is from that of frozen matrices towards AdamW's, in percent; None where the two are not known or
+    do not tell: less than 5 % apart.
+    """
+    if base is None or frozen is None or frozen < _LEAST_GAP * base:
+        return None
+    return 100 * (frozen - loss) / (frozen - base)
+
+
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
     """The rows as text, one string for each of ``_COLUMNS``."""
     base = next((row["loss"] for row in rows if row["method"] == BASELINE), None)
     return [
         [
             row["method"] if row["finished"] == "yes" else f"{row['method']} (unfinished)",
+            f"{row['share_percent']:.0f} %" if row["share_percent"] is not None else "",
             f"{row['loss']:.4f}",
             f"{100 * (row['loss'] / base - 1):+.2f} %" if base is not None else "",
             _over_seeds(row),

@@ -51,9 +51,13 @@ def search_line(losses: Losses, start: Rates, key: Literal["lr", "matrix_lr"]) -
             line.append(replace(start, **{key: 2 * getattr(line[-1], key)}))
 
 
-def search_rates(losses: Losses, start: Rates) -> Progress:
-    """The coordinate search from ``start``."""
-    progress = search_line(losses, start, "matrix_lr")
+def search_rates(losses: Losses, start: Rates, *, of_matrices: bool = True) -> Progress:
+    """The coordinate search from ``start``.
+
+    Args:
+        of_matrices: their rate counts.
+    """
+    progress = search_line(losses, start, "matrix_lr") if of_matrices else Progress(best=start)
     return progress if progress.best is None else search_line(losses, progress.best, "lr")
 
 

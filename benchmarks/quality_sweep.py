@@ -61,7 +61,9 @@ class Search:
         if method == BASELINE or baseline.best is None:
             return baseline if method == BASELINE else Progress()
         start = replace(baseline.best, matrix_lr=baseline.best.matrix_lr * METHODS[method].start)
-        return search_rates(lambda rates: self.loss_of(self.run(method, rates)), start)
+        return search_rates(
+            lambda rates: self.loss_of(self.run(method, rates)), start, of_matrices=METHODS[method].trains_matrices
+        )
 
     def missing(self, methods: Sequence[str]) -> list[Run]:
         """The runs that are needed next, in the order of the methods; repetitions last."""

@@ -15,7 +15,7 @@ from benchmarks import quality_sweep
 from benchmarks.quality import main
 from benchmarks.quality_data import SMALL, Text, build_model
 from benchmarks.quality_methods import METHODS, Method, Shapes
-from benchmarks.quality_report import best_results
+from benchmarks.quality_report import best_results, share_of_gap
 from benchmarks.quality_run import Rates, Run, read_result, train
 from benchmarks.quality_search import BETA2, Progress, search_baseline, search_rates
 from benchmarks.quality_sweep import Search
@@ -306,3 +306,44 @@ def test_reported_times_are_those_of_the_timing(out: Path, tmp_path: Path) -> No
     rows = {row.split(" | ")[0].removeprefix("| "): row for row in table.read_text().splitlines()}
     assert "| 0.75x | 0.50x |" in rows["grass-rows-1/4"]
     assert "| not timed | not timed |" in rows["adamw"]
+
+
+def test_anchors_step_as_they_say() -> None:
+    """Frozen matrices stay, a column moves by the rate times the root of its rows, Muon moves as far as AdamW."""
+    sizes = {}
+    for name in ("frozen", "normalised-columns", "muon"):
+        model = build_model(SMALL)
+        key, method = "model.layers.0.mlp.up_proj.weight", METHODS[name]
+        optimizer = method.make(model, lr=1e-2, matrix_lr_scale=0.25, betas=(0.9, 0.99), interval=4)
+        matrix, head = model.get_parameter(key), model.get_parameter("lm_head.weight")
+        before, before_head = matrix.detach().clone(), head.detach().clone()
+        tokens = torch.arange(64).reshape(2, 32)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        gradient = matrix.grad
+        optimizer.step()
+        moved = matrix.detach() - before
+        assert not torch.equal(head, before_head)
+        sizes[name] = float(moved.square().mean().sqrt())
+        if name == "normalised-columns":
+            assert gradient is not None
+            scale = gradient.shape[0] ** 0.5 / torch.linalg.vector_norm(gradient, dim=0)
+            torch.testing.assert_close(moved, -2.5e-3 * gradient * scale, rtol=1e-4, atol=1e-8)
+    assert sizes["frozen"] == 0
+    assert sizes["normalised-columns"] == pytest.approx(2.5e-3, rel=1e-3)
+    assert sizes["muon"] == pytest.approx(0.2 * 2.5e-3, rel=0.3)
+
+
+def test_the_share_of_the_gap() -> None:
+    assert share_of_gap(3.0, 3.0, 4.0) == 100
+    assert share_of_gap(3.25, 3.0, 4.0) == 75
+    assert share_of_gap(4.1, 3.0, 4.0) == pytest.approx(-10)
+    # Such a task does not tell.
+    assert share_of_gap(3.0, 3.0, 3.1) is None
+    assert share_of_gap(3.0, None, 4.0) is None
+
+
+def test_frozen_matrices_have_no_rate_to_try() -> None:
+    landscape = Landscape(2e-2, 1e-3)
+    best = landscape.follow(lambda losses: search_rates(losses, Rates(1e-2, 4e-3, 0.999), of_matrices=False))
+    assert best == Rates(2e-2, 4e-3, 0.999)
+    assert {rates.matrix_lr for rates in landscape.known} == {4e-3}

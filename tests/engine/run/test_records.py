@@ -172,7 +172,6 @@ def test_a_model_from_a_folder_is_trained_with_the_tokenizer_that_lies_there(
         ({"packing": True}, ['model={"config": {"model_type": "bloom", "hidden_size": 32, "n_head": 4, "n_layer": 1}}'],
          "data.packing: expected false with a bloom, got true"),
         ({"train": [{"path": "{0}/a.jsonl", "wieght": 1}]}, [], "data.train.0.wieght: unknown key; did you mean 'we"),
-        ({}, ["engine=megatron"], "data.train: expected text or token files with the megatron engine"),
         ({}, ["training.epochs=2"], "training: expected one of 'steps' and 'epochs', got both"),
     ],
 )  # fmt: skip
