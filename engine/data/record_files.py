@@ -81,7 +81,7 @@ def _kind_of(path: Path) -> str:
 def _read_lines(path: Path) -> Iterator[Record]:
     number = 0
     with _open(path) as file:
-        while raw := _next(file.readline, f"{path}: line {number + 1}"):
+        while raw := _next(file.readline, f"{path}: after line {number}"):
             number += 1
             if raw.strip():
                 yield _record(path, "line", number, _parsed(raw, f"{path}: line {number}"))
