@@ -62,6 +62,21 @@ def test_two_ranks_choose_what_one_does_and_a_resumed_run_goes_on(folder: Path, 
     assert train(cut, ranks=2) == (whole, kept)
 
 
+@pytest.mark.slow
+def test_four_ranks_choose_what_one_does(folder: Path, tmp_path: Path) -> None:
+    found = {}
+    for ranks, micro_batch in ((1, 4), (4, 2)):
+        target = tmp_path / str(ranks)
+        target.mkdir()
+        accumulation = 8 // (ranks * micro_batch)
+        sizes = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": accumulation}
+        config = config_of(folder, target, train_batch_size=8, **sizes)
+        found[ranks] = train(config, "--set", "training.steps=1", ranks=ranks)
+    (alone, kept), (losses_of_four, kept_of_four) = found[1], found[4]
+    assert kept_of_four == kept
+    assert losses_of_four[1] == pytest.approx(alone[1], abs=2e-6)
+
+
 def test_small_sources_are_trained_whole(folder: Path, tmp_path: Path) -> None:
     _, kept = train(config_of(folder, tmp_path))
     # 32 examples are looked at in a step, of which a twentieth is of the small source.
