@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from benchmarks import stored
 from benchmarks.compare import machine
 from benchmarks.coreset_data import Sizes, write_sources
+from benchmarks.saved import Saved
 from narrowgauge.engine.backends import backend_of
 from narrowgauge.engine.config.config import Batches, Config, load_config
 from narrowgauge.engine.config.coreset_block import CoresetBlock
@@ -273,30 +274,13 @@ def saved_bytes(method: str, task: Task, folder: Path, *, steps: int = 2) -> flo
     config = _config(task, METHODS[method], 0)
     engine, batches = _engine(config, task.steps, task.warmup_steps), config.batches(1)
     chooser = _chooser(METHODS[method], engine, samples, batches, 0)
-    weights = {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
     found = []
     for step in range(1, steps + 1):
-        count = _Saved(weights)
+        count = Saved(engine.module)
         with torch.autograd.graph.saved_tensors_hooks(count.pack, lambda tensor: tensor):
             chosen = chooser(step)
             assert not count.storages
             engine.train_step(_micro_batches(samples, chosen, batches), lambda name: nullcontext())
-        found.append(sum(count.storages.values()))
+        found.append(count.nbytes)
     engine.close()
     return float(np.mean(found))
-
-
-class _Saved:
-    """Bytes of the storages that autograd saves, each once."""
-
-    def __init__(self, weights: set[int]) -> None:
-        self._weights, self.storages = weights, dict[int, int]()
-        self._kept: list[Tensor] = []
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._weights:
-            self.storages[storage.data_ptr()] = storage.nbytes()
-            # So that no other takes its place in memory, and counts as the same.
-            self._kept.append(tensor.detach())
-        return tensor

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.quality_data import SMALL, Task, Text, build_model
+from benchmarks.quality_data import SMALL, WIDE, Task, Text, build_model
+from benchmarks.quality_methods import groups_of
+from benchmarks.saved import Saved
 from narrowgauge.engine.config.rate_blocks import ScheduleBlock
 from narrowgauge.engine.run.lengths import Lengths
 from narrowgauge.engine.run.schedule import rule_of
@@ -36,17 +38,7 @@ from narrowgauge.optimizers.layers.ternary_quantizer import TernaryQuantizer
 from narrowgauge.optimizers.numerics.ternary import ScaleName
 from narrowgauge.optimizers.trust_region import inner_rate
 
-TASK = Task(
-    hidden=128,
-    intermediate=344,
-    layers=2,
-    vocab=2048,
-    length=128,
-    batch=4,
-    steps=150,
-    warmup_steps=15,
-    eval_sequences=128,
-)
+TASK = dataclasses.replace(WIDE, batch=4, steps=150, warmup_steps=15, eval_sequences=128)
 _SEEDS = 3
 _OTHERS_RATE = 1e-2
 _FULL = Lengths((), TASK.length)
@@ -211,10 +203,7 @@ def _optimizer(method: Method, rate: float, task: Task, model: nn.Module) -> tor
             weight_decay=0.01,
             decay="all",
         )
-    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
-    inside = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in inside]
-    groups = [{"params": others, "lr": _OTHERS_RATE}, {"params": matrices, "lr": rate}]
+    groups = groups_of(model, _OTHERS_RATE, rate / _OTHERS_RATE)
     return torch.optim.AdamW(groups, weight_decay=0.01)
 
 
@@ -228,28 +217,19 @@ def _saved_bytes(model: Any, tokens: Tensor, offload: ActivationOffload | None, 
         resident = offload.stats().resident
         del loss
         return resident
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, int] = {}
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor.detach())
-        return tensor
+    count = Saved(model)
 
     def keep_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        pack(inputs[0])
+        count.pack(inputs[0])
 
     # Checkpointing's own hooks are inside of ours: what it keeps are the layers' inputs.
     layers = model.model.layers if recomputes else ()
     handles = [layer.register_forward_pre_hook(keep_input) for layer in layers]
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors_hooks(count.pack, lambda tensor: tensor):
         model(input_ids=tokens, labels=tokens)
     for handle in handles:
         handle.remove()
-    return sum(found.values())
+    return count.nbytes
 
 
 def _ends(schedule: str, steps: int) -> dict[str, int]:

@@ -86,7 +86,7 @@ def _hidden(model: Any) -> int:
     return model.config.hidden_size
 
 
-def _groups(
+def groups_of(
     model: nn.Module, lr: float, matrix_lr_scale: float, **matrix_options: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameter groups of the matrices and of the other parameters."""
@@ -99,7 +99,7 @@ def _groups(
 def _make_adamw(
     model: nn.Module, *, lr: float, matrix_lr_scale: float, betas: tuple[float, float], interval: int
 ) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(_groups(model, lr, matrix_lr_scale), betas=betas, weight_decay=0.0)
+    return torch.optim.AdamW(groups_of(model, lr, matrix_lr_scale), betas=betas, weight_decay=0.0)
 
 
 def _make_adamw8bit(
@@ -107,7 +107,7 @@ def _make_adamw8bit(
 ) -> torch.optim.Optimizer:
     from bitsandbytes.optim.adamw import AdamW8bit
 
-    groups: Any = _groups(model, lr, matrix_lr_scale)
+    groups: Any = groups_of(model, lr, matrix_lr_scale)
     return AdamW8bit(groups, lr=lr, betas=betas, weight_decay=0.0)
 
 
@@ -124,7 +124,7 @@ def _make_galore_torch(
     from galore_torch import GaLoreAdamW
 
     galore = {"rank": round(share * _hidden(model)), "update_proj_gap": interval, "scale": scale, "proj_type": "std"}
-    groups: Any = _groups(model, lr, matrix_lr_scale, **galore)
+    groups: Any = groups_of(model, lr, matrix_lr_scale, **galore)
     return GaLoreAdamW(groups, lr=lr, betas=betas, eps=1e-8, weight_decay=0.0, no_deprecation_warning=True)
 
 
@@ -139,7 +139,7 @@ def _make_lora(
 ) -> torch.optim.Optimizer:
     from peft import LoraConfig, inject_adapter_in_model
 
-    matrices, dense = _groups(model, lr, matrix_lr_scale)
+    matrices, dense = groups_of(model, lr, matrix_lr_scale)
     rank = round(share * _hidden(model))
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(find_targets(model, None)))
     inject_adapter_in_model(config, model)
@@ -188,7 +188,7 @@ def _anchor(make: Callable[..., torch.optim.Optimizer], per_element: int, **kwar
     def made(
         model: nn.Module, *, lr: float, matrix_lr_scale: float, betas: tuple[float, float], interval: int
     ) -> torch.optim.Optimizer:
-        return make(_groups(model, lr, matrix_lr_scale), betas)
+        return make(groups_of(model, lr, matrix_lr_scale), betas)
 
     def state(shapes: Shapes) -> float:
         return _moments(sum(shapes.dense)) + _FP32 * per_element * sum(m * n for m, n in shapes.matrices)

@@ -16,7 +16,8 @@ from .compact import Quantizer, linear
 from .projected_linear import ProjectedLinear
 from .registry import register
 from .selected_linear import SelectedLinear
-from .targets import find_targets
+from .targets import find_linears
+from .unit import autocast_dtype
 
 
 class _QuantizedLinearFunction(torch.autograd.Function):
@@ -51,9 +52,7 @@ class QuantizedLinear(nn.Linear):
     quantizer: Quantizer
 
     def forward(self, input: Tensor) -> Tensor:
-        kind, dtype = input.device.type, input.dtype
-        if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = autocast_dtype(input) or input.dtype
         x = self.quantizer.activations(input)
         return _QuantizedLinearFunction.apply(x, self.weight, self.bias, self.quantizer, dtype)  # pyright: ignore[reportReturnType]
 
@@ -80,9 +79,7 @@ def quantize_linears(
     Raises:
         ValueError: the globs name no such layer.
     """
-    found = {name: m for name, m in find_targets(model, target_modules, {}).items() if isinstance(m, nn.Linear)}
-    if not found:
-        raise ValueError("target_modules: expected globs that match an nn.Linear, got none that do")
+    found = find_linears(model, target_modules)
     for layer in found.values():
         layer.__class__ = QuantizedLinear
         assert isinstance(layer, QuantizedLinear)

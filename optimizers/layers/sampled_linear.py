@@ -15,7 +15,8 @@ from .projected_linear import ProjectedLinear
 from .registry import register
 from .sampling import Kept, SampledInputs, Sampler, gradient_of
 from .selected_linear import SelectedLinear
-from .targets import block_prefixes, find_targets
+from .targets import block_prefixes, find_linears
+from .unit import autocast_dtype
 
 
 class _SampledLinearFunction(torch.autograd.Function):
@@ -61,9 +62,7 @@ class SampledLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training or torch.is_grad_enabled()) or not self.weight.requires_grad:
             return super().forward(input)
-        kind, dtype = input.device.type, input.dtype
-        if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = autocast_dtype(input) or input.dtype
         kept = self.sampled.keep(input, dtype, lambda: input.reshape(-1, input.shape[-1]).to(dtype))
         return _SampledLinearFunction.apply(input, self.weight, self.bias, kept.values, kept.rows, kept, dtype)  # pyright: ignore[reportReturnType]
 
@@ -90,9 +89,7 @@ def sample_linears(model: nn.Module, target_modules: Sequence[str] | None, make:
     Raises:
         ValueError: the globs name no such layer.
     """
-    found = {name: m for name, m in find_targets(model, target_modules, {}).items() if isinstance(m, nn.Linear)}
-    if not found:
-        raise ValueError("target_modules: expected globs that match an nn.Linear, got none that do")
+    found = find_linears(model, target_modules)
     others = OtherReaders(model, found)
     blocks = sorted(block_prefixes(model), key=len)
     block_of = {name: next((prefix for prefix in blocks if name.startswith(prefix)), name) for name in found}

@@ -76,10 +76,10 @@ def gradient_of(
 
 
 class Sampler(Protocol):
-    """What is kept of an input; both methods are called without autograd."""
+    """What is kept of an input."""
 
     def keep(self, x: Tensor, seed: int) -> Kept:
-        """Of an ``x`` of shape ``(b, n)``: ``x`` itself, or memory of its own."""
+        """Of an ``x`` of shape ``(b, n)``: ``x`` itself, or memory of its own; called without autograd."""
         ...
 
 

@@ -96,6 +96,19 @@ def find_targets(
     return targets
 
 
+def find_linears(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Linear]:
+    """Of :func:`find_targets` the ``nn.Linear`` layers: without stacked experts, and without layers whose weight is
+    inputs times outputs.
+
+    Raises:
+        ValueError: the patterns match no such layer.
+    """
+    found = {name: m for name, m in find_targets(model, patterns, {}).items() if isinstance(m, nn.Linear)}
+    if not found:
+        raise ValueError("target_modules: expected globs that match an nn.Linear, got none that do")
+    return found
+
+
 def _told(unfit: dict[str, str]) -> str:
     if not unfit:
         return ""

@@ -141,9 +141,8 @@ class CompactUnit:
         Raises:
             RuntimeError: the input's differs from the weight's without autocast.
         """
-        device_type = input.device.type
-        if torch.is_autocast_enabled(device_type) and input.dtype is not torch.float64:
-            return torch.get_autocast_dtype(device_type)
+        if (dtype := autocast_dtype(input)) is not None:
+            return dtype
         if input.dtype is not self.weight.dtype:
             raise RuntimeError(f"expected input and weight of one dtype, got {input.dtype} and {self.weight.dtype}")
         return input.dtype
@@ -249,3 +248,11 @@ class CompactUnit:
         """Observe from here on, as if :meth:`start_probe` had just been called."""
         if self.probe is not None:
             self.probe.grad = None
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """What autocast computes matrix products of ``input`` in; None where it leaves them alone."""
+    device_type = input.device.type
+    if torch.is_autocast_enabled(device_type) and input.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return None

@@ -1,6 +1,7 @@
 """Compact experts: against one process of the ``ddp`` engine, in bytes, in checkpoints, and one without tokens."""
 
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from narrowgauge.engine.report.summary import optimizer_state_bytes
+from tests.support.megatron_parity import assert_equal_runs, run_of_ddp
 from tests.support.megatron_ranks import MegatronPool
-from tests.support.megatron_runs import Run, make_engine, micro_batches, run_config, run_steps
-from tests.support.zero import worst
+from tests.support.megatron_runs import make_engine, micro_batches, run_config, run_steps
 
 from .test_checkpoints import check
 from .test_parity import BASE, COLUMNS, OVERLAP, PP2, SP, TP2
@@ -62,15 +63,7 @@ QUICK = {0, 8, 13}
 @pytest.fixture(scope="module")
 def expected(megatron_ranks: MegatronPool) -> Any:
     """What one process of the ``ddp`` engine finds; once each."""
-    found: dict[tuple[str, str], Run] = {}
-
-    def of(name: str, family: str) -> Run:
-        if (name, family) not in found:
-            own = OPTIMIZERS[name]
-            (found[name, family],) = megatron_ranks.run(run_steps, "ddp", family, ranks=1, last=STEPS, optimizer=own)
-        return found[name, family]
-
-    return of
+    return cache(lambda name, family: run_of_ddp(megatron_ranks, family, OPTIMIZERS[name], last=STEPS))
 
 
 @pytest.mark.parametrize(
@@ -80,15 +73,9 @@ def expected(megatron_ranks: MegatronPool) -> Any:
 def test_compact_experts_equal_one_process_of_ddp(
     megatron_ranks: MegatronPool, expected: Any, optimizer: str, family: str, ranks: int, layout: dict[str, Any]
 ) -> None:
-    steps, evaluated, weights = expected(optimizer, family)
     more = {"last": STEPS, "optimizer": OPTIMIZERS[optimizer]}
     results = megatron_ranks.run(run_steps, "megatron", family, layout, ranks=ranks, **more)
-    for number, (found, evaluation, whole) in enumerate(results):
-        assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in steps], rel=1e-6)
-        assert [norm for _, norm in found] == pytest.approx([norm for _, norm in steps], rel=5e-5)
-        assert evaluation == pytest.approx(evaluated, rel=1e-6)
-        if number == 0:
-            assert worst(whole, weights) < 2e-5
+    assert_equal_runs(results, expected(optimizer, family))
 
 
 def gradients_of_experts(optimizer: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:

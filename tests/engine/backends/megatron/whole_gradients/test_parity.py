@@ -4,14 +4,15 @@ selections are of the model's own weights, wherever their pieces lie.
 With accumulation, clipping, decay and a schedule.
 """
 
+from functools import cache
 from typing import Any
 
 import pytest
 
 from tests.support.cases import cases
+from tests.support.megatron_parity import assert_equal_runs, run_of_ddp
 from tests.support.megatron_ranks import MegatronPool
-from tests.support.megatron_runs import Run, run_steps
-from tests.support.zero import worst
+from tests.support.megatron_runs import run_steps
 
 from ..compact.test_parity import LAYOUTS as DENSE_LAYOUTS
 from ..compact.test_parity import OVERLAP, PLAIN, PP2, SP, TP2
@@ -83,28 +84,14 @@ QUICK = {"lamb-TP2-SP-DP2-overlap", "frugal-TP2-SP-PP2", "frugal-svd-EP2-ETP2", 
 @pytest.fixture(scope="module")
 def expected(megatron_ranks: MegatronPool) -> Any:
     """What one process of the ``ddp`` engine finds; once each."""
-    found: dict[tuple[str, str], Run] = {}
-
-    def of(name: str, family: str) -> Run:
-        if (name, family) not in found:
-            own = OPTIMIZERS[name]
-            (found[name, family],) = megatron_ranks.run(run_steps, "ddp", family, ranks=1, last=STEPS, optimizer=own)
-        return found[name, family]
-
-    return of
+    return cache(lambda name, family: run_of_ddp(megatron_ranks, family, OPTIMIZERS[name], last=STEPS))
 
 
 @pytest.mark.parametrize(("optimizer", "layout", "family"), cases(CASES, slow=CASES.keys() - QUICK))
 def test_a_layout_equals_one_process_of_ddp(
     megatron_ranks: MegatronPool, expected: Any, optimizer: str, layout: str, family: str
 ) -> None:
-    steps, evaluated, weights = expected(optimizer, family)
     ranks, block = LAYOUTS[layout]
     more = {"last": STEPS, "optimizer": OPTIMIZERS[optimizer]}
     results = megatron_ranks.run(run_steps, "megatron", family, block, ranks=ranks, **more)
-    for number, (found, evaluation, whole) in enumerate(results):
-        assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in steps], rel=1e-6)
-        assert [norm for _, norm in found] == pytest.approx([norm for _, norm in steps], rel=5e-5)
-        assert evaluation == pytest.approx(evaluated, rel=1e-6)
-        if number == 0:
-            assert worst(whole, weights) < 2e-5
+    assert_equal_runs(results, expected(optimizer, family))
