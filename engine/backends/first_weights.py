@@ -1,16 +1,18 @@
-"""Weights from scratch: by transformers' own rule for each module, in its order, from a seed for each module.
+"""Weights from scratch: by transformers' own rule for each module, in its order, from a seed for each module; or all from
+one stream, as transformers draws them.
 
 A rule may write to what lies below its module (GPT-2's attention scales the weights of its output), so children are
 drawn before their parents, as transformers does, and a model inside a model has its own rule.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 from transformers.pytorch_utils import Conv1D
 
@@ -41,6 +43,34 @@ def draw_weights(model: PreTrainedModel, seed: int, whole: Whole) -> None:
     """
     with torch.no_grad(), guard_torch_init_functions():
         _Drawing(model, seed, whole).visit("", model, model)
+
+
+def from_one_stream(model_config: PretrainedConfig, seed: int) -> dict[str, Tensor]:
+    """The weights of ``torch.manual_seed(seed)`` and ``from_config(model_config)`` in fp32, by all their names.
+
+    Constructors draw too, and all of them before the first rule: the whole model is made, on the CPU.
+    """
+    torch.manual_seed(seed)
+    settings = copy.deepcopy(model_config)  # which a model takes as its own
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
+    return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def take_weights(model: nn.Module, values: Mapping[str, Tensor], seed: int, whole: Whole) -> None:
+    """Give a model all its weights.
+
+    Args:
+        seed: the random numbers after it are those after :func:`draw_weights`.
+        whole: as in :func:`draw_weights`.
+    """
+    with torch.no_grad():
+        for module_name, module in model.named_modules():
+            own = dict(module.named_parameters(module_name, recurse=False))
+            with whole(list(own.values())):
+                for name, parameter in own.items():
+                    parameter.copy_(values[name])
+    # As the rule for the whole model finds it.
+    torch.manual_seed(derive_seed(seed, "weights", ""))
 
 
 class _Drawing:

@@ -1,10 +1,11 @@
 """Building the model that an engine trains; what differs between engines is handed in."""
 
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from narrowgauge.optimizers.numerics.seeds import derive_seed
@@ -16,7 +17,7 @@ from ..files import local_path
 from ..lora.adapters import add_adapters, quantization_of
 from ..quantization.quantize import quantize
 from ..sampled_backward import sample_backward
-from .first_weights import Whole, draw_weights, undrawn
+from .first_weights import Whole, draw_weights, from_one_stream, take_weights, undrawn
 
 
 def build_model(
@@ -24,18 +25,34 @@ def build_model(
     model_config: PretrainedConfig,
     config: Config,
     *,
+    sharded: AbstractContextManager[Any] | None = None,
     whole: Whole = lambda parameters: nullcontext(),
 ) -> nn.Module:
     """Build the model, in bf16 if the configuration says so.
 
     From-scratch weights depend on the seed and the parameter's name only: every engine and number of ranks starts
-    alike (on one kind of device).
+    alike (on one kind of device). Where the configuration asks for transformers' own stream of numbers, on the
+    architecture and the seed.
 
     Args:
+        sharded: within it parameters are sharded as they are made.
         whole: within it parameters are whole, and what is written to them stays; for parameters that are sharded.
     """
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
     seed = config.parsed.training.seed if config.parsed.training is not None else 0
+    values = from_one_stream(model_config, seed) if block.initial_weights == "transformers" else None
+    with sharded or nullcontext():
+        return _build(block, model_config, config, seed, values, whole)
+
+
+def _build(
+    block: ModelBlock,
+    model_config: PretrainedConfig,
+    config: Config,
+    seed: int,
+    values: Mapping[str, Tensor] | None,
+    whole: Whole,
+) -> nn.Module:
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
     lora = config.parsed.lora
     if block.path is not None:
         model = from_folder(block.path, model_config, dtype, quantization_of(lora, dtype))
@@ -44,7 +61,10 @@ def build_model(
         torch.manual_seed(derive_seed(seed, "weights"))
         with undrawn():
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
-        draw_weights(model, seed, whole)
+        if values is None:
+            draw_weights(model, seed, whole)
+        else:
+            take_weights(model, values, seed, whole)
     if lora is not None:
         add_adapters(model, lora, seed=seed)
     if config.parsed.quantization is not None:

@@ -23,12 +23,17 @@ class ModelBlock(StrictBlock):
     """The name of a size shipped with the package, such as ``llama-60m``; starts from random weights."""
     config: dict[str, Any] = {}
     """A Hugging Face model configuration, with ``model_type``; starts from random weights."""
+    initial_weights: Literal["by_name", "transformers"] = "by_name"
+    """Random weights: each module's from ``training.seed`` and its name; or as transformers draws them after
+    ``torch.manual_seed``, in fp32, for which each process makes the whole model on its CPU."""
     gradient_checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelBlock":
         if self.path is not None and (self.preset is not None or self.config):
             raise ValueError("'path' stands alone: 'preset' and 'config' start from random weights")
+        if self.path is not None and "initial_weights" in self.model_fields_set:
+            raise ValueError("'initial_weights' is of random weights: 'path' has its own")
         if self.path is None and self.preset is None and not self.config:
             raise ValueError("expected one of 'path', 'preset' and 'config', got none")
         return self

@@ -9,6 +9,7 @@ from ...config.config import Config
 from ...config.run_blocks import ModelBlock
 from ...files import local_path
 from ...ranks.environment import process_rank
+from ..first_weights import from_one_stream
 from ..model import from_folder
 from .draw import draw_into, shapes_of
 from .folder import FolderWeights
@@ -49,4 +50,8 @@ def fill_with_first_values(model: StagedModel, block: ModelBlock, config: Config
             sink(name, weight)
         return
     seed = config.parsed.training.seed if config.parsed.training is not None else 0
+    if block.initial_weights == "transformers":
+        for name, weight in from_one_stream(model.config, seed).items():
+            sink(name, weight)
+        return
     draw_into(model.config, torch.bfloat16 if config.bf16 else torch.float32, seed, targets.keys(), sink)

@@ -1,6 +1,6 @@
 """Weights from scratch against transformers' own, with every engine."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -44,7 +44,9 @@ def config_of(family: str) -> Any:
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
-def built(family: str, engine: str, stage: int = 0) -> dict[str, Tensor]:
+def built(
+    family: str, engine: str, stage: int = 0, initial_weights: Literal["by_name", "transformers"] = "by_name"
+) -> dict[str, Tensor]:
     """The weights that an engine starts from."""
     raw = {
         "engine": engine,
@@ -53,7 +55,7 @@ def built(family: str, engine: str, stage: int = 0) -> dict[str, Tensor]:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "training": {"steps": 1, "seed": 5},
     }
-    block = ModelBlock(config={"model_type": family})
+    block = ModelBlock(config={"model_type": family}, initial_weights=initial_weights)
     model = backend_of(engine).construct(block, config_of(family), load_config(raw))
     if stage < 3:
         return {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -144,3 +146,31 @@ def test_sharded_models_start_from_the_same(two_ranks: RankPool, family: str) ->
             assert found.keys() == expected.keys()
             for name, value in expected.items():
                 assert torch.equal(found[name], value), name
+
+
+def from_one_stream(family: str) -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    model: Any = AutoModelForCausalLM.from_config(config_of(family), dtype=torch.float32)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def built_from_one_stream(family: str) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """The weights at each stage, and the state of the random numbers after them."""
+    return [(built(family, "deepspeed", stage, "transformers"), torch.get_rng_state()) for stage in (0, 3)]
+
+
+@pytest.mark.quick("gpt2", "mamba", "llama-tied")
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS, "openai-gpt"])
+def test_the_stream_of_transformers_is_drawn_on_request(two_ranks: RankPool, family: str) -> None:
+    """Bit for bit those of ``from_config`` after a seed, without engine, on every rank of ZeRO-0 and 3."""
+    expected = from_one_stream(family)
+    built(family, "ddp")
+    state = torch.get_rng_state()
+    found = [(built(family, "ddp", 0, "transformers"), torch.get_rng_state())]
+    for ranks_found in two_ranks.run(built_from_one_stream, family):
+        found += ranks_found
+    for weights, after in found:
+        assert weights.keys() == expected.keys()
+        assert torch.equal(after, state)
+        for name, value in expected.items():
+            assert torch.equal(weights[name], value), name

@@ -124,6 +124,11 @@ def test_a_misspelt_key_is_named_with_the_nearest_right_one(misspelt: str, right
         ('logging.run_dir=""', 'logging.run_dir: string should have at least 1 character, got ""'),
         ("model={}", "model: expected one of 'path', 'preset' and 'config', got none"),
         ("model.path=x", "model: 'path' stands alone: 'preset' and 'config' start from random weights"),
+        (
+            'model={"path": "x", "initial_weights": "by_name"}',
+            "model: 'initial_weights' is of random weights: 'path' has its own",
+        ),
+        ("model.initial_weights=torch", "model.initial_weights: expected 'by_name' or 'transformers', got \"torch\""),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(override: str, expected: str) -> None:

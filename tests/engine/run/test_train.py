@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support import command, forked
 from tests.support.cases import cases
@@ -290,6 +291,30 @@ def test_a_hugging_face_folder_is_trained_on_from_its_weights(finished: Path, co
     assert exported.keys() == checkpoint.keys()
     assert all(torch.equal(exported[name], checkpoint[name]) for name in checkpoint)
     assert not torch.equal(exported["lm_head.weight"], first["lm_head.weight"])
+
+
+@pytest.mark.slow
+def test_a_run_from_transformers_own_first_weights(corpus: Path, tmp_path: Path) -> None:
+    """From the seed at ZeRO-3, or from a folder that transformers has drawn and saved: the same batches and losses."""
+    found = []
+    for name in ("seed", "folder"):
+        (tmp_path / name).mkdir()
+        config = json.loads(tiny_config(corpus, tmp_path / name, zero_optimization={"stage": 3}).read_text())
+        config["model"]["config"]["vocab_size"] = 600
+        config["training"] |= {"steps": 3, "seed": 11}
+        if name == "folder":
+            torch.manual_seed(11)
+            settings = config.pop("model")["config"]
+            model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+            model.save_pretrained(tmp_path / "hf")
+            config["model"] = {"path": str(tmp_path / "hf")}
+        else:
+            config["model"]["initial_weights"] = "transformers"
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        result = forked.run("train", str(tmp_path / name / "config.json"), ranks=2)
+        assert result.returncode == 0, result.stderr
+        found.append(losses(tmp_path / name / "run"))
+    assert found[0] == found[1]
 
 
 def test_megatron_files_are_trained_on(corpus: Path, tmp_path: Path) -> None:
