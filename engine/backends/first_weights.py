@@ -1,5 +1,5 @@
-"""Weights from scratch: by transformers' own rule for each module, in its order, from a seed for each module; or all from
-one stream, as transformers draws them.
+"""Weights from scratch: by transformers' own rule for each module, in its order, from a seed for each module; or all
+from one stream, as transformers draws them.
 
 A rule may write to what lies below its module (GPT-2's attention scales the weights of its output), so children are
 drawn before their parents, as transformers does, and a model inside a model has its own rule.

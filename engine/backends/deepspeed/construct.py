@@ -19,9 +19,7 @@ def construct(block: ModelBlock, model_config: PretrainedConfig, config: Config)
     """See :meth:`narrowgauge.engine.protocol.Backend.construct`."""
     if config.zero_stage < 3:
         return build_model(block, model_config, config)
-    return build_model(
-        block, model_config, config, sharded=_zero3_construction(run_settings(config)), whole=_whole
-    )
+    return build_model(block, model_config, config, sharded=_zero3_construction(run_settings(config)), whole=_whole)
 
 
 def _whole(parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
