@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-LEVELS = 255
+from . import mesa_rounding
+from .mesa_rounding import LEVELS
+from .triton_use import has_kernels
+
 DECAY = 0.9
 GROUP_SIZE = 64
 # Of a group whose values are all equal the range is 0.
@@ -36,11 +39,11 @@ class Mesa8:
         """See :class:`.base.Codec`. The codes are uint8, laid out as the tensor."""
         tensor = tensor.detach()
         ranges = self._follow(place, _ranges_of(tensor))
-        alpha, beta = _over(ranges, tensor.shape)
-        levels = torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device=tensor.device)
-        levels.addcmul_(tensor.float() - beta, LEVELS / alpha.clamp(min=_LEAST_RANGE)).floor_().clamp_(0, LEVELS)
-        codes = torch.empty_like(tensor, dtype=torch.uint8, memory_format=torch.preserve_format)
-        codes.copy_(levels)
+        scale = LEVELS / ranges[0].clamp(min=_LEAST_RANGE)
+        # In the order of memory.
+        noise = torch.rand(tensor.numel(), generator=generator, dtype=torch.float32, device=tensor.device)
+        codes = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.uint8, device=tensor.device)
+        _rounding_on(tensor).encode(codes, tensor, noise, scale, ranges[1], *_groups_of(tensor.shape))
         return codes, MesaDecoder(tensor.dtype, tensor.shape, tensor.stride(), ranges)
 
     def _follow(self, place: str, found: Tensor) -> Tensor:
@@ -87,9 +90,9 @@ class MesaDecoder:
     def decode(self, codes: UntypedStorage) -> UntypedStorage:
         levels = torch.empty(0, dtype=torch.uint8, device=self.ranges.device)
         levels.set_(codes, 0, self.shape, self.stride)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        alpha, beta = _over(self.ranges, self.shape)
         values = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.ranges.device)
-        values.copy_(torch.addcmul(beta, levels.float(), alpha / LEVELS))
+        alpha, beta = self.ranges
+        _rounding_on(values).decode(values, levels, alpha / LEVELS, beta, *_groups_of(self.shape))
         return values.untyped_storage()
 
 
@@ -111,9 +114,15 @@ def _in_groups(channels: Tensor) -> Tensor:
     return torch.cat([channels, channels[-1:].expand(missing)]).view(-1, GROUP_SIZE)
 
 
-def _over(ranges: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Alpha and beta as they are broadcast over a tensor of that shape."""
-    if len(shape) == 4:
-        return ranges[0].view(1, -1, 1, 1), ranges[1].view(1, -1, 1, 1)
-    of_channels = ranges.repeat_interleave(GROUP_SIZE, dim=1)[:, : shape[-1]]
-    return of_channels[0], of_channels[1]
+def _groups_of(shape: torch.Size) -> tuple[int, int]:
+    """Along which dimension groups lie, and how many neighbours are one."""
+    return (1, 1) if len(shape) == 4 else (len(shape) - 1, GROUP_SIZE)
+
+
+def _rounding_on(tensor: Tensor) -> Any:
+    """The module that has the arithmetic for a tensor where it is."""
+    if not has_kernels(tensor):
+        return mesa_rounding
+    from . import mesa_triton
+
+    return mesa_triton

@@ -133,8 +133,9 @@ class SelectedLinear(SelectedWeight, CompactLinear):
 
         def read() -> Tensor:
             x_2d = input.detach().reshape(-1, input.shape[-1])
-            read = read_selected(x_2d, self.index, self.start, dim=1) if columns else x_2d
-            return read.to(compute_dtype)
+            if not columns:
+                return x_2d.to(compute_dtype)
+            return read_selected(x_2d, self.index, self.start, dim=1, dtype=compute_dtype)
 
         key = (self._index_key if columns else None, compute_dtype)
         kept = self._sampled_input(input, key, read)

@@ -8,18 +8,26 @@ import torch
 from torch import Tensor
 
 from ..numerics.rounding import decay_
+from ..numerics.triton_use import has_kernels
 from .shape import whole_shape
 from .unit import CompactUnit, Side
 
 
-def read_selected(full: Tensor, index: Tensor, start: int | None, dim: int) -> Tensor:
-    """A copy of the selected entries of a matrix along ``dim``; a view would keep all of ``full`` alive."""
+def read_selected(
+    full: Tensor, index: Tensor, start: int | None, dim: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A copy of the selected entries of a matrix along ``dim``, cast; a view would keep all of ``full`` alive."""
+    dtype = dtype or full.dtype
     if start is not None:
-        return full.narrow(dim, start, index.numel()).clone(memory_format=torch.contiguous_format)
+        return full.narrow(dim, start, index.numel()).to(dtype, copy=True, memory_format=torch.contiguous_format)
     if dim == 0:
-        return full.index_select(0, index)
+        return full.index_select(0, index).to(dtype)
+    if has_kernels(full):
+        from .columns_triton import gather_columns
+
+        return gather_columns(full, index, dtype)
     # Along the columns gather is faster than index_select, on the CPU by a factor of up to three.
-    return full.gather(1, index.expand(full.shape[0], -1))
+    return full.gather(1, index.expand(full.shape[0], -1)).to(dtype)
 
 
 def write_selected_(full: Tensor, values: Tensor, index: Tensor, start: int | None, dim: int) -> None:

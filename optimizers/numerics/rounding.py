@@ -6,16 +6,23 @@ part exactly as a single process would round the whole, on any device and withou
 
 import torch
 
+from .triton_use import has_kernels
+
 _INT32_MASK = 0x7FFFFFFF
 
 
 def hash_positions(position: torch.Tensor, seed: int) -> torch.Tensor:
     """32 well-mixed bits per int32 position, a permutation (the finalizer of MurmurHash3, multiplications wrap)."""
-    h = position ^ ((seed ^ (seed >> 31)) & _INT32_MASK)
+    h = position ^ key_of(seed)
     for multiplier, shift in ((-2048144789, 16), (-1028477387, 13)):
         h = h ^ ((h >> shift) & (_INT32_MASK >> (shift - 1)))
         h = h * multiplier
     return h ^ ((h >> 16) & 0xFFFF)
+
+
+def key_of(seed: int) -> int:
+    """The 31 bits of a seed that positions are hashed with."""
+    return (seed ^ (seed >> 31)) & _INT32_MASK
 
 
 def stochastic_round_(target: torch.Tensor, source: torch.Tensor, *, seed: int, offset: int | torch.Tensor = 0) -> None:
@@ -28,6 +35,12 @@ def stochastic_round_(target: torch.Tensor, source: torch.Tensor, *, seed: int, 
         offset: position of the first element within the whole tensor; or of every element, int64 ``(numel,)``, where
             they are not neighbours in it.
     """
+    if has_kernels(source):
+        from .rounding_triton import round_
+
+        place = offset if isinstance(offset, int) else offset.contiguous()
+        round_(target, source.contiguous(), key=key_of(seed), offset=place)
+        return
     if isinstance(offset, int):
         offset = torch.arange(offset, offset + source.numel(), device=source.device)
     position = offset & _INT32_MASK
