@@ -26,13 +26,21 @@ def _launch(kernel: Any, like: Tensor, dim: int, width: int, *tensors: Tensor) -
     numel = like.numel()
     # A dimension of one element may have any stride, 0 too.
     sizes = (max(like.stride(dim), 1), like.shape[dim], width, numel)
+    wide = numel >= 2**31 - _BLOCK
     # Fused multiply and add would round once where PyTorch rounds twice.
-    kernel[(triton.cdiv(numel, _BLOCK),)](*tensors, *sizes, BLOCK=_BLOCK, enable_fp_fusion=False)
+    kernel[(triton.cdiv(numel, _BLOCK),)](*tensors, *sizes, WIDE=wide, BLOCK=_BLOCK, enable_fp_fusion=False)
 
 
 @triton.jit
-def _encode(codes, tensor, noise, scale, low, stride, size, width, numel, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _offsets(WIDE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN202
+    """Of this block's elements; 64 bits, whose divisions are slow, where they are needed."""
+    block = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
+    return block * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _encode(codes, tensor, noise, scale, low, stride, size, width, numel, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    offset = _offsets(WIDE, BLOCK)
     inside = offset < numel
     group = offset // stride % size // width
     x = tl.load(tensor + offset, mask=inside, other=0.0).to(tl.float32)
@@ -42,8 +50,8 @@ def _encode(codes, tensor, noise, scale, low, stride, size, width, numel, BLOCK:
 
 
 @triton.jit
-def _decode(values, codes, step, low, stride, size, width, numel, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _decode(values, codes, step, low, stride, size, width, numel, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    offset = _offsets(WIDE, BLOCK)
     inside = offset < numel
     group = offset // stride % size // width
     level = tl.load(codes + offset, mask=inside, other=0).to(tl.float32)

@@ -13,9 +13,7 @@ from .shape import whole_shape
 from .unit import CompactUnit, Side
 
 
-def read_selected(
-    full: Tensor, index: Tensor, start: int | None, dim: int, dtype: torch.dtype | None = None
-) -> Tensor:
+def read_selected(full: Tensor, index: Tensor, start: int | None, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """A copy of the selected entries of a matrix along ``dim``, cast; a view would keep all of ``full`` alive."""
     dtype = dtype or full.dtype
     if start is not None:

@@ -38,10 +38,7 @@ def _hash(position, key):  # noqa: ANN001, ANN202
 def _round(target, source, positions, first, key, numel, GIVEN: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < numel
-    if GIVEN:
-        position = tl.load(positions + place, mask=inside, other=0)
-    else:
-        position = place + first
+    position = tl.load(positions + place, mask=inside, other=0) if GIVEN else place + first
     noise = _hash((position & 0x7FFFFFFF).to(tl.int32), key.to(tl.int32)) & 0xFFFF
     bits = tl.load(source + place, mask=inside, other=0.0).to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
