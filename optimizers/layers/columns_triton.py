@@ -1,5 +1,7 @@
 """Selected columns of a matrix, cast, on CUDA and in one pass: what :mod:`.selected_weight` states, bit for bit."""
 
+from typing import Any
+
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -14,7 +16,8 @@ def gather_columns(full: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(rows, columns, dtype=dtype, device=full.device)
     if out.numel():
         grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
-        _gather[grid](out, full, index, rows, columns, *full.stride(), ROWS=_ROWS, COLUMNS=_COLUMNS)
+        kernel: Any = _gather
+        kernel[grid](out, full, index, rows, columns, *full.stride(), ROWS=_ROWS, COLUMNS=_COLUMNS)
     return out
 
 

@@ -1,5 +1,7 @@
 """Stochastic rounding to bf16 on CUDA, in one pass over memory: what :mod:`.rounding` states, bit for bit."""
 
+from typing import Any
+
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
@@ -19,7 +21,8 @@ def round_(target: Tensor, source: Tensor, *, key: int, offset: int | Tensor) ->
         return
     first, positions = (0, offset) if isinstance(offset, Tensor) else (offset, source)
     grid = (triton.cdiv(numel, _BLOCK),)
-    _round[grid](target, source, positions, first, key, numel, GIVEN=isinstance(offset, Tensor), BLOCK=_BLOCK)
+    kernel: Any = _round
+    kernel[grid](target, source, positions, first, key, numel, GIVEN=isinstance(offset, Tensor), BLOCK=_BLOCK)
 
 
 @triton.jit
