@@ -87,7 +87,7 @@ class Search:
         self, config: Config, model_config: PretrainedConfig, machine: Machine, traces: Traces | None = None
     ) -> None:
         self._config, self._model_config, self._machine = config, model_config, machine
-        self._traces = traces or Traces()
+        self._traces = traces or Traces(of_many=True)
         data_parallel = backend_of(config.parsed.engine).data_parallel_size(config, machine.world_size)
         self._total = config.batches(data_parallel).total
         self._per_rank = self._total // data_parallel

@@ -23,9 +23,15 @@ _FEW = 2
 
 
 class Traces:
-    """Subjects and passes of transformers' models, each found once."""
+    """Subjects and passes of transformers' models, each found once.
 
-    def __init__(self) -> None:
+    Args:
+        of_many: many sizes of the micro-batch will be asked for; those of more than three sequences follow from two and
+            three then.
+    """
+
+    def __init__(self, *, of_many: bool = False) -> None:
+        self._of_many = of_many
         self._subjects: dict[str, Subject] = {}
         self._passes: dict[str, Passes] = {}
 
@@ -37,12 +43,12 @@ class Traces:
         return self._subjects[key]
 
     def passes(self, config: Config, model_config: PretrainedConfig, micro: int) -> Passes:
-        """A micro-batch's passes; those of more than three sequences follow from two and three.
+        """A micro-batch's passes.
 
         Raises:
             UserError: the model cannot be run without contents, as where routing decides the shapes.
         """
-        if micro <= _FEW + 1:
+        if micro <= _FEW + 1 or not self._of_many:
             return self._traced(config, model_config, micro)
         few, more = (self._traced(config, model_config, number) for number in (_FEW, _FEW + 1))
         if len(few.offloadable) != len(more.offloadable):

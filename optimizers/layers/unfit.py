@@ -2,9 +2,9 @@
 
 import ast
 import inspect
-import textwrap
+import linecache
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 
 from torch import nn
 
@@ -75,12 +75,32 @@ def _in_all_cases(node: ast.AST) -> Iterator[ast.AST]:
 def _methods(cls: type[nn.Module]) -> list[ast.FunctionDef]:
     """Those whose source is at hand and that do not set the weights up."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        defined = _classes(inspect.getsourcefile(cls) or "").get(cls.__qualname__)
     except (OSError, TypeError, SyntaxError):
         return []
-    (defined,) = tree.body
-    assert isinstance(defined, ast.ClassDef)
-    return [node for node in defined.body if isinstance(node, ast.FunctionDef) and not _sets_up(node.name)]
+    body = defined.body if defined is not None else []
+    return [node for node in body if isinstance(node, ast.FunctionDef) and not _sets_up(node.name)]
+
+
+# inspect.getsource parses the file anew for every class.
+@lru_cache(maxsize=8)
+def _classes(path: str) -> dict[str, ast.ClassDef]:
+    """The definitions in a file of Python, by qualified name; of several the first."""
+    found: dict[str, ast.ClassDef] = {}
+
+    def visit(node: ast.AST, within: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inner = within
+            if isinstance(child, ast.ClassDef):
+                found.setdefault(within + child.name, child)
+                inner = f"{within}{child.name}."
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                inner = f"{within}{child.name}.<locals>."
+            if not isinstance(child, ast.expr):
+                visit(child, inner)
+
+    visit(ast.parse("".join(linecache.getlines(path))), "")
+    return found
 
 
 def _sets_up(name: str) -> bool:

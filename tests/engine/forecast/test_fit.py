@@ -46,7 +46,7 @@ def machine(free: float) -> Machine:
 DENSE = {**CONFIG, "optimizer": {"type": "AdamW", "params": {"lr": 0.005}}, "activation_offload": None}
 KINDS = {"dense": DENSE, "grass": CONFIG}
 # Of the model with each optimizer.
-TRACES = {kind: Traces() for kind in KINDS}
+TRACES = {kind: Traces(of_many=True) for kind in KINDS}
 
 
 def everything(kind: str) -> tuple[list[Found], Any]:
