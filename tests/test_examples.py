@@ -66,7 +66,9 @@ def test_a_script_for_deepspeed_changes_its_import_and_nothing_else(tmp_path: Pa
     with_grass = EXAMPLES / "deepspeed_script.json"
     settings = json.loads(with_grass.read_text())
     with_adamw = tmp_path / "adamw.json"
-    with_adamw.write_text(json.dumps({**settings, "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "torch_adam": True}}}))
+    with_adamw.write_text(
+        json.dumps({**settings, "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "torch_adam": True}}})
+    )
     assert losses_of_script(ours, with_adamw, ranks) == losses_of_script(own, with_adamw, ranks)
     first, last = losses_of_script(ours, with_grass, ranks)
     assert float(last) < 0.8 * float(first)
