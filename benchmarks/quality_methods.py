@@ -150,7 +150,9 @@ def _make_lora(
 
 
 def _own(name: str) -> Make:
-    """One of this project's optimizers; an option ``share`` is a rank as a share of the hidden size."""
+    """One of this project's optimizers; an option ``share`` is a rank as a share of the hidden size, ``own_interval``
+    stands in for the task's.
+    """
 
     def make(
         model: nn.Module,
@@ -160,6 +162,7 @@ def _own(name: str) -> Make:
         betas: tuple[float, float],
         interval: int,
         share: float | None = None,
+        own_interval: int | None = None,
         **options: Any,
     ) -> torch.optim.Optimizer:
         import narrowgauge.optimizers as optimizers
@@ -175,7 +178,7 @@ def _own(name: str) -> Make:
             matrix_lr_scale=matrix_lr_scale,
             betas=betas,
             weight_decay=0.0,
-            refresh_interval=interval,
+            refresh_interval=own_interval or interval,
             **options,
         )
 
@@ -209,22 +212,30 @@ def _adamw8bit_state(shapes: Shapes) -> float:
     return sum(2 * (size + _FP32 * -(-size // 256)) if size >= 4096 else _moments(size) for size in sizes)
 
 
-def _grass_state(shapes: Shapes, *, density: float, side: str, **options: Any) -> float:
+def _of_matrices(elements: float, outputs: float, base: str) -> float:
+    """Bytes of the state of compact matrices with these outputs."""
+    if base not in ("Muon", "NorMuon"):
+        return _moments(elements)
+    return _FP32 * (elements + (outputs if base == "NorMuon" else 0))
+
+
+def _grass_state(shapes: Shapes, *, density: float, side: str, base: str = "AdamW", **options: Any) -> float:
     total = _moments(sum(shapes.dense))
     for m, n in shapes.matrices:
         chosen, kept = (n, m) if side == "columns" else (m, n)
         rank = rank_of(chosen, rank=None, density=density)
-        total += _moments(rank * kept) + _INDEX * rank
+        total += _of_matrices(rank * kept, kept if side == "columns" else rank, base) + _INDEX * rank
     return total
 
 
-def _galore_state(shapes: Shapes, *, share: float, scale: float) -> float:
-    rank = round(share * shapes.hidden)
-    projected = sum(_moments(rank * max(shape)) + _FP32 * rank * min(shape) for shape in shapes.matrices)
-    return projected + _moments(sum(shapes.dense))
+def _galore_state(shapes: Shapes, *, share: float, scale: float, base: str = "AdamW", **options: Any) -> float:
+    rank, total = round(share * shapes.hidden), _moments(sum(shapes.dense))
+    for m, n in shapes.matrices:
+        total += _of_matrices(rank * max(m, n), m if m >= n else rank, base) + _FP32 * rank * min(m, n)
+    return total
 
 
-def _galore_traffic(shapes: Shapes, *, share: float, scale: float) -> float:
+def _galore_traffic(shapes: Shapes, *, share: float, scale: float, **options: Any) -> float:
     """A sketch of the gradient from which all process ranks find the same projector: ``m (r + p)`` numbers, p = 16."""
     return sum(_FP32 * (round(share * shapes.hidden) + 16) * min(shape) for shape in shapes.matrices)
 
@@ -250,8 +261,8 @@ def _grass(side: str, density: float, **options: Any) -> Method:
     )
 
 
-def _galore(share: float) -> Method:
-    options = {"share": share, "scale": 0.25}
+def _galore(share: float, **more: Any) -> Method:
+    options = {"share": share, "scale": 0.25, **more}
     return Method(make=_own("GaLore"), state=_galore_state, traffic=_galore_traffic, options=options, start=16.0)
 
 
@@ -268,6 +279,13 @@ METHODS: dict[str, Method] = {
     "grass-columns-1/8": _grass("columns", 1 / 8),
     "grass-columns-1/4": _grass("columns", 1 / 4),
     "grass-columns-1/16": _grass("columns", 1 / 16),
+    "grass-columns-1/8-muon": _grass("columns", 1 / 8, base="Muon"),
+    "grass-columns-1/8-muon-carry": _grass("columns", 1 / 8, base="Muon", moments="carry"),
+    "grass-columns-1/8-muon-100": _grass("columns", 1 / 8, base="Muon", own_interval=100),
+    "grass-columns-1/8-muon-200": _grass("columns", 1 / 8, base="Muon", own_interval=200),
+    "grass-columns-1/8-normuon": _grass("columns", 1 / 8, base="NorMuon"),
+    "grass-columns-1/8-100": _grass("columns", 1 / 8, own_interval=100),
+    "grass-columns-1/8-200": _grass("columns", 1 / 8, own_interval=200),
     "grass-columns-1/8-siblings": _grass("columns", 1 / 8, shared_inputs="siblings"),
     "grass-rows-1/8": _grass("rows", 1 / 8),
     "adamw8bit": Method(make=_make_adamw8bit, state=_adamw8bit_state),
@@ -275,6 +293,9 @@ METHODS: dict[str, Method] = {
     "galore-torch-1/8": _galore_torch(1 / 8),
     "galore-torch-1/4": _galore_torch(1 / 4),
     "galore-1/8": _galore(1 / 8),
+    "galore-1/8-muon": _galore(1 / 8, base="Muon"),
+    "galore-1/8-muon-10": _galore(1 / 8, base="Muon", own_interval=10),
+    "galore-1/8-normuon": _galore(1 / 8, base="NorMuon"),
     "galore-1/4": _galore(1 / 4),
     "frugal-1/4": Method(make=_own("Frugal"), state=_frugal_state, options={"density": 1 / 4}),
     "frugal-0": Method(make=_own("Frugal"), state=_frugal_state, options={"density": 0.0}),

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from narrowgauge.optimizers import EngineOptimizer, ShardedOptimizer
+from narrowgauge.optimizers import CompactOptimizer, EngineOptimizer, ShardedOptimizer
+from narrowgauge.optimizers.compact.muon import Muon
 from narrowgauge.optimizers.compact.options import CompactOptions
 from narrowgauge.optimizers.options import Options
 
@@ -70,6 +71,12 @@ class Subject:
         """Bytes of indices and bases, whole on each process rank."""
         return self.optimizer.subspace_bytes() if self.optimizer is not None else 0
 
+    @property
+    def muon(self) -> Muon | None:
+        """Where it is what steps the matrices."""
+        base = self.optimizer.base if isinstance(self.optimizer, CompactOptimizer) else None
+        return base if isinstance(base, Muon) else None
+
     def moments(self, stepped: int) -> int:
         """Bytes of the optimizer's moments, over all process ranks that share them.
 
@@ -78,6 +85,9 @@ class Subject:
         """
         if isinstance(self.optimizer, ShardedOptimizer):
             return sharded_moments(self.optimizer)
+        if self.muon is not None:
+            dense = (g["params"] for g in self.muon.param_groups if g["kind"] == "dense")
+            return 2 * stepped * sum(p.numel() for group in dense for p in group) + self.muon.bytes_of_state(stepped)
         base = getattr(self.optimizer.options, "base", "AdamW") if self.optimizer is not None else "AdamW"
         elements = [numel for group in self.groups for numel in group]
         if base == "AdamW8bit":

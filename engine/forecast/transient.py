@@ -17,6 +17,10 @@ def step_transient(config: Config, subject: Subject, numel: int, *, on_gpu: bool
         if config.parsed.engine == "deepspeed" and not block.params.get("torch_adam"):
             return 0
         return _adam(numel, on_gpu=on_gpu)
+    if subject.muon is not None:
+        # What is orthogonalized, and the matrices of its iteration.
+        largest = max(spec.size for spec in subject.muon.matrices.values())
+        return max(_adam(numel, on_gpu=on_gpu), FP32 * (numel + 4 * largest))
     if isinstance(optimizer, CompactOptimizer):
         return 0 if getattr(optimizer.options, "base", "AdamW") == "AdamW8bit" else _adam(numel, on_gpu=on_gpu)
     if isinstance(optimizer, Frugal):

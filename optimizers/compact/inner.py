@@ -1,17 +1,33 @@
-"""The optimizers that update compact parameters: torch's, and bitsandbytes' with 8-bit moments."""
+"""The optimizers that update compact parameters: torch's, bitsandbytes' with 8-bit moments, and Muon."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..sharding.shards import ShardMap
+from .matrices import Matrices
+from .muon import NEURONS, Muon
 from .options import CompactOptions
 
 
-def make_base(groups: Sequence[dict[str, Any]], options: CompactOptions) -> torch.optim.Optimizer:
+def make_base(
+    groups: Sequence[dict[str, Any]],
+    options: CompactOptions,
+    *,
+    matrices: Mapping[str, Matrices],
+    shards: Callable[[], ShardMap],
+) -> torch.optim.Optimizer:
     """The optimizer ``options.base`` on parameter groups.
+
+    Args:
+        matrices: in the parameters of the groups that are not ``dense``, by name.
+        shards: how parameters are cut, once they are.
+
+    Raises:
+        ValueError: a group has options that its optimizer does not have.
 
     ``Adafactor`` is torch's (Shazeer and Stern, 2018, arXiv 1804.04235), which keeps no first moment and has other
     epsilons: ``betas`` and ``eps`` are not used by it.
@@ -22,14 +38,43 @@ def make_base(groups: Sequence[dict[str, Any]], options: CompactOptions) -> torc
     adam: dict[str, Any] = {"lr": lr, "betas": options.betas, "eps": options.eps, "weight_decay": weight_decay}
     if options.base == "AdamW8bit":
         return _bitsandbytes().optim.AdamW8bit(groups, **adam)
+    if options.base in ("Muon", "NorMuon"):
+        return _muon(groups, options, adam, matrices, shards)
     return torch.optim.AdamW(groups, **adam, foreach=options.foreach, fused=options.fused)
+
+
+def _muon(
+    groups: Sequence[dict[str, Any]],
+    options: CompactOptions,
+    adam: dict[str, Any],
+    matrices: Mapping[str, Matrices],
+    shards: Callable[[], ShardMap],
+) -> Muon:
+    for group in groups:
+        if group["kind"] != "dense" and (unused := sorted({"betas", "eps"} & group.keys())):
+            raise ValueError(
+                f"param_groups: expected no {unused} for the matrices with base {options.base}, which has momentum"
+            )
+    neuron_beta = 0.95 if options.neuron_beta is None else options.neuron_beta
+    return Muon(
+        groups,
+        adam={**adam, "foreach": options.foreach},
+        matrices=matrices,
+        shards=shards,
+        momentum=0.95 if options.momentum is None else options.momentum,
+        nesterov=options.nesterov is not False,
+        adjust_lr_fn=options.adjust_lr_fn or "match_rms_adamw",
+        neuron_beta=neuron_beta if options.base == "NorMuon" else None,
+        dtype=torch.bfloat16 if options.orthogonalized_in == "bfloat16" else None,
+    )
 
 
 def forget_moments_(base: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Moments and step count of one tensor as they are before its first step."""
-    if isinstance(base, torch.optim.AdamW):
+    if isinstance(base, torch.optim.AdamW | Muon):
         for value in state.values():
-            value.zero_()
+            for tensor in value.values() if isinstance(value, dict) else (value,):
+                tensor.zero_()
     else:
         # Made anew by the next step.
         state.clear()
@@ -41,9 +86,11 @@ def has_dense_state(base: torch.optim.Optimizer) -> bool:
 
 
 def dense_state(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of one tensor with 8-bit moments in fp32 and without what belongs to their form; others as they are."""
+    """The state of one tensor with 8-bit moments in fp32 and without what belongs to their form; of others what is a
+    number or shaped like the tensor.
+    """
     if "qmap1" not in state:
-        return state
+        return {key: value for key, value in state.items() if key != NEURONS}
     return {"step": state["step"], **{key: _dequantized(state, key) for key in _MOMENTS}}
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -15,9 +15,12 @@ from ..layers.targets import CompactLayer, shortened
 from ..layers.watch import watch_layers
 from ..layers.wrappers import refuse_wrapped
 from ..param_groups import build_groups
+from ..sharding.shards import LocalShards, StatePiece
 from .backend import LocalBackend, SubspaceBackend
 from .inner import dense_state, forget_moments_, has_dense_state, make_base, quantize_state_
+from .muon import Muon
 from .options import CompactOptions
+from .trained import trained_matrices
 
 OptionsT = TypeVar("OptionsT", bound=CompactOptions)
 
@@ -80,7 +83,13 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         try:
             self._fill_compact()
             groups = build_groups(model, self.layers, converted.full_rank, options, dense_rate=converted.dense_rate)
-            self.base = make_base(groups, options)
+            local = LocalShards(model)
+            self.base = make_base(
+                groups,
+                options,
+                matrices=trained_matrices(model, self.layers, converted.full_rank),
+                shards=lambda: self.backend.shards() or local,
+            )
             self._check_coverage(model, options, [layer.name for layer in self.layers] + converted.full_rank)
             super().__init__(options, self.base.param_groups, self.base.defaults)
         except Exception:
@@ -176,6 +185,9 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         """Hand fold and refresh to an engine that will call :meth:`after_step` itself, once per optimizer step."""
         self._leave_to_engine()
         self.backend = backend
+        if isinstance(self.base, Muon):
+            groups = [group for group in self.param_groups if group["kind"] != "dense"]
+            self.base.place([flat for group in groups for flat in backend.state_tensors(group)])
         for layer in self.layers:
             if layer.module.watch is not None:
                 layer.module.watch.honours_weight = False
@@ -298,6 +310,9 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
             if group["kind"] == "compact":
                 for tensor in self.backend.state_tensors(group):
                     forget_moments_(self.base, self.state.get(tensor, {}))
+
+    def state_pieces(self, flat: Tensor) -> Iterable[StatePiece]:
+        return self.base.neuron_pieces(flat) if isinstance(self.base, Muon) else ()
 
     def dense_state(self, flat: Tensor) -> dict[str, Any]:
         """As in every optimizer; 8-bit moments in fp32."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compact.backend import SubspaceBackend
+from ..compact.muon import MOMENTUM, Muon
 from ..compact.optimizer import CompactOptimizer, Converted
 from ..engine_optimizer import keywords_of
 from ..layers.experts import StackedMatrices
@@ -20,7 +21,7 @@ from ..numerics.selection import SELECTION_RULES, select_index
 from ..sharding.shards import LocalShards
 from .interval import AdaptiveInterval
 from .layers import SelectedTarget, convert_selected, ranks_of
-from .moments import carry_moments
+from .moments import ADAM, carry_moments
 from .norms import NormStatistics
 from .options import GrassOptions
 from .sharing import find_groups
@@ -182,6 +183,7 @@ class Grass(CompactOptimizer[GrassOptions]):
         carry_moments(
             self.layers,
             old,
+            moments=(MOMENTUM,) if isinstance(self.base, Muon) else ADAM,
             flats=[flat for group in compact for flat in self.backend.state_tensors(group)],
             state=self.state,
             shards=self.backend.shards() or self._local_shards,

@@ -1,32 +1,37 @@
 """Moments of a compact parameter across a change of its selection."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compact.muon import MOMENTUM
 from ..layers.targets import CompactLayer
 from ..sharding.shards import Shard, ShardMap
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM = ("exp_avg", "exp_avg_sq")
+# Whether new entries get the mean of the kept ones, or zero.
+_MOMENTS = {"exp_avg": False, "exp_avg_sq": True, MOMENTUM: False}
 
 
 def carry_moments(
     layers: Sequence[CompactLayer],
     old: Sequence[Tensor],
     *,
+    moments: Collection[str],
     flats: Iterable[Tensor],
     state: dict[Tensor, dict[str, Any]],
     shards: ShardMap,
 ) -> None:
-    """Give Adam's moments the places that their columns or rows have in the new selection. Collective.
+    """Give moments the places that their columns or rows have in the new selection. Collective.
 
     Entries that were selected before keep ``m`` and ``v``. New ones get ``m = 0`` and for ``v`` the mean of the layer's
     kept ones, or of all old ones where none was kept. Each layer is put together on every rank in turn.
 
     Args:
         old: the index that each layer had, int64 ``(r,)``; it has the new one.
+        moments: the keys of what is carried, of Adam or Muon.
         flats: the keys in ``state`` of the parameter groups that hold the layers.
     """
     by_name: dict[str, list[tuple[Shard, dict[str, Tensor]]]] = {}
@@ -36,12 +41,12 @@ def carry_moments(
     for layer, old_index in zip(layers, old, strict=True):
         own = by_name.get(layer.compact_name, [])
         module, source = layer.module, _source(layer, old_index.to(layer.module.selected().device))
-        for key in _MOMENTS:
+        for key in moments:
             whole = _whole(layer, [(shard, m[key]) for shard, m in own], shards)
             stacked = whole.view(module.num_matrices, -1, whole.shape[1])
-            new = _rearranged(stacked, source, dim=1 + module.dim, fill=key == "exp_avg_sq").reshape(-1)
-            for shard, moments in own:
-                shard.of(moments[key]).copy_(new[_places(shard)])
+            new = _rearranged(stacked, source, dim=1 + module.dim, fill=_MOMENTS[key]).reshape(-1)
+            for shard, values in own:
+                shard.of(values[key]).copy_(new[_places(shard)])
 
 
 def _source(layer: CompactLayer, old: Tensor) -> Tensor:

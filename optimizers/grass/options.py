@@ -87,7 +87,7 @@ class GrassOptions(CompactOptions):
         Moments,
         "at a refresh, ``reset`` as the paper, or ``carry``: entries that stay keep m and v, new ones get m = 0 and the"
         " mean v of the layer's kept ones, and the step count goes on. Not with ``multinomial_replacement``,"
-        " ``AdamW8bit`` and ``Adafactor``",
+        " ``AdamW8bit`` and ``Adafactor``, with ``NorMuon`` for columns only",
     ] = "reset"
     decay: Annotated[
         Decay | None,
@@ -118,7 +118,11 @@ class GrassOptions(CompactOptions):
             yield from self._conflicts_of_strata()
         if isinstance(self.shared_inputs, list) and self.side == "rows":
             yield f"shared_inputs: expected side 'columns' with {self.shared_inputs!r}, got side {self.side!r}"
-        if self.moments == "carry" and self.base != "AdamW":
+        if self.base in ("Muon", "NorMuon") and self.vocabulary == "rows":
+            yield f"vocabulary: expected 'dense' with base {self.base}, which is for matrices, got 'rows'"
+        if self.moments == "carry" and self.base == "NorMuon" and self.side == "rows":
+            yield "moments: expected 'reset' with base 'NorMuon' and side 'rows', whose outputs change, got 'carry'"
+        if self.moments == "carry" and self.base in ("AdamW8bit", "Adafactor"):
             yield f"moments: expected 'reset' with base {self.base!r}, got 'carry'"
 
     def _conflicts_of_strata(self) -> Iterator[str]:
@@ -156,5 +160,5 @@ class GrassOptions(CompactOptions):
             yield f"shared_inputs: expected None or 'siblings' with {selection}, got {self.shared_inputs!r}"
         if self.vocabulary == "rows":
             yield f"vocabulary: expected 'dense' with {selection}, got 'rows'"
-        if self.base == "Adafactor":
-            yield f"base: expected 'AdamW' or 'AdamW8bit' with {selection}, got 'Adafactor'"
+        if self.base not in ("AdamW", "AdamW8bit"):
+            yield f"base: expected 'AdamW' or 'AdamW8bit' with {selection}, got {self.base!r}"

@@ -130,7 +130,7 @@ class CompactLinear(CompactWeight, nn.Linear):
     """
 
     plain: ClassVar[type[nn.Module]] = nn.Linear
-    transposed: ClassVar[bool] = False
+    transposed: bool = False
     quantizer: Quantizer | None = None
     sampled: SampledInputs | None = None
 

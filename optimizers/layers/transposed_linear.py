@@ -4,8 +4,6 @@ Everything about the weight, its sides and bases included, is of the weight as i
 ``convert`` say is of ``W^T``, as for an ``nn.Linear``.
 """
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from .projected_linear import ProjectedLinear
@@ -18,7 +16,7 @@ from .unit import Side
 class TransposedSelectedLinear(SelectedLinear):
     """Trains a selection of inputs (``columns``, which are rows here) or outputs."""
 
-    transposed: ClassVar[bool] = True
+    transposed: bool = True
 
     @classmethod
     def convert(
@@ -31,7 +29,7 @@ class TransposedSelectedLinear(SelectedLinear):
 class TransposedProjectedLinear(ProjectedLinear):
     """Trains a change within a subspace."""
 
-    transposed: ClassVar[bool] = True
+    transposed: bool = True
 
     @classmethod
     def convert(

@@ -34,6 +34,7 @@ class CompactUnit:
         is_named_by_weight: there are several in one module; a unit's name is that of its weight.
         weight_dim: number of dimensions of the weight.
         num_matrices: stacked in the weight.
+        transposed: it is inputs times outputs.
         side: whether the subspace is one of the weight's columns or of its rows; of the rows where it is one of both.
         folds_at_use: ``compact`` is written over ``weight`` at each use, in forward and again in backward. An engine
             sets it whose ``weight`` is a temporary, put together from the parts of all process ranks for each use;
@@ -51,6 +52,7 @@ class CompactUnit:
     is_named_by_weight: ClassVar[bool] = False
     weight_dim: ClassVar[int] = 2
     num_matrices: int = 1
+    transposed: bool = False
     weight: Tensor
     compact: nn.Parameter
     side: Side

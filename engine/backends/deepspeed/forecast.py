@@ -167,6 +167,7 @@ def sent(config: Config, subject: Subject, *, world_size: int, on_gpu: bool, ste
     reduced_as = element if told is None else (FP32 if told == "fp32" else 2)
     extra = extra_reduced(subject, steps=steps, sharded=stage > 0, world_size=world_size)
     optimizer, refreshes = subject.optimizer, 0.0
+    exchanged = _exchanged(subject, stage, world_size)
     if isinstance(optimizer, CompactOptimizer):
         refreshes = num_refreshes(optimizer, steps, first=False) / steps
     if stage < 3:
@@ -175,7 +176,7 @@ def sent(config: Config, subject: Subject, *, world_size: int, on_gpu: bool, ste
         if stage and element < FP32 and optimizer is not None and optimizer.type_name == "Grass":
             # Rounded masters at a change of subspace.
             gathered += refreshes * subject.compact
-        return Sent(reduced=2 * times * share * reduced_as * subject.trained + extra, gathered=share * gathered)
+        return Sent(reduced=2 * times * share * reduced_as * subject.trained + extra, gathered=share * gathered + exchanged)
     rings, threshold = 1 if on_gpu else 2, zero.param_persistence_threshold
     persistent = sum(numel for numel in subject.numels if numel <= threshold)
     # Once a step, and once more in the two steps that DeepSpeed takes to learn the order; the others in forward and in
@@ -187,4 +188,26 @@ def sent(config: Config, subject: Subject, *, world_size: int, on_gpu: bool, ste
         gathered += refreshes * (subject.counts["compact"] + sum(numel for numel in pairs if numel <= threshold))
         extra += 2 * share * refreshes * subject.compact
     gathered *= share * element
-    return Sent(reduced=reduced + extra, gathered=gathered)
+    return Sent(reduced=reduced + extra, gathered=gathered + exchanged)
+
+
+def _exchanged(subject: Subject, stage: int, world_size: int) -> float:
+    """Bytes per step that a rank sends of matrices that Muon puts together, the mean over the ranks."""
+    if subject.muon is None or stage == 0:
+        return 0.0
+    names, moved = {id(p): name for name, p in subject.model.named_parameters()}, 0
+    for group in (group["params"] for group in subject.muon.param_groups if group["kind"] != "dense"):
+        position, shard = 0, _padded(sum(p.numel() for p in group), world_size) // world_size
+        for parameter in group:
+            spec = subject.muon.matrices[names[id(parameter)]]
+            # At stage 3 every parameter is cut by itself.
+            start, width = (0, -(-parameter.numel() // world_size)) if stage == 3 else (position, shard)
+            for first in range(start, start + spec.count * spec.size, spec.size):
+                last = first + spec.size
+                most = max(
+                    min(last, (n + 1) * width) - max(first, n * width) for n in range(first // width, -(-last // width))
+                )
+                # To the rank with the most of it, and back.
+                moved += 2 * (spec.size - most)
+            position += parameter.numel()
+    return FP32 * moved / world_size

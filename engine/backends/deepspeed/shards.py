@@ -94,6 +94,20 @@ class EngineShards:
     def members_of(self, flat: Tensor) -> Mapping[str, tuple[int, ...]]:
         return self._members[id(flat)]
 
+    @property
+    def rank(self) -> int:
+        return comm.get_rank()
+
+    @property
+    def size(self) -> int:
+        return comm.get_world_size()
+
+    def exchange(self, tensor: Tensor, *, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """See :class:`~narrowgauge.optimizers.compact.matrices.CutShards`; what comes is on the engine's device."""
+        came = torch.empty(sum(received), dtype=tensor.dtype, device=self._device)
+        comm.all_to_all_single(came, tensor.to(self._device), list(received), list(sent))
+        return came
+
     def sum_(self, tensor: Tensor) -> Tensor:
         on_device = tensor.to(self._device)
         comm.all_reduce(on_device)

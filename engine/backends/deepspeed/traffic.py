@@ -44,7 +44,9 @@ class TrafficCounter:
             group = kwargs.get("group") or next((a for a in args if _is_group(a)), None)
             size = backend.get_world_size(group)
             rings = reduce_scatter_factor() if name.startswith("reduce_scatter") else factor
-            sent = rings * (size - 1) / size * _num_bytes(payload)
+            # Of an exchange all is sent to others.
+            share = 1.0 if name == _EXCHANGE else (size - 1) / size
+            sent = rings * share * _num_bytes(payload)
             if reduces:
                 self.reduced += sent
             else:
@@ -56,6 +58,7 @@ class TrafficCounter:
         self._wrapped.append(name)
 
 
+_EXCHANGE = "all_to_all_single"
 # method of DeepSpeed's backend: position and name of the argument that holds the whole payload, and the ring's factor
 _COLLECTIVES: dict[str, tuple[int, str, float]] = {
     "all_reduce": (0, "tensor", 2.0),
@@ -66,6 +69,7 @@ _COLLECTIVES: dict[str, tuple[int, str, float]] = {
     "all_gather_into_tensor": (0, "output_tensor", 1.0),
     "all_gather": (0, "tensor_list", 1.0),
     "all_gather_coalesced": (0, "output_tensors", 1.0),
+    _EXCHANGE: (1, "input", 1.0),
 }
 
 

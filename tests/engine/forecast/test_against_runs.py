@@ -40,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "grass-1-bf16": {**zero(1), **GRASS, "bf16": {"enabled": True}},
     "grass-1-recomputed": {**zero(1), **GRASS, **RECOMPUTED},
     "galore-1": {**zero(1), **optimizer("GaLore", matrix_lr_scale=0.2, density=0.125, refresh_interval=3)},
+    "muon-1": {**zero(1), **optimizer("Grass", base="Muon", density=0.25, refresh_interval=3)},
+    "normuon-3": {**zero(3), **optimizer("Grass", base="NorMuon", density=0.25, refresh_interval=3)},
     "frugal-2": {**zero(2), **optimizer("Frugal", density=0.25, refresh_interval=3)},
     "dense-1-sampled": {**zero(1), **optimizer("AdamW"), "sampled_backward": {"method": "wta_crs", "keep": 0.3}},
     "grass-1-saved": {**zero(1), **GRASS, "activation_offload": OFFLOAD},

@@ -90,6 +90,15 @@ class ReferenceGrass:
         else:
             full[..., self.index[name], :] = values
 
+    def direction(self, name: str, g: Tensor) -> Tensor:
+        beta1, beta2 = self.betas
+        self.count[name] += 1
+        self.m[name] = beta1 * self.m[name] + (1 - beta1) * g
+        self.v[name] = beta2 * self.v[name] + (1 - beta2) * g * g
+        m_hat = self.m[name] / (1 - beta1 ** self.count[name])
+        v_hat = self.v[name] / (1 - beta2 ** self.count[name])
+        return m_hat / (v_hat.sqrt() + self.eps)
+
     @torch.no_grad()
     def step(self, clip: float | None = None) -> float:
         grads = {n: self.take(n, p.grad) for n, p in self.params.items() if p.grad is not None}
@@ -97,17 +106,11 @@ class ReferenceGrass:
         if clip is not None:
             factor = min(1.0, float(clip / (norm + 1e-6)))
             grads = {n: g * factor for n, g in grads.items()}
-        beta1, beta2 = self.betas
         for name, g in grads.items():
             option = self.options_of(name)
             lr = option.get("lr", self.lr) * (self.scale if name in self.matrices else 1.0)
             decay = option.get("weight_decay", self.weight_decay)
-            self.count[name] += 1
-            self.m[name] = beta1 * self.m[name] + (1 - beta1) * g
-            self.v[name] = beta2 * self.v[name] + (1 - beta2) * g * g
-            m_hat = self.m[name] / (1 - beta1 ** self.count[name])
-            v_hat = self.v[name] / (1 - beta2 ** self.count[name])
-            values = self.take(name, self.params[name]) * (1 - lr * decay) - lr * m_hat / (v_hat.sqrt() + self.eps)
+            values = self.take(name, self.params[name]) * (1 - lr * decay) - lr * self.direction(name, g)
             self.put(name, self.params[name], values)
             if name in self.matrices and self.decay == "all":
                 self.pending[name] *= 1 - lr * decay
