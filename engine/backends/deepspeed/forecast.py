@@ -176,7 +176,9 @@ def sent(config: Config, subject: Subject, *, world_size: int, on_gpu: bool, ste
         if stage and element < FP32 and optimizer is not None and optimizer.type_name == "Grass":
             # Rounded masters at a change of subspace.
             gathered += refreshes * subject.compact
-        return Sent(reduced=2 * times * share * reduced_as * subject.trained + extra, gathered=share * gathered + exchanged)
+        return Sent(
+            reduced=2 * times * share * reduced_as * subject.trained + extra, gathered=share * gathered + exchanged
+        )
     rings, threshold = 1 if on_gpu else 2, zero.param_persistence_threshold
     persistent = sum(numel for numel in subject.numels if numel <= threshold)
     # Once a step, and once more in the two steps that DeepSpeed takes to learn the order; the others in forward and in
