@@ -23,7 +23,8 @@ def trained_matrices(
     experts = find_experts(model) if full_rank else {}
     for name in full_rank:
         if (stack := experts.get(name)) is not None:
-            found[name] = Matrices(*whole_shape(stack.weight), stack.transposed)
+            count, rows, columns = whole_shape(stack.weight)
+            found[name] = Matrices(count, rows, columns, stack.transposed)
             continue
         linear = model.get_submodule(name)
         rows, columns = whole_shape(linear.get_parameter("weight"))
