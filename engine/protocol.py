@@ -85,10 +85,16 @@ class HeldByRank:
 
 
 class Traffic(Protocol):
-    """Bytes this process rank has sent since :meth:`attach`, for reductions and for gathers."""
+    """Bytes this process rank has sent since :meth:`attach`, for reductions and for gathers.
+
+    Attributes:
+        activations: in one step, to ranks that share layers or have those before and after; None where there are none,
+            or it is not known.
+    """
 
     reduced: float
     gathered: float
+    activations: float | None
 
     def attach(self) -> None: ...
 

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from ..report.collectives import bytes_sent
+
 # Layers that are run where all are alike: a first, a middle and a last one.
 NUM_TRACED = 3
 _KINDS = {
@@ -30,6 +32,8 @@ _KINDS = {
     "head and loss": ("lm_head", "output_layer"),
 }
 OTHER = "between them"
+# Of a stretch, what is no whole number of bytes or elements.
+_WORK = ("flops", "moved", "sent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class Stretch:
         offloadable: bytes of the storages that activation offload may take, in order.
         flops: of matrix products, in forward and backward.
         moved: bytes that the other operations read and write.
+        sent: bytes that its collectives send to the ranks that share it.
     """
 
     saved: int = 0
@@ -57,16 +62,17 @@ class Stretch:
     offloadable: Sequence[int] = ()
     flops: float = 0.0
     moved: float = 0.0
+    sent: float = 0.0
 
     def towards(self, other: "Stretch", times: float) -> "Stretch":
         """This one and ``times`` the difference to another: what it is with more sequences."""
         assert len(self.offloadable) == len(other.offloadable)
         found: dict[str, Any] = {
             key: getattr(self, key) + times * (getattr(other, key) - getattr(self, key))
-            for key in ("saved", "forward", "backward", "gradients", "observed", "flops", "moved")
+            for key in ("saved", "forward", "backward", "gradients", "observed", *_WORK)
         }
         # What a stretch takes beyond what is kept may be nothing, and not less.
-        whole = {key: value if key in ("flops", "moved") else max(0, round(value)) for key, value in found.items()}
+        whole = {key: value if key in _WORK else max(0, round(value)) for key, value in found.items()}
         sizes = zip(self.offloadable, other.offloadable, strict=True)
         return Stretch(
             **whole,
@@ -121,6 +127,10 @@ class Passes:
     def moved(self) -> float:
         return sum(stretch.moved for stretch in self.stretches)
 
+    @property
+    def sent(self) -> float:
+        return sum(stretch.sent for stretch in self.stretches)
+
     def towards(self, other: "Passes", times: float) -> "Passes":
         """See :meth:`Stretch.towards`."""
         layers = [own.towards(more, times) for own, more in zip(self.layers, other.layers, strict=True)]
@@ -141,6 +151,7 @@ def trace(
     num_layers: int,
     min_offloaded: int | None,
     only_layer_inputs: bool,
+    scatter_factor: float = 1.0,
 ) -> Passes:
     """Take a model through forward and backward, inside :func:`without_contents`.
 
@@ -152,8 +163,9 @@ def trace(
         num_layers: of the whole model.
         min_offloaded: bytes of the smallest storage that is offloaded; None where nothing is.
         only_layer_inputs: of these, what goes into layers.
+        scatter_factor: of :func:`narrowgauge.engine.report.dense_traffic.reduce_scatter_factor`.
     """
-    watch = _Watch(model, list(layers or ()), present, units, min_offloaded, only_layer_inputs)
+    watch = _Watch(model, list(layers or ()), present, units, min_offloaded, only_layer_inputs, scatter_factor)
     with watch.watching():
         output = run()
         watch.end_of_forward(output)
@@ -260,13 +272,14 @@ class _Watch:
         units: Sequence[Any],
         min_offloaded: int | None,
         only_layer_inputs: bool,
+        scatter_factor: float,
     ) -> None:
         self._model, self._layers = model, layers
         self._min_offloaded, self._only_inputs = min_offloaded, only_layer_inputs
         parameters = list(model.parameters())
         self._probes = [unit.probe for unit in units if unit.probe is not None]
         known = [*parameters, *model.buffers(), *self._probes, *present]
-        self._operations = _Operations(known)
+        self._operations = _Operations(known, scatter_factor)
         self._trained = [p for p in parameters if p.requires_grad]
         self._known = {id(tensor.untyped_storage()) for tensor in known}
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -365,7 +378,8 @@ class _Watch:
     def _take_work(self, draft: "_Draft") -> None:
         draft.flops += self._operations.flops
         draft.moved += self._operations.moved
-        self._operations.flops = self._operations.moved = 0.0
+        draft.sent += self._operations.sent
+        self._operations.flops = self._operations.moved = self._operations.sent = 0.0
 
     def _made(self, parameter: Tensor) -> None:
         if not self._has_gradient:
@@ -413,6 +427,7 @@ class _Watch:
                     offloadable=tuple(draft.offloadable),
                     flops=draft.flops,
                     moved=draft.moved,
+                    sent=draft.sent,
                 )
             )
         return Passes(before=found[0], layers=found[1:-1], after=found[-1])
@@ -429,6 +444,7 @@ class _Draft:
     offloadable: list[int] = field(default_factory=list)
     flops: float = 0.0
     moved: float = 0.0
+    sent: float = 0.0
 
 
 def _kind_of(name: str) -> str | None:
@@ -441,13 +457,14 @@ class _Operations(TorchDispatchMode):
 
     Attributes:
         now: bytes.
-        flops, moved: since someone last set them to zero.
+        flops, moved, sent: since someone last set them to zero.
     """
 
-    def __init__(self, known: Sequence[Tensor]) -> None:
+    def __init__(self, known: Sequence[Tensor], scatter_factor: float) -> None:
         super().__init__()
         self.now = self._peak = 0
-        self.flops = self.moved = 0.0
+        self.flops = self.moved = self.sent = 0.0
+        self._factor = scatter_factor
         self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
         # Storages are told apart as long as their tensors are there.
         self._present = list(known)
@@ -459,6 +476,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.sent += bytes_sent(func, args, scatter_factor=self._factor)[0]
         try:
             result = func(*args, **kwargs)
         except DataDependentOutputException:

@@ -56,9 +56,16 @@ def _told(forecast: dict[str, Any]) -> str:
     """What was told ahead, and how far it was from what was measured."""
     if "unavailable" in forecast:
         return f"not told ahead: {forecast['unavailable']}"
-    names = {"peak_memory": "memory in tensors", "reduced_per_step": "reduced", "gathered_per_step": "gathered"}
+    names = {
+        "peak_memory": "memory in tensors",
+        "reduced_per_step": "reduced",
+        "gathered_per_step": "gathered",
+        "activations_per_step": "activations",
+    }
     parts = []
     for key, name in names.items():
+        if key not in forecast:
+            continue
         predicted, measured = forecast[key]["predicted"], forecast[key]["measured"]
         if predicted and measured:
             parts.append(f"{name} {_mib(predicted)} ({predicted / measured - 1:+.1%})")

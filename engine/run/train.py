@@ -477,7 +477,12 @@ class _Run:
             "seconds": {"step_median": median.pop("step"), **median, **offloaded.pop("seconds")},
             **offloaded,
             "forecast": self.foretold.beside(
-                {"peak_memory": tensors or None, "reduced_per_step": reduced, "gathered_per_step": gathered}
+                {
+                    "peak_memory": tensors or None,
+                    "reduced_per_step": reduced,
+                    "gathered_per_step": gathered,
+                    "activations_per_step": engine.traffic.activations,
+                }
             ),
             "sample": None,
         }

@@ -111,7 +111,7 @@ def check_fused() -> list[Finding]:
     if not_usable_because() is not None:
         return []
     kernels = fused_by()
-    text = f"norms and clipping of gradients by {kernels}" if kernels is not None else "PyTorch's kernels alone"
+    text = f"norms of gradients, and AdamW on GPUs, by {kernels}" if kernels is not None else "PyTorch's kernels alone"
     return [Finding("ok", "megatron", text)]
 
 

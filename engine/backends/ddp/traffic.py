@@ -18,10 +18,12 @@ class DdpTraffic:
     Attributes:
         reduced: bytes this rank sent in reductions.
         gathered: 0; nothing is gathered.
+        activations: None: ranks share no layer.
     """
 
     def __init__(self) -> None:
         self.reduced = self.gathered = 0.0
+        self.activations: float | None = None
         self._attached = False
 
     def attach(self) -> None:

@@ -17,10 +17,12 @@ class TrafficCounter:
     Attributes:
         reduced: bytes this rank sent in reductions.
         gathered: bytes this rank sent in gathers.
+        activations: None: they are not counted.
     """
 
     def __init__(self) -> None:
         self.reduced = self.gathered = 0.0
+        self.activations: float | None = None
         self._wrapped: list[str] = []
 
     def attach(self) -> None:

@@ -16,6 +16,7 @@ from ...protocol import Schedule
 from ...ranks.environment import process_rank
 from .compact.engine_part import CompactPart
 from .draw import shapes_of
+from .fused_adam import fused_adamw, stepped_by
 from .keys import megatron_block
 from .masters import Masters
 from .model import StagedModel
@@ -91,6 +92,17 @@ def _make_optimizer(config: Config, model: StagedModel) -> torch.optim.Optimizer
     arguments = config.engine_settings()["optimizer"].get("params", {})
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        return torch.optim.AdamW(trainable, **adam_arguments(arguments))
+        # Its own arguments are checked by torch's.
+        adamw = torch.optim.AdamW(trainable, **adam_arguments(arguments))
     except (ValueError, TypeError) as error:
         raise config.error(within("optimizer.params", str(error))) from error
+    by = None if config.zero_stage else stepped_by(arguments, on_gpu=torch.cuda.is_available())
+    if by is None:
+        return adamw
+    try:
+        return fused_adamw(trainable, adam_arguments(arguments), by=by)
+    except (ImportError, RuntimeError) as error:
+        raise config.error(
+            f"optimizer.type: expected {by}'s FusedAdam for AdamW, got {type(error).__name__}: {error}; with"
+            " optimizer.params.torch_adam PyTorch's steps"
+        ) from error

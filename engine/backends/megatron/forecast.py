@@ -1,6 +1,6 @@
 """What process ranks hold and send under Megatron: one of each stage of the pipeline, in a group of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from narrowgauge.optimizers import ShardedOptimizer
 from narrowgauge.optimizers.compact.backend import LocalBackend
 
-from ...config.config import Config
+from ...config.config import Batches, Config
 from ...config.optimizer_params import make_optimizer
 from ...config.problems import within
 from ...errors import UserError, first_line
@@ -21,12 +21,14 @@ from ...forecast.subject import on_meta, sharded_moments
 from ...forecast.whole_model import offloaded_of
 from . import cpu
 from .compact.tree import ModelTree, compact_units_of
+from .globs import options_of_stage
 from .groups import destroy_groups
 from .keys import layout_of, megatron_block
 from .micro_batches import Given
 from .model import StagedModel
 from .passes import schedule_of
 from .rehearse import build_abstract, group_of, what_of
+from .zero.mpu import seen_in_parts
 
 _FP32 = 4
 
@@ -60,13 +62,14 @@ class _Stage:
     _moments: float
 
     def __init__(self, config: Config, model: StagedModel, on_gpu: bool) -> None:
-        self._config, self._model, self._on_gpu = config, model, on_gpu
-        self._block = megatron_block(config)
+        self._config, self._model = config, model
+        self._block, self._scatter_factor = megatron_block(config), 1.0 if on_gpu else 2.0
         self._tree, self._own, self._moments = ModelTree(model), None, 2.0 * _FP32
         options, block = config.optimizer_options, config.parsed.optimizer
         assert block is not None
         if options is not None:
             try:
+                options = options_of_stage(options, model.architecture, model.layout, model.place)
                 self._own = make_optimizer(block.type, self._tree, on_meta(options), LocalBackend())
             except ValueError as error:
                 raise config.error(within("optimizer.params", str(error))) from error
@@ -82,7 +85,7 @@ class _Stage:
         compact = {id(unit.compact) for unit in self._units}
         counts: dict[str, int] = dict.fromkeys(("total", "dense", "compact", "frozen"), 0)
         trained = shares = reduced = gathered = 0.0
-        rings = 1.0 if self._on_gpu else 2.0
+        rings = self._scatter_factor
         for parameter in model.parameters():
             numel, is_compact = parameter.numel(), id(parameter) in compact
             counts["compact" if is_compact else "dense" if parameter.requires_grad else "frozen"] += numel
@@ -124,7 +127,7 @@ class _Stage:
             is_cut=self._block.distributed_optimizer,
             bubble=(layout.pipeline - 1) / (batches.accumulation_steps * layout.chunks),
         )
-        return rank, Sent(reduced=reduced, gathered=gathered, activations=self._between(batches.micro, schedule))
+        return rank, Sent(reduced=reduced, gathered=gathered, activations=self._activations(passes, batches))
 
     def _passes(self, number: int, micro: int) -> Passes:
         model, config, place = self._model, self._config, self._model.place
@@ -158,25 +161,34 @@ class _Stage:
                     num_layers=num_layers,
                     min_offloaded=offload.min_tensor_bytes if offload is not None else None,
                     only_layer_inputs=offload is not None and offload.granularity == "layer_inputs",
+                    scatter_factor=self._scatter_factor,
                 )
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
             kind = type(error).__name__
             raise UserError(f"model: its passes cannot be told ahead: {kind}: {first_line(error)}") from error
 
-    def _between(self, micro: int, schedule: Any) -> float:
-        """Bytes per step of activations and their gradients: in each layer twice there and twice back, over the ranks
-        that share it; and from stage to stage.
-        """
-        model, layout, config = self._model, self._model.layout, self._config
+    def _activations(self, passes: Sequence[Passes], batches: Batches) -> float:
+        """Bytes per step that go to the ranks that share this one's layers, and to the stages beside it."""
+        model, layout, place, config = self._model, self._model.layout, self._model.place, self._config
         assert config.parsed.data is not None
-        hidden = micro * config.parsed.data.sequence_length * model.transformer.hidden_size
+        hidden = batches.micro * config.parsed.data.sequence_length * model.transformer.hidden_size
         hidden *= model.transformer.params_dtype.itemsize
-        passes = len(schedule.passes)
-        num_layers = model.architecture.num_layers // (layout.pipeline * layout.chunks)
-        found = 0.0
-        if layout.tensor > 1:
-            # A pass of a layer: two all-reduces, or as many gathers and scatters.
-            found += passes * num_layers * 2 * 2 * (layout.tensor - 1) / layout.tensor * hidden
-        if layout.pipeline > 1:
-            found += passes * hidden / (layout.tensor if layout.sequence_parallel else 1)
+        sent = sum(found.sent for found in passes)
+        for chunk in range(layout.chunks):
+            # Forward to the next chunk, and its gradient to the one before.
+            ends = layout.is_last(place, chunk) + layout.is_first(place, chunk)
+            sent += (2 - ends) * hidden / (layout.tensor if layout.sequence_parallel else 1)
+        return batches.accumulation_steps * sent + self._summed_once()
+
+    def _summed_once(self) -> float:
+        """Bytes per step of the gradients of norms that each tensor-parallel rank has a part of, and, where the head is
+        the embedding and lies on another stage, of these two.
+        """
+        model, layout = self._model, self._model.layout
+        numel = sum(p.numel() for p in seen_in_parts(model))
+        found = 2 * (layout.tensor - 1) / layout.tensor * _FP32 * numel
+        if model.architecture.tied and layout.pipeline > 1:
+            for held, parameter in model.local_parameters():
+                if held.name.endswith(("word_embeddings.weight", "output_layer.weight")):
+                    found += _FP32 * parameter.numel()
         return found

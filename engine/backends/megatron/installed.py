@@ -47,8 +47,8 @@ def other_apex() -> Path | None:
 
 
 def fused_by() -> str | None:
-    """Whose kernels Megatron takes the norm of gradients with, scales them and copies masters: the first that is there
-    of Transformer Engine and NVIDIA's apex with its extensions; None where it is PyTorch.
+    """Whose kernels take the norm of gradients, copy masters and, on GPUs, step AdamW: the first that is there of
+    Transformer Engine and NVIDIA's apex with its extensions; None where it is PyTorch.
     """
     if has_transformer_engine():
         return "Transformer Engine"

@@ -16,6 +16,7 @@ from ...config.config import Config
 from ...config.optimizer_params import make_optimizer
 from ...config.problems import within
 from .compact.tree import ModelTree
+from .globs import options_of_stage
 from .model import StagedModel
 from .parts import LocalParameter
 
@@ -40,6 +41,7 @@ def make_own(config: Config, model: StagedModel) -> Made:
     assert options is not None
     tree, own, problem = ModelTree(model), None, None
     try:
+        options = options_of_stage(options, model.architecture, model.layout, model.place)
         own = make_optimizer(block.type, tree, options, LocalBackend())
         tree.hand_over(own)
     except ValueError as error:

@@ -9,6 +9,7 @@ from ...data.examples import names_records
 from .architecture import Architecture, architecture_of
 from .compact.supported import unsupported, unsupported_model
 from .fits import problems_of_layout
+from .globs import problems_of_globs
 from .installed import has_transformer_engine, not_usable_because, other_apex, show_its_warnings_less
 from .keys import layout_of, megatron_block
 from .zero import supported as zero
@@ -100,6 +101,8 @@ def check_model(config: Config, model_config: PretrainedConfig, world_size: int)
     found = [*_of_experts(config, architecture), *zero.unsupported_model(config, architecture)]
     if config.optimizer_options is not None:
         found += unsupported_model(config, architecture, layout)
+        problems = problems_of_globs(config.optimizer_options, architecture, layout)
+        found += [f"optimizer.params.{problem}" for problem in problems]
     if found:
         raise config.error(*found)
 

@@ -1,13 +1,15 @@
-"""Bytes a process rank sends to reduce gradients and to gather parameters, counted on Megatron's buckets.
-
-What tensor-, pipeline- and expert-parallel ranks send each other is not counted: it is the activations'.
+"""Bytes a process rank sends to reduce gradients and to gather parameters, counted on Megatron's buckets; and those of
+activations, between ranks that share layers, experts or a pipeline, counted in one step.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
+from ...report.collectives import CountedCollectives
 from ...report.dense_traffic import reduce_scatter_factor
 from ...report.phases import named
 
@@ -18,10 +20,13 @@ class MegatronTraffic:
     Attributes:
         reduced: bytes this rank sent in reductions of gradients.
         gathered: bytes this rank sent in gathers of parameters.
+        activations: bytes this rank sent in the forwards and backwards of the first step, other than these; None before
+            its end.
     """
 
     def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
         self.reduced = self.gathered = 0.0
+        self.activations: float | None = None
         self._chunks, self._attached = chunks, False
         for group in self._groups():
             self._count(group)
@@ -31,6 +36,17 @@ class MegatronTraffic:
 
     def detach(self) -> None:
         self._attached = False
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Around the forwards and backwards of a step. Every operation of the first is looked at: it takes longer."""
+        if not self._attached or self.activations is not None:
+            yield
+            return
+        counted = CountedCollectives(scatter_factor=reduce_scatter_factor(), leave_out=[*_data_parallel_groups()])
+        with counted:
+            yield
+        self.activations = counted.sent
 
     def _groups(self) -> Iterator[Any]:
         for chunk in self._chunks:
@@ -56,6 +72,15 @@ class MegatronTraffic:
                 self.gathered += gathered_bytes(group)
 
         group.start_grad_sync, group.start_param_sync = counted_reduce, counted_gather
+
+
+def _data_parallel_groups() -> Iterator[Any]:
+    """Those that average gradients, and gather parameters."""
+    yield parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True)
+    yield parallel_state.get_data_parallel_group(with_context_parallel=True)
+    yield parallel_state.get_data_parallel_group()
+    yield parallel_state.get_expert_data_parallel_group(partial_expert_data_parallel=True)
+    yield parallel_state.get_expert_data_parallel_group()
 
 
 def reduced_bytes(group: Any) -> float:

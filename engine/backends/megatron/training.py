@@ -1,5 +1,8 @@
 """Megatron as :class:`narrowgauge.engine.protocol.TrainingEngine`."""
 
+# torch's foreach functions have no public names.
+# pyright: reportPrivateImportUsage=false
+
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +25,7 @@ from ...report.dense_traffic import trained_when_dense
 from .balance import Balance
 from .generate import generate
 from .groups import destroy_groups
+from .installed import fused_by
 from .masters import Masters
 from .micro_batches import given_of
 from .model import StagedModel
@@ -116,7 +120,10 @@ class MegatronTraining:
 
     @property
     def description(self) -> str:
-        return self._model.layout.describe()
+        layout = self._model.layout.describe()
+        # What Transformer Engine and apex have in the place of AdamW is called after the class.
+        is_fused = type(self._optimizer).__name__ == "FusedAdam"
+        return f"{layout}, with the FusedAdam of {fused_by()}" if is_fused else layout
 
     @property
     def zero_stage(self) -> int:
@@ -136,10 +143,11 @@ class MegatronTraining:
         micro_batches = given_of(own, self._model.layout, self._device)
         self._masters.forget_gradients()
         self._balance.begin_step()
-        if self._balance.needs_counts_ahead:
-            with self._balance.counting_ahead():
-                forward_without_head(self._chunks, micro_batches, phase)
-        loss_sum = forward_backward(self._chunks, micro_batches, phase, self._offload)
+        with self._traffic.passes():
+            if self._balance.needs_counts_ahead:
+                with self._balance.counting_ahead():
+                    forward_without_head(self._chunks, micro_batches, phase)
+            loss_sum = forward_backward(self._chunks, micro_batches, phase, self._offload)
         self._balance.end_step()
         with phase("optimizer"):
             self._update()
@@ -161,10 +169,9 @@ class MegatronTraining:
                 own.own.forget_observed()
             return
         if 0.0 < self._clipping < norm + _CLIPPING_EPSILON:
-            scale = self._clipping / (norm + _CLIPPING_EPSILON)
-            for group in self._optimizer.param_groups:
-                for master in group["params"]:
-                    master.grad.mul_(scale)
+            # As Megatron's clipping, but for the copy that it makes without apex and Transformer Engine.
+            gradients = [master.grad for group in self._optimizer.param_groups for master in group["params"]]
+            torch._foreach_mul_(gradients, self._clipping / (norm + _CLIPPING_EPSILON))
         rates = [group["lr"] for group in self._optimizer.param_groups]
         self._optimizer.step()
         if self._lr_scheduler is not None:

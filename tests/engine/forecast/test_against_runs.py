@@ -50,7 +50,18 @@ CASES: dict[str, dict[str, Any]] = {
     "dense-tensor-parallel": {**under_megatron(tensor_parallel=2), **optimizer("AdamW")},
     "grass-tensor-parallel": under_megatron(tensor_parallel=2),
     "frugal-tensor-parallel": {**under_megatron(tensor_parallel=2), **optimizer("Frugal")},
-    "dense-pipeline": {**under_megatron(pipeline_parallel=2), **optimizer("AdamW")},
+    "dense-pipeline": {**under_megatron(pipeline_parallel=2), **optimizer("AdamW"), "gradient_accumulation_steps": 2},
+    "grass-sequence-parallel": under_megatron(tensor_parallel=2, sequence_parallel=True),
+    "dense-recomputed-parallel": {
+        **under_megatron(tensor_parallel=2, sequence_parallel=True, recompute="full"),
+        **optimizer("AdamW"),
+        "bf16": {"enabled": True},
+    },
+    "grass-interleaved": {
+        **under_megatron(pipeline_parallel=2, virtual_pipeline=3),
+        "gradient_accumulation_steps": 2,
+    },
+    "grass-data-parallel": under_megatron(),
 }
 
 
@@ -69,7 +80,8 @@ def told(changes: dict[str, Any], corpus: Path, folder: Path) -> dict[str, dict[
         "gradient_accumulation_steps": 1,
         **changes,
     }
-    if "megatron" in changes and changes["megatron"].get("tensor_parallel", 1) == 2:
+    if {"tensor_parallel", "pipeline_parallel"} & changes.get("megatron", {}).keys():
+        # One rank's share of the data.
         settings["train_batch_size"] //= 2
     path = tiny_config(corpus, folder, **settings)
     result = run("train", str(path), ranks=2)
@@ -78,7 +90,7 @@ def told(changes: dict[str, Any], corpus: Path, folder: Path) -> dict[str, dict[
     return json.loads((folder / "run" / "summary.json").read_text())["forecast"]
 
 
-@pytest.mark.quick("grass-1", "dense-1")
+@pytest.mark.quick("grass-1", "dense-1", "grass-sequence-parallel")
 @pytest.mark.parametrize("name", CASES)
 def test_memory_and_traffic(name: str, corpus: Path, tmp_path: Path) -> None:
     """Memory is what the C library gave out, of which the interpreter's own is a few MB."""
@@ -89,3 +101,7 @@ def test_memory_and_traffic(name: str, corpus: Path, tmp_path: Path) -> None:
     assert memory["predicted"] == pytest.approx(memory["measured"], rel=0.1)
     for kind in ("reduced_per_step", "gathered_per_step"):
         assert found[kind]["predicted"] == pytest.approx(found[kind]["measured"], rel=0.03)
+    if "activations_per_step" in found:
+        sent = found["activations_per_step"]
+        assert sent["predicted"] == pytest.approx(sent["measured"], rel=0.03)
+        assert (sent["measured"] > 1e5) == ("data-parallel" not in name)

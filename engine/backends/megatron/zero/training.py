@@ -159,6 +159,8 @@ class ZeroTraining(MegatronTraining):
 
     def close(self) -> None:
         self._zero.traffic.detach()
+        # Its hooks hold the model, and with it process groups and their threads.
+        self._zero.engine.destroy()
         forget_model_parallel()
         super().close()
 

@@ -25,6 +25,8 @@ LARS: dict[str, Any] = {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1, "trust_
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lamb": {"type": "Lamb", "params": LAMB},
     "lamb-bounds": {"type": "Lamb", "params": {**LAMB, "weight_norm_bounds": [0.1, 1.0], "exclude": ["*norm*"]}},
+    # Some of these globs match nothing on one of two stages.
+    "lamb-stages": {"type": "Lamb", "params": {**LAMB, "exclude": ["*.layers.0.*", "*.layers.3.mlp.*", "lm_head*"]}},
     "lars": {"type": "Lars", "params": LARS},
     "lars-nesterov": {"type": "Lars", "params": {**LARS, "nesterov": True, "exclude": ["*norm*", "*k_proj*"]}},
     "frugal": {"type": "Frugal", "params": {**BASE, "density": 0.25}},
@@ -32,6 +34,10 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "frugal-randk": {"type": "Frugal", "params": {**BASE, "density": 0.25, "selection": "randk"}},
     "frugal-blocks": {"type": "Frugal", "params": {**BASE, "density": 0.25, "selection": "blockwise"}},
     "frugal-svd": {"type": "Frugal", "params": {**BASE, "density": 0.25, "selection": "svd", "state_free": "SGD"}},
+    "frugal-stages": {
+        "type": "Frugal",
+        "params": {**BASE, "density": 0.25, "target_modules": ["*.layers.1.*", "*.layers.2.mlp.*"]},
+    },
     "frugal-random": {"type": "Frugal", "params": {**BASE, "density": 0.2, "selection": "random"}},
     "apollo": {"type": "Apollo", "params": {**BASE, "rank": 4}},
     "apollo-free": {"type": "Apollo", "params": {**BASE, "rank": 3, "norm_growth_limit": None, "scale": 0.5}},
@@ -60,7 +66,7 @@ LAYOUTS = {**DENSE_LAYOUTS, **EXPERT_LAYOUTS}
 
 FEW = ("TP2-SP-DP2-overlap", "TP2-DP2-plain", "EP2-ETP2")
 MANY = {"lamb": LAYOUTS, "frugal": LAYOUTS, "apollo": LAYOUTS, "frugal-svd": [*FEW, "PP2", "EP2-plain"]}
-MANY |= {"frugal-randk": ["DP2", "PP2", "EP2"], "apollo-groups": ["TP2-SP-PP2"]}
+MANY |= {"lamb-stages": ["PP2", "VPP"], "frugal-stages": ["PP2"], "frugal-randk": ["DP2", "PP2", "EP2"], "apollo-groups": ["TP2-SP-PP2"]}
 
 
 def family(layout: str) -> str:
@@ -78,7 +84,7 @@ CASES |= {
     "lamb-tied": ("lamb", "TP2-SP-PP2", "qwen2"),
     "lars-shared": ("lars", "TP2-SP-EP2-ETP1", "qwen2_moe"),
 }
-QUICK = {"lamb-TP2-SP-DP2-overlap", "frugal-TP2-SP-PP2", "frugal-svd-EP2-ETP2", "apollo-mini-EP2-ETP2"}
+QUICK = {"lamb-stages-PP2", "lamb-TP2-SP-DP2-overlap", "frugal-TP2-SP-PP2", "frugal-svd-EP2-ETP2", "apollo-mini-EP2-ETP2"}
 
 
 @pytest.fixture(scope="module")
