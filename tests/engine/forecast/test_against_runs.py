@@ -55,8 +55,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dense-recomputed-parallel": {
         **under_megatron(tensor_parallel=2, sequence_parallel=True, recompute="full"),
         **optimizer("AdamW"),
-        "bf16": {"enabled": True},
     },
+    "dense-bf16-parallel": {**under_megatron(tensor_parallel=2), **optimizer("AdamW"), "bf16": {"enabled": True}},
     "grass-interleaved": {
         **under_megatron(pipeline_parallel=2, virtual_pipeline=3),
         "gradient_accumulation_steps": 2,
