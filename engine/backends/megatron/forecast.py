@@ -109,6 +109,8 @@ class _Stage:
             MOMENTS: round(self._moments * shares),
             SUBSPACES: self._own.subspace_bytes() if self._own is not None else 0,
         }
+        summed_once = self._summed_once()
+        # These leave a few of the layers.
         passes = [self._passes(number, batches.micro) for number in range(layout.chunks)]
         moved = [offloaded_of(config, found) for found in passes]
         schedule = schedule_of(layout, model.place, batches.accumulation_steps)
@@ -127,7 +129,7 @@ class _Stage:
             is_cut=self._block.distributed_optimizer,
             bubble=(layout.pipeline - 1) / (batches.accumulation_steps * layout.chunks),
         )
-        return rank, Sent(reduced=reduced, gathered=gathered, activations=self._activations(passes, batches))
+        return rank, Sent(reduced=reduced, gathered=gathered, activations=self._activations(passes, batches) + summed_once)
 
     def _passes(self, number: int, micro: int) -> Passes:
         model, config, place = self._model, self._config, self._model.place
@@ -168,7 +170,9 @@ class _Stage:
             raise UserError(f"model: its passes cannot be told ahead: {kind}: {first_line(error)}") from error
 
     def _activations(self, passes: Sequence[Passes], batches: Batches) -> float:
-        """Bytes per step that go to the ranks that share this one's layers, and to the stages beside it."""
+        """Bytes per step that forwards and backwards send to the ranks that share this one's layers, and to the stages
+        beside it.
+        """
         model, layout, place, config = self._model, self._model.layout, self._model.place, self._config
         assert config.parsed.data is not None
         hidden = batches.micro * config.parsed.data.sequence_length * model.transformer.hidden_size
@@ -178,7 +182,7 @@ class _Stage:
             # Forward to the next chunk, and its gradient to the one before.
             ends = layout.is_last(place, chunk) + layout.is_first(place, chunk)
             sent += (2 - ends) * hidden / (layout.tensor if layout.sequence_parallel else 1)
-        return batches.accumulation_steps * sent + self._summed_once()
+        return batches.accumulation_steps * sent
 
     def _summed_once(self) -> float:
         """Bytes per step of the gradients of norms that each tensor-parallel rank has a part of, and, where the head is
