@@ -129,7 +129,9 @@ class _Stage:
             is_cut=self._block.distributed_optimizer,
             bubble=(layout.pipeline - 1) / (batches.accumulation_steps * layout.chunks),
         )
-        return rank, Sent(reduced=reduced, gathered=gathered, activations=self._activations(passes, batches) + summed_once)
+        return rank, Sent(
+            reduced=reduced, gathered=gathered, activations=self._activations(passes, batches) + summed_once
+        )
 
     def _passes(self, number: int, micro: int) -> Passes:
         model, config, place = self._model, self._config, self._model.place

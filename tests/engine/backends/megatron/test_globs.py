@@ -63,8 +63,16 @@ def test_what_every_stage_needs_something_of(options: Options, message: str) -> 
     ("name", "params", "message"),
     [
         ("Lars", {"exclude": ["lm_head*", "*.layers.9.*"]}, "exclude: '*.layers.9.*' matches nothing of the model"),
-        ("Frugal", {"target_modules": ["*.mlp.*", "lm_head"]}, "target_modules: 'lm_head' matches nothing of the model"),
-        ("Frugal", {"param_groups": [{"params": ["*bias"]}]}, "param_groups[0]: ['*bias'] matches nothing of the model"),
+        (
+            "Frugal",
+            {"target_modules": ["*.mlp.*", "lm_head"]},
+            "target_modules: 'lm_head' matches nothing of the model",
+        ),
+        (
+            "Frugal",
+            {"param_groups": [{"params": ["*bias"]}]},
+            "param_groups[0]: ['*bias'] matches nothing of the model",
+        ),
         ("Frugal", {"target_modules": ["*.layers.3.*"]}, "target_modules: expected layers of every stage"),
     ],
 )

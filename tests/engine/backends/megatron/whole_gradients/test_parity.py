@@ -66,7 +66,12 @@ LAYOUTS = {**DENSE_LAYOUTS, **EXPERT_LAYOUTS}
 
 FEW = ("TP2-SP-DP2-overlap", "TP2-DP2-plain", "EP2-ETP2")
 MANY = {"lamb": LAYOUTS, "frugal": LAYOUTS, "apollo": LAYOUTS, "frugal-svd": [*FEW, "PP2", "EP2-plain"]}
-MANY |= {"lamb-stages": ["PP2", "VPP"], "frugal-stages": ["PP2"], "frugal-randk": ["DP2", "PP2", "EP2"], "apollo-groups": ["TP2-SP-PP2"]}
+MANY |= {
+    "lamb-stages": ["PP2", "VPP"],
+    "frugal-stages": ["PP2"],
+    "frugal-randk": ["DP2", "PP2", "EP2"],
+    "apollo-groups": ["TP2-SP-PP2"],
+}
 
 
 def family(layout: str) -> str:
@@ -84,7 +89,13 @@ CASES |= {
     "lamb-tied": ("lamb", "TP2-SP-PP2", "qwen2"),
     "lars-shared": ("lars", "TP2-SP-EP2-ETP1", "qwen2_moe"),
 }
-QUICK = {"lamb-stages-PP2", "lamb-TP2-SP-DP2-overlap", "frugal-TP2-SP-PP2", "frugal-svd-EP2-ETP2", "apollo-mini-EP2-ETP2"}
+QUICK = {
+    "lamb-stages-PP2",
+    "lamb-TP2-SP-DP2-overlap",
+    "frugal-TP2-SP-PP2",
+    "frugal-svd-EP2-ETP2",
+    "apollo-mini-EP2-ETP2",
+}
 
 
 @pytest.fixture(scope="module")
