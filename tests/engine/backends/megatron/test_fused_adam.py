@@ -51,7 +51,7 @@ class CountingByGroup(torch.optim.Optimizer):
         super().__init__(parameters, dict(ARGUMENTS))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             (first, second), count = group["betas"], group["step"]
