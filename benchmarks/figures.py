@@ -6,7 +6,7 @@ python -m benchmarks.figures            all, from benchmarks/results/ into docs/
 from pathlib import Path
 from typing import Any
 
-from benchmarks import network_report, offload_report, quality_report
+from benchmarks import network_report, offload_report, price_report, quality_report
 from benchmarks.results_file import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,13 +14,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def draw_all(folder: Path) -> dict[str, Any]:
-    """Write ``quality.png``, ``offload.png`` and ``network.png`` into a folder; returns the figures by name."""
+    """Write the figures as ``NAME.png`` into a folder; returns them by name."""
     task = "LLaMA of 5.26 M parameters, 500 steps of 512 tokens, one seed"
-    rows = {name: read_rows(RESULTS / f"{name}.csv") for name in ("quality", "offload", "network")}
+    rows = {name: read_rows(RESULTS / f"{name}.csv") for name in ("quality", "offload", "network", "price")}
     return {
         "quality": quality_report.plot(folder / "quality.png", rows["quality"], task=task),
         "offload": offload_report.plot(folder / "offload.png", rows["offload"]),
         "network": network_report.plot(folder / "network.png", rows["network"]),
+        "memory": price_report.plot(folder / "memory.png", rows["price"]),
     }
 
 

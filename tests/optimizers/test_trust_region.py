@@ -188,6 +188,7 @@ def test_engines_agree_and_go_on_within_a_cycle(
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (1, {"engine": "ddp", "zero_optimization": {"stage": 0}}),
     "ZeRO-1": (2, {"zero_optimization": {"stage": 1}}),
+    "ZeRO-2, state on the CPU": (2, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}),
     "ZeRO-3": (2, {"zero_optimization": {"stage": 3}}),
     "megatron": (2, under_megatron(tensor_parallel=2)),
 }

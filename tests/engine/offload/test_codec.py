@@ -70,31 +70,63 @@ def test_engines_round_as_a_plain_loop_with_the_same_draws(two_ranks: RankPool, 
     assert found == pytest.approx(exact, abs=0.05)
 
 
+def whole_and_cut(corpus: Path, folder: Path, model: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The summary of a run on two ranks of which one that was stopped and went on has the losses, bit for bit."""
+    paths = []
+    for name in ("whole", "cut"):
+        (folder / name).mkdir()
+        paths.append(tiny_config(corpus, folder / name, **changes))
+        config = json.loads(paths[-1].read_text())
+        config["training"]["lr_schedule"] = {"type": "constant"}
+        config["model"] |= model
+        paths[-1].write_text(json.dumps(config))
+    for path, *words in ((paths[0],), (paths[1], "--set", "training.steps=8"), (paths[1],)):
+        result = forked.run("train", str(path), *words, ranks=2)
+        assert result.returncode == 0, result.stderr
+    expected, found = losses(folder / "whole" / "run"), losses(folder / "cut" / "run")
+    assert len(found) == 12
+    assert found == expected
+    return json.loads((folder / "whole" / "run" / "summary.json").read_text())
+
+
 @pytest.mark.parametrize("engine", ["deepspeed", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_a_run_goes_on_bit_for_bit(corpus: Path, tmp_path: Path, engine: str) -> None:
     """Ranges and draws of each of two ranks are in its checkpoints."""
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
     changes = {"engine": engine, "activation_offload": {**CODEC, "min_tensor_bytes": 1024}}
     if engine == "ddp":
         changes["zero_optimization"] = {"stage": 0}
-    whole, cut = (tiny_config(corpus, tmp_path / name, **changes) for name in ("whole", "cut"))
-    for path in (whole, cut):
-        config = json.loads(path.read_text())
-        config["training"]["lr_schedule"] = {"type": "constant"}
-        path.write_text(json.dumps(config))
-    assert forked.run("train", str(whole), ranks=2).returncode == 0
-    assert forked.run("train", str(cut), "--set", "training.steps=8", ranks=2).returncode == 0
-    result = forked.run("train", str(cut), ranks=2)
-    assert result.returncode == 0, result.stderr
-    expected, found = losses(tmp_path / "whole" / "run"), losses(tmp_path / "cut" / "run")
-    assert len(found) == 12
-    assert found == expected
-    summary = json.loads((tmp_path / "whole" / "run" / "summary.json").read_text())
+    summary = whole_and_cut(corpus, tmp_path, {}, **changes)
     assert summary["activation_offload"]["codec"] == "mesa8"
     assert summary["activation_offload"]["backend"] == "memory"
     assert summary["bytes"]["encoded_to"] < 0.3 * summary["bytes"]["encoded_from"]
     assert summary["bytes"]["offload_written"] == 0
+
+
+LAYER_INPUTS = {"granularity": "layer_inputs"}
+NAMED = {"codec_modules": ["model", "model.layers.*"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options"), [("non-reentrant", NAMED), ("reentrant", NAMED), ("none", LAYER_INPUTS)], ids=str
+)
+def test_a_run_that_recomputes_from_rounded_inputs_goes_on_bit_for_bit(
+    corpus: Path, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    """Of each layer its input is encoded, and nothing else; losses stay near those of exact inputs."""
+    changes = {"activation_offload": {**CODEC, **options}}
+    summary = whole_and_cut(corpus, tmp_path, {"gradient_checkpointing": kind}, **changes)
+    layers, tokens, width = 2, 4 * 32, 32
+    # A step of one process rank.
+    assert summary["bytes"]["encoded_from"] == layers * tokens * width * 4
+    (tmp_path / "exact").mkdir()
+    path = tiny_config(corpus, tmp_path / "exact")
+    constant = 'training.lr_schedule={"type": "constant"}'
+    assert forked.run("train", str(path), "--set", constant, ranks=2).returncode == 0
+    exact, found = losses(tmp_path / "exact" / "run"), losses(tmp_path / "whole" / "run")
+    assert found[1] == exact[1]
+    assert found[12] != exact[12]
+    assert found[12] == pytest.approx(exact[12], abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +139,10 @@ def test_a_run_goes_on_bit_for_bit(corpus: Path, tmp_path: Path, engine: str) ->
         ),
         ({"activation_offload": {**CODEC, "keep_resident": 0.0}}, "keep_resident: is about the disk"),
         ({"activation_offload": {**CODEC, "codec": "mesa9"}}, "activation_offload.codec: expected one of"),
+        (
+            {"activation_offload": CODEC, "quantization": {"method": "bitnet"}},
+            "activation_offload.codec: expected 'none' with quantization, got 'mesa8'",
+        ),
     ],
 )
 def test_bad_blocks_are_named_before_anything_starts(

@@ -339,26 +339,44 @@ def plain_run(case: str) -> tuple[list[float], dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.quick("wta_crs")
-@pytest.mark.parametrize("method", ["wta_crs", "rad"])
-def test_a_run_goes_on_with_its_draws(corpus: Path, tmp_path: Path, method: str) -> None:
-    found = []
-    for name, last in (("whole", None), ("cut", 3)):
-        (tmp_path / name).mkdir()
-        block = {"method": method, "keep": 0.4}
-        path = tiny_config(corpus, tmp_path / name, sampled_backward=block, zero_optimization={"stage": 3})
-        config = json.loads(path.read_text())
-        config["training"] |= {"steps": 6, "checkpoint_interval": 3, "lr_schedule": None}
-        path.write_text(json.dumps(config))
-        for words in [["--set", f"training.steps={last}"], []] if last else [[]]:
-            result = forked.run("train", str(path), *words)
-            assert result.returncode == 0, result.stderr
-            said = " ".join((result.stdout + result.stderr).split())
-            assert "sampled backward: 14 of 15 linear layers keep 40% of the" in said
-        found.append(losses(path.parent / "run"))
-    assert found[0] == found[1]
-    summary = json.loads((tmp_path / "whole" / "run" / "summary.json").read_text())
+def run_in(folder: Path, corpus: Path, changes: dict[str, Any], *stops: int, ranks: int) -> dict[int, float]:
+    """The losses of a run of six steps that is stopped after some of them and goes on."""
+    folder.mkdir()
+    path = tiny_config(corpus, folder, **{name: value for name, value in changes.items() if name != "model"})
+    config = json.loads(path.read_text())
+    config["training"] |= {"steps": 6, "checkpoint_interval": 3, "lr_schedule": None}
+    config["model"] |= changes.get("model", {})
+    path.write_text(json.dumps(config))
+    for words in (*(["--set", f"training.steps={stop}"] for stop in stops), []):
+        result = forked.run("train", str(path), *words, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        said = " ".join((result.stdout + result.stderr).split())
+        assert "sampled backward: 14 of 15 linear layers keep 40% of the" in said
+    summary = json.loads((folder / "run" / "summary.json").read_text())
     assert len(summary["sampled_backward"]["layers"]) == 14
+    return losses(folder / "run")
+
+
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "wta_crs": (1, {"zero_optimization": {"stage": 3}}),
+    "rad": (1, {"zero_optimization": {"stage": 3}}),
+    "ddp": (2, {"engine": "ddp", "zero_optimization": {"stage": 0}}),
+    "non-reentrant": (2, {"model": {"gradient_checkpointing": "non-reentrant"}}),
+    "reentrant": (2, {"model": {"gradient_checkpointing": "reentrant"}}),
+}
+
+
+@pytest.mark.quick("wta_crs")
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_with_its_draws(corpus: Path, tmp_path: Path, name: str) -> None:
+    """And recomputes with them."""
+    ranks, changes = RUNS[name]
+    changes = {**changes, "sampled_backward": {"method": "rad" if name == "rad" else "wta_crs", "keep": 0.4}}
+    whole = run_in(tmp_path / "whole", corpus, changes, ranks=ranks)
+    assert run_in(tmp_path / "cut", corpus, changes, 3, ranks=ranks) == whole
+    if "model" in changes:
+        del changes["model"]
+        assert run_in(tmp_path / "kept", corpus, changes, ranks=ranks) == pytest.approx(whole, rel=1e-6)
 
 
 @pytest.mark.parametrize(
