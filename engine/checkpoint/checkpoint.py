@@ -55,20 +55,24 @@ def save_checkpoint(engine: TrainingEngine, folder: Path, client_state: dict[str
 
 def _write_aside(engine: TrainingEngine, aside: Path, client_state: dict[str, Any]) -> None:
     rank, forwards = dist.get_rank(), gather_state(engine)
+    tensors: dict[str, Tensor] = {}
 
-    def prepare() -> None:
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+    def prepare() -> dict[str, Any]:
+        if rank > 0:
+            return {}
+        encoded = _callers_values(engine, client_state, tensors)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        return encoded
 
     def write() -> list[str]:
         written = [write_optimizer(engine, aside)]
         if rank == 0:
-            written += _write_state(engine, aside, client_state, forwards)
+            written += _write_state(engine, aside, callers, tensors, forwards)
             written += write_subspace(engine, aside)
         return [name for name in written if name is not None]
 
-    together("save", prepare)
+    callers = together("save", prepare)
     engine.before_save()
     # The weights are gathered by all ranks and written by the first, which takes part to the end even if its disk is
     # full.
@@ -126,17 +130,31 @@ def load_checkpoint(
     return decode(state["client_state"], tensors)
 
 
+def _callers_values(engine: TrainingEngine, client_state: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What of ``state.json`` the caller has made, encoded."""
+    schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
+    values = {"client_state": client_state, "lr_scheduler": schedule}
+    return {key: encode(value, tensors, key) for key, value in values.items()}
+
+
 def _write_state(
-    engine: TrainingEngine, folder: Path, client_state: dict[str, Any], forwards: list[dict[str, Any]]
+    engine: TrainingEngine,
+    folder: Path,
+    callers: dict[str, Any],
+    tensors: dict[str, Tensor],
+    forwards: list[dict[str, Any]],
 ) -> list[str]:
-    """Write what is not the optimizer's; returns the names of the files."""
-    tensors: dict[str, Tensor] = {}
-    state = _engine_state(engine)
+    """Write what is not the optimizer's; returns the names of the files.
+
+    Args:
+        callers: of :func:`_callers_values`.
+        tensors: of ``callers``; more are added.
+    """
+    state = {**_engine_state(engine), **callers}
+    state["counters"] = encode(state["counters"], tensors, "counters")
     if any(forwards):
-        state[SAVED_BY_FORWARDS] = forwards
-    for key in ("lr_scheduler", "counters", *([SAVED_BY_FORWARDS] if SAVED_BY_FORWARDS in state else [])):
-        state[key] = encode(state[key], tensors, key)
-    write_json(folder / "state.json", {**state, "client_state": encode(client_state, tensors, "client_state")})
+        state[SAVED_BY_FORWARDS] = encode(forwards, tensors, SAVED_BY_FORWARDS)
+    write_json(folder / "state.json", state)
     if not tensors:
         return ["state.json"]
     write_tensors(tensors, folder / VALUES)
@@ -186,7 +204,6 @@ def _engine_state(engine: TrainingEngine) -> dict[str, Any]:
         "zero_stage": engine.zero_stage,
         "trainable": _trainable_shapes(engine),
         **optimizer_numbers(engine),
-        "lr_scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
         "loss_scaler": counters.pop("loss_scaler", {}),
         "counters": counters,
     }

@@ -8,14 +8,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
 
 _TAG = "__type__"
 _PLAIN = (str, int, bool, type(None))
 
 
 def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """:func:`_encode`, of what is nested as deep as JSON can be read back.
+
+    Raises:
+        ValueError: also for what holds itself.
+    """
+    try:
+        return _encode(value, tensors, path)
+    except RecursionError:
+        raise ValueError(f"{path}: expected values that are not nested so deep, or in themselves") from None
+
+
+def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     """What a value becomes in ``state.json``: itself, or an object that says what it was.
 
     Tuples, sets, mappings whose keys are not strings, numbers that are not finite and NumPy's keep their type; tensors
@@ -30,12 +43,12 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}
     if isinstance(value, Tensor | np.ndarray):
         return _encode_array(value, tensors, path)
-    if isinstance(value, np.generic):
-        return {_TAG: "numpy", "dtype": value.dtype.str, "value": encode(value.item(), tensors, path)}
+    if isinstance(value, np.generic) and not isinstance(value, np.longdouble | np.clongdouble):
+        return {_TAG: "numpy", "dtype": value.dtype.str, "value": _encode(value.item(), tensors, path)}
     if type(value) is list:
-        return [encode(child, tensors, f"{path}[{i}]") for i, child in enumerate(value)]
+        return [_encode(child, tensors, f"{path}[{i}]") for i, child in enumerate(value)]
     if type(value) in (tuple, set, frozenset):
-        return {_TAG: type(value).__name__, "value": [encode(v, tensors, f"{path}[{i}]") for i, v in enumerate(value)]}
+        return {_TAG: type(value).__name__, "value": [_encode(v, tensors, f"{path}[{i}]") for i, v in enumerate(value)]}
     if isinstance(value, Mapping):
         return _encode_mapping(value, tensors, path)
     raise ValueError(
@@ -46,8 +59,8 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
 
 def _encode_array(value: Tensor | np.ndarray, tensors: dict[str, Tensor], path: str) -> dict[str, Any]:
     is_tensor = isinstance(value, Tensor)
-    if not is_tensor and value.dtype.kind not in "biuf":
-        raise ValueError(f"{path}: expected an array of numbers, got one of {value.dtype}")
+    if unfit := _unfit_tensor(value) if is_tensor else _unfit_array(value):
+        raise ValueError(f"{path}: expected {'a dense tensor' if is_tensor else 'an array'} of numbers, got {unfit}")
     tensor = value.detach() if is_tensor else torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape)
     name = path
     while name in tensors:  # a key with a dot in it, or 1 beside "1"
@@ -56,11 +69,36 @@ def _encode_array(value: Tensor | np.ndarray, tensors: dict[str, Tensor], path: 
     return {_TAG: "tensor" if is_tensor else "array", "value": name}
 
 
+def _unfit_tensor(tensor: Tensor) -> str | None:
+    """Why it cannot be stored as it is; None if it can."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__module__}.{type(tensor).__qualname__}"
+    if tensor.is_nested:
+        return "a nested one"
+    if tensor.layout is not torch.strided:
+        return f"one of the layout {tensor.layout}"
+    if tensor.is_meta:
+        return "one on the device meta, which has no values"
+    try:
+        save({"": torch.empty(0, dtype=tensor.dtype)})
+    except (KeyError, SafetensorError, RuntimeError):
+        return f"one of {tensor.dtype}"
+    return None
+
+
+def _unfit_array(array: np.ndarray) -> str | None:
+    if type(array) not in (np.ndarray, np.memmap):
+        return f"a {type(array).__module__}.{type(array).__qualname__}"
+    if array.dtype.kind not in "biuf" or not array.dtype.isnative or array.dtype == np.longdouble:
+        return f"one of {array.dtype}"
+    return None
+
+
 def _encode_mapping(value: Mapping[Any, Any], tensors: dict[str, Tensor], path: str) -> dict[str, Any]:
     if all(type(key) is str for key in value) and _TAG not in value:
-        return {key: encode(child, tensors, f"{path}.{key}") for key, child in value.items()}
+        return {key: _encode(child, tensors, f"{path}.{key}") for key, child in value.items()}
     pairs = [
-        [encode(key, tensors, f"{path}, the key {key!r}"), encode(child, tensors, f"{path}.{key}")]
+        [_encode(key, tensors, f"{path}, the key {key!r}"), _encode(child, tensors, f"{path}.{key}")]
         for key, child in value.items()
     ]
     return {_TAG: "Counter" if isinstance(value, Counter) else "dict", "value": pairs}

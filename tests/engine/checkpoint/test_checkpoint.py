@@ -370,6 +370,26 @@ def test_what_is_not_finite_is_not_saved(two_ranks: RankPool, tmp_path: Path, wh
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "latest"]
 
 
+def save_what_has_no_form(folder: str) -> str:
+    engine = make_engine(config_of(1, "fp32"))
+    with pytest.raises(CheckpointError) as caught:
+        engine.save_checkpoint(folder, tag="first", client_state={"mask": {"of 3": torch.eye(3).to_sparse()}})
+    finish(engine)
+    return str(caught.value)
+
+
+def test_a_value_that_cannot_be_stored_is_named_before_anything_is_written(one_rank: RankPool, tmp_path: Path) -> None:
+    """A sparse tensor was an error of torch's after all weights had been written, which named no key. Here no folder
+    could be made.
+    """
+    file = tmp_path / "file"
+    file.touch()
+    assert one_rank.run(save_what_has_no_form, str(file)) == [
+        "checkpoint save failed; process rank 0: client_state.mask.of 3: expected a dense tensor of numbers, got one of"
+        " the layout torch.sparse_coo"
+    ]
+
+
 def test_what_was_saved_not_finite_is_not_loaded(saved: Path, tmp_path: Path) -> None:
     """Checkpoints of the first format may hold NaN; the run would go on from them into NaN."""
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)

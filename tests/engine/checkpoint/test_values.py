@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,33 @@ def test_tensors_whose_places_read_alike_are_kept_apart() -> None:
 def test_others_are_refused_by_their_place() -> None:
     with pytest.raises(ValueError, match=r"client_state.a\[1\]: expected numbers, .* got pathlib.*PosixPath"):
         encode({"a": [1, Path("x")]}, {}, "client_state")
+
+
+UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
+    "sparse": (lambda: torch.eye(2).to_sparse_csr(), "a dense tensor of numbers, got one of the layout torch.sparse_csr"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "got a nested one"),
+    "jagged": (
+        lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
+        "NestedTensor",
+    ),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "got one of torch.qint8"),
+    "meta": (lambda: torch.empty(2, device="meta"), "got one on the device meta, which has no values"),
+    "masked": (lambda: np.ma.array([1.0, 2.0], mask=[0, 1]), "an array of numbers, got a numpy.ma.MaskedArray"),
+    "bytes of another order": (lambda: np.ones(2, ">f4"), "an array of numbers, got one of >f4"),
+    "long double": (lambda: np.longdouble(0.1), "got numpy.longdouble"),
+}
+
+
+@pytest.mark.parametrize(("make", "expected"), UNFIT.values(), ids=UNFIT)
+def test_values_without_a_form_in_a_file_are_refused_by_their_place(make: Callable[[], Any], expected: str) -> None:
+    """Each was an error of some library's when the file was written; a masked array lost its mask."""
+    with pytest.raises(ValueError, match=r"client_state\.a\[0\]: expected ") as caught:
+        encode({"a": [make()]}, {}, "client_state")
+    assert expected in str(caught.value)
+
+
+def test_a_value_in_itself_is_refused() -> None:
+    held: list[Any] = []
+    held.append(held)
+    with pytest.raises(ValueError, match="client_state: expected values that are not nested"):
+        encode({"a": held}, {}, "client_state")
