@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from ..engine_optimizer import EngineOptimizer
 from ..layers.targets import CompactLayer, shortened
-from ..layers.watch import watch_layers
+from ..layers.watch import look_before_step, watch_layers
 from ..layers.wrappers import refuse_wrapped
 from ..param_groups import build_groups
 from ..sharding.shards import LocalShards, StatePiece
@@ -161,8 +161,7 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         return {id(p) for group in self.param_groups for p in group["params"]}
 
     def before_step(self) -> None:
-        for layer in self.layers:
-            layer.module.look()
+        look_before_step([layer.module for layer in self.layers])
 
     def _check_observed(self) -> None:
         """Where the coming change of subspace follows this step's gradients, they have to be finite, or all changes

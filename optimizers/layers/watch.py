@@ -1,7 +1,7 @@
 """Notices that a compact layer is changed behind its optimizer's back: its training would be lost without a word."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +17,20 @@ _owners: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
 # Forwards since the last known change after which the tensors are compared without a reason; doubles every time.
 _FIRST_COMPARISON = 64
 
+# What is known where compact is not what the layer's weight holds.
+_LOST = "others, which never reach the layer's weight"
+_WRITTEN = f"{_LOST}: something has written to compact, as another optimizer does that trains it"
+_MOVED = f"{_LOST}: they lie in other memory now, as where FSDP or another engine has cut them"
+_ANOTHER = "another optimizer that would change them"
+
 
 class Watch:
     """Compares a layer's ``compact`` with its ``weight`` whenever something else may have written to one of them.
 
     What was written is seen by the tensors' version counters, at the cost of two comparisons of numbers per forward.
     They do not count what is written through ``.data``, by fused kernels or into the flat buffers of another engine:
-    for these the tensors are compared at every forward once their memory has moved, and now and then if it has not.
+    for these the tensors are compared before every step of the optimizer, at every forward once their memory has moved,
+    and now and then if it has not.
 
     Args:
         name: of the layer.
@@ -74,17 +81,19 @@ class Watch:
         """As :meth:`look`, of the tensors themselves; edits of the weight are taken over."""
         if not self.is_on or not self._noted:
             return
+        found = _state_of(layer)
         if self._is_taken(layer):
-            raise RuntimeError(self._changed())
+            raise RuntimeError(self._changed(_MOVED))
         if not layer.is_whole():
             # Cut in pieces: by our engine, or by one that the optimizer's step refuses.
             return
-        found = _state_of(layer)
         if not layer.agrees():
             # Averaged weights that are swapped in are written to both; other optimizers write to compact alone.
             is_edited = found[3] != self._noted[3]
             if not is_edited:
-                raise RuntimeError(self._changed())
+                if self._moved or found[2] != self._noted[2]:
+                    raise RuntimeError(self._changed(_MOVED))
+                raise RuntimeError(self._changed(_WRITTEN) if found != self._noted else self._unseen())
             if not self.honours_weight:
                 raise RuntimeError(
                     f"{self._name}.weight: expected no edit while an engine trains it, whose masters do not know of it,"
@@ -105,19 +114,32 @@ class Watch:
         is_part = compact.untyped_storage().nbytes() > compact.numel() * compact.element_size()
         return is_part and not getattr(self._owner(), "in_engine", True)
 
-    def _changed(self) -> str:
+    def compares(self, layer: "CompactUnit") -> bool:
+        """Whether :meth:`compare` has something to compare."""
+        return self.is_on and bool(self._noted) and layer.is_whole()
+
+    def _changed(self, what: str) -> str:
+        return f"{self._name}.compact: expected values that only {self._owner_type} changes, got {what}. {self._advice()}"
+
+    def _unseen(self) -> str:
+        return (
+            f"{self._name}.weight: expected the values that {self._name}.compact stands for, got others, and PyTorch has"
+            " counted no change of either: one of them was written to through .data, NumPy or the buffers of another"
+            " engine. Edit the weight itself under torch.no_grad(), without .data, and compact follows. Where"
+            f" something else trains compact: {self._advice()}"
+        )
+
+    def _advice(self) -> str:
         owner = self._owner_type
         return (
-            f"{self._name}.compact: expected values that only {owner} changes, got others, which never reach the"
-            " layer's weight (another optimizer trains them, or FSDP or another engine has cut them?). Train with the"
-            f" {owner} that was made from this model; under DeepSpeed give it to narrowgauge.engine.initialize. For"
-            f" another optimizer call {owner}.revert() first, and make the other one from the model's parameters"
-            " afterwards"
+            f"Train with the {owner} that was made from this model; under DeepSpeed give it to"
+            f" narrowgauge.engine.initialize. For another optimizer call {owner}.revert() first, and make the other one"
+            " from the model's parameters afterwards"
         )
 
     def refuse(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise: ``optimizer``, which is not the layer's, is about to change ``compact``."""
-        raise RuntimeError(f"{type(optimizer).__name__}.step: {self._changed()}")
+        raise RuntimeError(f"{type(optimizer).__name__}.step: {self._changed(_ANOTHER)}")
 
 
 def watch_layers(layers: Iterable[tuple[str, "CompactUnit"]], owner: torch.optim.Optimizer) -> None:
@@ -127,6 +149,22 @@ def watch_layers(layers: Iterable[tuple[str, "CompactUnit"]], owner: torch.optim
         layer.watch = Watch(name, owner)
         layer.watch.note(layer)
         _watched.add(layer)
+
+
+def look_before_step(layers: Sequence["CompactUnit"]) -> None:
+    """:meth:`Watch.look` at each, and a comparison of all of them that asks the device once: the step writes ``compact``
+    over a part of the weight, which half undoes what was written there unseen.
+    """
+    agreed = []
+    for layer in layers:
+        layer.look()
+        if layer.watch is not None and not layer.is_delta and layer.watch.compares(layer):
+            compact = layer.compact.detach()
+            agreed.append((compact == layer.compact_of(layer.weight)).all().to(layers[0].compact.device))
+    if agreed and not bool(torch.stack(agreed).all()):
+        for layer in layers:
+            if layer.watch is not None:
+                layer.watch.compare(layer)
 
 
 def unwatch(layer: "CompactUnit") -> None:

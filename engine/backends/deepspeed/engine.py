@@ -62,7 +62,8 @@ class Engine(ConsolidationHook):
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         own, num_skipped = self.own_optimizer, self.skipped_steps
         learning_rates = own.learning_rates()
-        own.before_step()
+        if self.is_gradient_accumulation_boundary():
+            own.before_step()
         super().step(lr_kwargs)
         if self.was_step_applied():
             own.after_step(learning_rates)

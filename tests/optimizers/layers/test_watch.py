@@ -59,18 +59,57 @@ def test_changed_compact_values_are_refused_by_forward_and_save(make: Make) -> N
             use()
 
 
+UNSEEN = r"blocks\.0\.q\.weight: expected the values that .* counted no change of either: .* through \.data"
+
+
 def test_changes_that_no_counter_sees_are_refused_by_a_save_and_within_64_forwards() -> None:
     """Version counters do not count what is written through ``.data``, as some engines do."""
     model = tiny()
     optimizer = METHODS["grass"](model)
     optimizer.layers[0].module.compact.data.add_(1.0)
-    with pytest.raises(RuntimeError, match=CHANGED):
+    with pytest.raises(RuntimeError, match=UNSEEN):
         model.state_dict()
     # The 64th use is the next one.
     for _ in range(63):
         backward(model)
-    with pytest.raises(RuntimeError, match=CHANGED):
+    with pytest.raises(RuntimeError, match=UNSEEN):
         backward(model)
+
+
+@pytest.mark.parametrize(
+    "edit", [lambda weight: weight.data.zero_(), lambda weight: weight.numpy().fill(0.0)], ids=["data", "numpy"]
+)
+def test_edits_that_no_counter_sees_are_refused_by_the_next_step(edit: Callable[[torch.Tensor], Any]) -> None:
+    """The step wrote the selected columns over them, and no comparison after it saw anything; a text that one raised
+    before blamed another optimizer.
+    """
+    model = tiny()
+    optimizer = METHODS["grass"](model)
+    backward(model)
+    before = optimizer.layers[1].module.weight.clone()
+    edit(optimizer.layers[0].module.weight)
+    with pytest.raises(RuntimeError, match=UNSEEN):
+        optimizer.step()
+    assert torch.equal(optimizer.layers[1].module.weight, before)
+
+
+def steps_under_zero(stage: int) -> str:
+    engine, *_ = initialize(model=tiny(), config=ds_config(stage, global_batch=4))
+    engine.module.blocks[0].q.weight.data.mul_(0.5)
+    try:
+        for _ in range(2):
+            engine.backward(engine(token_batch(0, 2)))
+            engine.step()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        finish(engine)
+    return ""
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_they_are_refused_under_zero_too(stage: int, one_rank: RankPool) -> None:
+    assert "blocks.0.q.weight: expected the values that" in one_rank.run(steps_under_zero, stage)[0]
 
 
 def steps_of_a_foreign_engine(stage: int) -> tuple[int, str]:
