@@ -119,12 +119,14 @@ class Watch:
         return self.is_on and bool(self._noted) and layer.is_whole()
 
     def _changed(self, what: str) -> str:
-        return f"{self._name}.compact: expected values that only {self._owner_type} changes, got {what}. {self._advice()}"
+        return (
+            f"{self._name}.compact: expected values that only {self._owner_type} changes, got {what}. {self._advice()}"
+        )
 
     def _unseen(self) -> str:
         return (
-            f"{self._name}.weight: expected the values that {self._name}.compact stands for, got others, and PyTorch has"
-            " counted no change of either: one of them was written to through .data, NumPy or the buffers of another"
+            f"{self._name}.weight: expected the values that {self._name}.compact stands for, got others, and PyTorch"
+            " has counted no change of either: one of them was written to through .data, NumPy or the buffers of another"
             " engine. Edit the weight itself under torch.no_grad(), without .data, and compact follows. Where"
             f" something else trains compact: {self._advice()}"
         )
@@ -152,8 +154,8 @@ def watch_layers(layers: Iterable[tuple[str, "CompactUnit"]], owner: torch.optim
 
 
 def look_before_step(layers: Sequence["CompactUnit"]) -> None:
-    """:meth:`Watch.look` at each, and a comparison of all of them that asks the device once: the step writes ``compact``
-    over a part of the weight, which half undoes what was written there unseen.
+    """:meth:`Watch.look` at each, and a comparison of all of them that asks the device once: the step writes
+    ``compact`` over a part of the weight, which half undoes what was written there unseen.
     """
     agreed = []
     for layer in layers:

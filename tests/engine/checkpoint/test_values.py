@@ -70,7 +70,10 @@ def test_others_are_refused_by_their_place() -> None:
 
 
 UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
-    "sparse": (lambda: torch.eye(2).to_sparse_csr(), "a dense tensor of numbers, got one of the layout torch.sparse_csr"),
+    "sparse": (
+        lambda: torch.eye(2).to_sparse_csr(),
+        "a dense tensor of numbers, got one of the layout torch.sparse_csr",
+    ),
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "got a nested one"),
     "jagged": (
         lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
