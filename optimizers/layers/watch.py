@@ -126,8 +126,8 @@ class Watch:
     def _unseen(self) -> str:
         return (
             f"{self._name}.weight: expected the values that {self._name}.compact stands for, got others, and PyTorch"
-            " has counted no change of either: one of them was written to through .data, NumPy or the buffers of another"
-            " engine. Edit the weight itself under torch.no_grad(), without .data, and compact follows. Where"
+            " has counted no change of either: one of them was written to through .data, NumPy or the buffers of"
+            " another engine. Edit the weight itself under torch.no_grad(), without .data, and compact follows. Where"
             f" something else trains compact: {self._advice()}"
         )
 
