@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 _TAG = "__type__"
 _PLAIN = (str, int, bool, type(None))
+# NumPy's long double, real and complex: no number of Python's holds it.
+_LONG = "gG"
 
 
 def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -43,7 +45,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}
     if isinstance(value, Tensor | np.ndarray):
         return _encode_array(value, tensors, path)
-    if isinstance(value, np.generic) and not isinstance(value, np.longdouble | np.clongdouble):
+    if isinstance(value, np.generic) and value.dtype.char not in _LONG:
         return {_TAG: "numpy", "dtype": value.dtype.str, "value": _encode(value.item(), tensors, path)}
     if type(value) is list:
         return [_encode(child, tensors, f"{path}[{i}]") for i, child in enumerate(value)]
@@ -89,7 +91,7 @@ def _unfit_tensor(tensor: Tensor) -> str | None:
 def _unfit_array(array: np.ndarray) -> str | None:
     if type(array) not in (np.ndarray, np.memmap):
         return f"a {type(array).__module__}.{type(array).__qualname__}"
-    if array.dtype.kind not in "biuf" or not array.dtype.isnative or array.dtype == np.longdouble:
+    if array.dtype.kind not in "biuf" or not array.dtype.isnative or array.dtype.char in _LONG:
         return f"one of {array.dtype}"
     return None
 

@@ -81,7 +81,7 @@ UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "quantized": (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "got one of torch.qint8"),
     "meta": (lambda: torch.empty(2, device="meta"), "got one on the device meta, which has no values"),
-    "masked": (lambda: np.ma.array([1.0, 2.0], mask=[0, 1]), "an array of numbers, got a numpy.ma.MaskedArray"),
+    "masked": (lambda: np.ma.array([1.0, 2.0], mask=[False, True]), "an array of numbers, got a numpy.ma.MaskedArray"),
     "bytes of another order": (lambda: np.ones(2, ">f4"), "an array of numbers, got one of >f4"),
     "long double": (lambda: np.longdouble(0.1), "got numpy.longdouble"),
 }
