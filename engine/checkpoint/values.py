@@ -45,7 +45,9 @@ def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}
     if isinstance(value, Tensor | np.ndarray):
         return _encode_array(value, tensors, path)
-    if isinstance(value, np.generic) and value.dtype.char not in _LONG:
+    if isinstance(value, np.generic):
+        if value.dtype.char in _LONG:
+            raise ValueError(f"{path}: expected a number of 64 bits at most, got numpy.{type(value).__qualname__}")
         return {_TAG: "numpy", "dtype": value.dtype.str, "value": _encode(value.item(), tensors, path)}
     if type(value) is list:
         return [_encode(child, tensors, f"{path}[{i}]") for i, child in enumerate(value)]
