@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.network import Network, missing
-from tests.support.command import BIN, ROOT, environment, losses, run, tiny_config, wait_for_step
+from tests.support.command import BIN, ROOT, environment, losses, tiny_config, wait_for_step
+from tests.support.forked import run
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 

@@ -1,11 +1,8 @@
 """Ranks that meet before there is a process group, without a launcher that hosts the rendezvous."""
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.support.command import environment, free_port
+from tests.support import forked
 
 SCRIPT = """
 import os, time, torch
@@ -50,15 +47,5 @@ def test_the_group_of_a_second_run_knows_nothing_of_the_first() -> None:
 
 
 def run_on_three_ranks(script: str, delay: str) -> None:
-    common = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "DELAY": delay}
-    processes = [
-        subprocess.Popen(  # noqa: S603
-            [sys.executable, "-c", script],
-            env=environment(**common, RANK=str(rank)),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    results = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
-    assert [code for _, code in results] == [0, 0, 0], results
+    result = forked.python("-c", script, ranks=3, DELAY=delay)
+    assert result.returncode == 0, result.stderr
