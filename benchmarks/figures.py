@@ -6,7 +6,7 @@ python -m benchmarks.figures            all, from benchmarks/results/ into docs/
 from pathlib import Path
 from typing import Any
 
-from benchmarks import network_report, offload_report, price_report, quality_report
+from benchmarks import network_report, offload_report, price_report, quality_report, quality_share
 from benchmarks.results_file import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,9 +16,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 def draw_all(folder: Path) -> dict[str, Any]:
     """Write the figures as ``NAME.png`` into a folder; returns them by name."""
     task = "LLaMA of 5.26 M parameters, 500 steps of 512 tokens, one seed"
-    rows = {name: read_rows(RESULTS / f"{name}.csv") for name in ("quality", "offload", "network", "price")}
+    wide = "LLaMA of 0.92 M parameters, 400 steps of 2,048 tokens, one seed"
+    names = ("quality", "quality_wide", "offload", "network", "price")
+    rows = {name: read_rows(RESULTS / f"{name}.csv") for name in names}
     return {
         "quality": quality_report.plot(folder / "quality.png", rows["quality"], task=task),
+        "quality_wide": quality_share.plot(folder / "quality_wide.png", rows["quality_wide"], task=wide),
         "offload": offload_report.plot(folder / "offload.png", rows["offload"]),
         "network": network_report.plot(folder / "network.png", rows["network"]),
         "memory": price_report.plot(folder / "memory.png", rows["price"]),

@@ -35,8 +35,9 @@ class Frugal(ShardedOptimizer[FrugalOptions]):
     Each projected parameter's gradient is split in two: the *state-full* part (chosen columns, rows or coordinates,
     whole matrices, or a low-rank projection) is updated by AdamW, the *state-free* remainder by ``signSGD`` or
     ``SGD``. All parameters change their subspace together, and the moments and step counts of the projected ones then
-    start again. Decay acts on all coordinates. Moments are kept in fp32 for the state-full coordinates only, 8 bytes
-    for each, and cut over process ranks as the parameters are; which coordinates they are is derived from ``seed``.
+    start again. Decay acts on all coordinates, unless ``decay`` says otherwise. Moments are kept in fp32 for the
+    state-full coordinates only, 8 bytes for each, and cut over process ranks as the parameters are; which coordinates
+    they are is derived from ``seed``.
     bf16 parameters are rounded stochastically, fp16 ones to nearest.
 
     **It saves memory, not traffic**: the whole averaged gradient is needed on every step, so between process ranks as
@@ -199,7 +200,7 @@ class Frugal(ShardedOptimizer[FrugalOptions]):
 
     def _state_free_step(self, parameter: Tensor, direction: Tensor, group: dict[str, Any]) -> None:
         lr = float(group["lr"])
-        if group["weight_decay"]:
+        if group["weight_decay"] and self.options.decay == "all":
             parameter.mul_(1.0 - lr * group["weight_decay"])
         if self.options.state_free_lr_scale:
             parameter.add_(direction, alpha=-lr * self.options.state_free_lr_scale)

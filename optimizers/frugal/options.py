@@ -33,6 +33,10 @@ class FrugalOptions(AdamOptions):
         number(at_least=0.0),
         "its learning rate relative to the parameter's; 0 leaves it where it is",
     ] = 1.0
+    decay: Annotated[
+        Literal["all", "active"],
+        "what decays: ``all`` coordinates, or the ``active``, state-full ones alone; not for ``svd`` and ``random``",
+    ] = "all"
     refresh_interval: RefreshInterval = 200
     embeddings: Annotated[
         Rule,
@@ -61,6 +65,8 @@ class FrugalOptions(AdamOptions):
         yield from super()._conflicts()
         if self.block_order != "random" and self.selection != "blockwise":
             yield f"block_order: expected 'random' with selection {self.selection!r}, got {self.block_order!r}"
+        if self.decay == "active" and self.selection in LOW_RANK:
+            yield f"decay: expected 'all' with selection {self.selection!r}, which chooses no coordinates, got 'active'"
         if self.reduction == "majority_vote" and (self.state_free != "signSGD" or self.selection in LOW_RANK):
             yield (
                 "reduction: 'majority_vote' expected state_free 'signSGD' and a selection of coordinates, got"

@@ -270,3 +270,64 @@ def test_a_state_of_another_optimizer_is_refused() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Frugal(tiny(), **options)
+
+
+def test_blocks_that_decay_only_while_active_are_badam() -> None:
+    """Luo et al. 2024: AdamW from new on the matrices of one transformer block at a time, the last block first; all
+    else stays as it is.
+    """
+    model, twin = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
+    optimizer = Frugal(
+        model,
+        lr=1e-2,
+        weight_decay=0.1,
+        selection="blockwise",
+        block_order="descending",
+        density=1 / 2,
+        refresh_interval=INTERVAL,
+        state_free_lr_scale=0.0,
+        decay="active",
+        embeddings="free",
+        head="free",
+        norms="free",
+    )
+    named = dict(twin.named_parameters())
+    for step in range(STEPS):
+        if step % INTERVAL == 0:
+            block = f"blocks.{1 - step // INTERVAL % 2}."
+            active = [p for name, p in named.items() if is_matrix(name) and name.startswith(block)]
+            adam = torch.optim.AdamW(active, lr=1e-2, weight_decay=0.1)
+        for trained, stepped in ((model, optimizer), (twin, adam)):
+            trained.zero_grad()
+            trained(token_batch(step, 4)).backward()
+            stepped.step()
+    start = tiny(dtype=torch.float64).state_dict()
+    for name, found in model.state_dict().items():
+        torch.testing.assert_close(found, named[name].detach(), rtol=1e-12, atol=1e-12)
+        assert torch.equal(found, start[name]) != is_matrix(name)
+
+
+@pytest.mark.parametrize("selection", ["columns", "randk"])
+def test_only_chosen_coordinates_decay_where_asked(selection: Any) -> None:
+    """At a rate without gradients' part: the weights are those that were chosen, decayed, and the rest."""
+    model = tiny(dtype=torch.float64)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = Frugal(
+        model, lr=0.5, weight_decay=0.2, density=0.3, selection=selection, decay="active", state_free_lr_scale=0.0
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, found in model.state_dict().items():
+        decayed = found == before[name] * 0.9
+        kept = found == before[name]
+        assert bool((decayed | kept).all())
+        if is_matrix(name):
+            assert float(decayed.double().mean()) == pytest.approx(0.3, abs=0.05)
+        else:
+            assert bool(decayed.all())
+
+
+def test_active_decay_is_refused_without_coordinates() -> None:
+    with pytest.raises(ValueError, match="decay: expected 'all' with selection 'svd'"):
+        Frugal(tiny(), selection="svd", decay="active")
