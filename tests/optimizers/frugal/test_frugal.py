@@ -291,9 +291,9 @@ def test_blocks_that_decay_only_while_active_are_badam() -> None:
         head="free",
         norms="free",
     )
-    named = dict(twin.named_parameters())
+    named, adam = dict(twin.named_parameters()), None
     for step in range(STEPS):
-        if step % INTERVAL == 0:
+        if adam is None or step % INTERVAL == 0:
             block = f"blocks.{1 - step // INTERVAL % 2}."
             active = [p for name, p in named.items() if is_matrix(name) and name.startswith(block)]
             adam = torch.optim.AdamW(active, lr=1e-2, weight_decay=0.1)
