@@ -121,7 +121,7 @@ def _train(run: Run, text: Text) -> dict[str, Any]:
             losses[step] = found if math.isfinite(found) else None
             if losses[step] is None:
                 break
-    extra = method.traffic(shapes, **method.options) / task.interval
+    extra = method.traffic(shapes, **method.options) / method.options.get("own_interval", task.interval)
     return {
         "loss": losses.get(task.steps),
         "losses": losses,

@@ -73,6 +73,14 @@ class Muon(torch.optim.Optimizer):
         self._adjust, self._dtype = adjust_lr_fn, dtype
         self._plans: dict[Tensor, Plan] = {}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which rounds what it loads to the parameters' dtype: second moments are wider than bf16's."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, flat in zip(numbers, (p for g in self.param_groups for p in g["params"]), strict=True):
+            if (saved := state_dict["state"].get(number, {}).get(NEURONS)) is not None:
+                self.state[flat][NEURONS] = {key: value.to(flat.device, copy=True) for key, value in saved.items()}
+
     def place(self, flats: Sequence[Tensor]) -> None:
         """Find out who updates what, of the tensors that an engine steps. Collective."""
         self._shards, self._plans = None, {}

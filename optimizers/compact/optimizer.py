@@ -92,6 +92,7 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
             )
             self._check_coverage(model, options, [layer.name for layer in self.layers] + converted.full_rank)
             super().__init__(options, self.base.param_groups, self.base.defaults)
+            self._share_with_base()
         except Exception:
             for layer in self.layers:
                 layer.module.revert()
@@ -176,8 +177,11 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
                 f" others in {name}; nothing has changed: leave such a step out (zero_grad, or torch.amp.GradScaler)"
             )
 
-    def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
+    def _share_with_base(self) -> None:
         self.base.param_groups, self.base.state = self.param_groups, self.state
+
+    def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
+        self._share_with_base()
         return self.base.step(closure)
 
     def defer_to_engine(self, backend: SubspaceBackend) -> None:
@@ -386,7 +390,7 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
             ValueError: it is not this optimizer's state, or belongs to another configuration; nothing has changed then.
         """
         subspace = self._subspace_of(state_dict)
-        self.base.param_groups, self.base.state = self.param_groups, self.state
+        self._share_with_base()
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "subspace"})
         self.param_groups, self.state = self.base.param_groups, self.base.state
         self.load_subspace_state(subspace)

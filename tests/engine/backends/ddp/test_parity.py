@@ -32,6 +32,7 @@ COMPACT = {"lr": 1e-2, "refresh_interval": 3, "matrix_lr_scale": 0.5, "weight_de
 CASES: dict[str, dict[str, Any]] = {
     "Grass-columns": {"type": "Grass", "params": {**COMPACT, "density": 0.3, "decay": "all"}},
     "Grass-top": {"type": "Grass", "params": {**COMPACT, "density": 0.3, "side": "rows", "selection": "top"}},
+    "Grass-NorMuon": {"type": "Grass", "params": {**COMPACT, "density": 0.3, "base": "NorMuon"}},
     "GaLore": {"type": "GaLore", "params": {**COMPACT, "rank": 4}},
     "Frugal": {"type": "Frugal", "params": {"lr": 1e-2, "density": 0.25, "refresh_interval": 3}},
     "Apollo": {"type": "Apollo", "params": {"lr": 1e-2, "rank": 4, "refresh_interval": 3}},
@@ -159,8 +160,8 @@ def resume_in_bf16(case: str, folder: str) -> tuple[list[float], list[float], bo
     return losses, expected, all(torch.equal(found[name], weights[name]) for name in weights)
 
 
-@pytest.mark.quick("GaLore", "Lamb")
-@pytest.mark.parametrize("case", ["Grass-columns", "GaLore", "Frugal", "Lamb"])
+@pytest.mark.quick("Grass-NorMuon", "GaLore", "Lamb")
+@pytest.mark.parametrize("case", ["Grass-columns", "Grass-NorMuon", "GaLore", "Frugal", "Lamb"])
 @pytest.mark.filterwarnings("ignore:bf16.enabled")
 def test_bf16_is_resumed_bit_for_bit(two_ranks: RankPool, tmp_path: Path, case: str) -> None:
     """Moments are wider than the weights where the optimizer keeps them so."""
