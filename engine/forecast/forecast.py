@@ -157,7 +157,7 @@ def forecast(
     seconds = None
     if machine is not None:
         told = [(_on_drive(config, rank, machine), sent) for rank, sent in told]
-        seconds = max((_seconds(config, batches, rank, sent, machine) for rank, sent in told), key=lambda s: s.step)
+        seconds = max((seconds_of(config, batches, rank, sent, machine) for rank, sent in told), key=lambda s: s.step)
     written = max(sum(rank.offloaded) for rank, _ in told) * batches.accumulation_steps
     tokens = batches.total * parsed.data.sequence_length
     return Forecast(config, batches, world_size, told, steps, tokens, written, machine, seconds)
@@ -175,7 +175,7 @@ def _on_drive(config: Config, rank: Rank, machine: Machine) -> Rank:
     return replace(rank, offloaded=found)
 
 
-def _seconds(config: Config, batches: Batches, rank: Rank, sent: Sent, machine: Machine) -> Seconds:
+def seconds_of(config: Config, batches: Batches, rank: Rank, sent: Sent, machine: Machine) -> Seconds:
     passes = [rank.chunks[number] for name, number in rank.schedule if name == "forward"]
     if len(rank.schedule) == 2:
         passes = passes * batches.accumulation_steps
