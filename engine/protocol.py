@@ -177,11 +177,12 @@ class TrainingEngine(Protocol):
         """
         ...
 
-    def generate(self, tokens: Tensor, **options: Any) -> Tensor:
+    def generate(self, tokens: Tensor, *, before_forward: Callable[[], None], **options: Any) -> Tensor:
         """Continue int64 tokens ``(batch, sequence)`` as transformers' ``generate`` does, in evaluation mode.
         Collective where ``forward_is_collective``: all ranks generate the same then.
 
         Args:
+            before_forward: called before each forward, and before any of its collectives.
             options: of that function.
         """
         ...

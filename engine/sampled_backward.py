@@ -11,7 +11,6 @@ from narrowgauge.optimizers.layers.sampled_linear import SampledLinear, sample_l
 from narrowgauge.optimizers.layers.sampling import Rad, WtaCrs
 
 from .config.config import Config
-from .config.problems import within
 from .config.sampling_block import SampledBackwardBlock
 
 # What reads the input of a layer with an adapter; the frozen layer keeps nothing of it.
@@ -57,10 +56,8 @@ def sample_trial(config: Config, model: nn.Module) -> None:
         ConfigError: its globs name no layer.
     """
     if (block := config.parsed.sampled_backward) is not None:
-        try:
+        with config.blames("sampled_backward"):
             sample_backward(model, block, lora=config.parsed.lora is not None)
-        except ValueError as error:
-            raise config.error(within("sampled_backward", str(error))) from error
 
 
 def sampling_record(model: nn.Module, config: Config) -> dict[str, Any] | None:

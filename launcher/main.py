@@ -18,6 +18,7 @@ from narrowgauge.engine.ranks.exit_codes import EXIT_BAD_INPUT, EXIT_PREEMPTED
 from narrowgauge.engine.ranks.preemption import Preempted
 
 from .commands import machine, plans, runs, slurm, start
+from .output import show_warnings_as_lines
 
 _SECONDS_TO_END = 4.0
 
@@ -56,6 +57,7 @@ def main() -> None:
     """Run the command. What ends it is one line on stderr: bad input with exit code 2, a preempted run with 75, all
     else with 1, and after a traceback where it is not the machine's fault either.
     """
+    show_warnings_as_lines()
     try:
         app()
     except UserError as error:

@@ -5,9 +5,13 @@ import os
 import sys
 import threading
 import warnings
+from contextlib import suppress
+from typing import TextIO
 
 from rich.console import Console
 from rich.text import Text
+
+from narrowgauge.engine.config.redaction import redact_text
 
 # DeepSpeed warns of what narrowgauge does on purpose.
 _KNOWN = (
@@ -52,6 +56,24 @@ def show_libraries_less() -> None:
     # At import, of a product that no run here uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     threading.excepthook = _say_of_thread
+
+
+def show_warnings_as_lines() -> None:
+    """From now on without the place in the code, which helps no one who has not written it."""
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    # Whoever read it may be gone.
+    with suppress(OSError):
+        print(f"warning: {' '.join(redact_text(str(message)).split())}", file=file or sys.stderr, flush=True)  # noqa: T201
 
 
 def _say_of_thread(args: threading.ExceptHookArgs) -> None:

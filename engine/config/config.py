@@ -3,7 +3,8 @@
 The whole file is checked at once, every key at every depth, before anything is built.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -124,6 +125,14 @@ class Config:
 
     def error(self, *problems: str) -> ConfigError:
         return ConfigError(self.source, list(problems))
+
+    @contextmanager
+    def blames(self, block: str) -> Iterator[None]:
+        """A ValueError within it is a problem of the block, or of the key of the block that it names."""
+        try:
+            yield
+        except ValueError as error:
+            raise self.error(within(block, str(error))) from error
 
 
 def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:

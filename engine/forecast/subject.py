@@ -16,7 +16,6 @@ from narrowgauge.optimizers.options import Options
 
 from ..config.config import Config
 from ..config.optimizer_params import make_optimizer
-from ..config.problems import within
 from ..lora.adapters import add_adapters
 from ..report.parameters import count_parameters
 from ..run.model import abstract_model
@@ -131,10 +130,8 @@ def subject_of(config: Config, model_config: PretrainedConfig) -> Subject:
     model.config.use_cache = False
     optimizer = None
     if config.optimizer_options is not None:
-        try:
+        with config.blames("optimizer.params"):
             optimizer = make_optimizer(parsed.optimizer.type, model, on_meta(config.optimizer_options))
-        except ValueError as error:
-            raise config.error(within("optimizer.params", str(error))) from error
     return Subject(
         model,
         optimizer,

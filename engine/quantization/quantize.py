@@ -15,7 +15,6 @@ from narrowgauge.optimizers.layers.shape import whole_shape
 from narrowgauge.optimizers.layers.ternary_quantizer import TernaryQuantizer
 
 from ..config.config import Config
-from ..config.problems import within
 from ..config.quantization_block import QuantizationBlock
 
 
@@ -85,10 +84,8 @@ def quantize_trial(config: Config, model: nn.Module) -> None:
         ConfigError: its globs name no layer.
     """
     if (block := config.parsed.quantization) is not None:
-        try:
+        with config.blames("quantization"):
             quantize(model, block)
-        except ValueError as error:
-            raise config.error(within("quantization", str(error))) from error
 
 
 def quantization_record(model: nn.Module, config: Config) -> dict[str, Any] | None:

@@ -53,6 +53,11 @@ def agreed_store() -> Any:
     return _store
 
 
+def store_of_group() -> Any:
+    """On which the ranks of the default process group have met."""
+    return _get_default_store()
+
+
 def agree(settings: dict[str, Any], *, error: str | None = None, choice: str | None = None) -> str | None:
     """Meet all ranks and compare what they are about to do.
 
@@ -75,7 +80,7 @@ def agree(settings: dict[str, Any], *, error: str | None = None, choice: str | N
     global _meetings, _store
     _meetings += 1
     if torch.distributed.is_initialized():
-        _store, rank, size = _get_default_store(), torch.distributed.get_rank(), torch.distributed.get_world_size()
+        _store, rank, size = store_of_group(), torch.distributed.get_rank(), torch.distributed.get_world_size()
     elif _store is None:
         found, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))
         _store = store_of_attempt(found, rank, size, _REPORT_TIMEOUT) if may_restart() else found

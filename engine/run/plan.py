@@ -16,7 +16,6 @@ from narrowgauge.optimizers.compact.options import CompactOptions
 from ..backends import backend_of
 from ..config.config import Batches, Config, load_config
 from ..config.optimizer_params import make_optimizer
-from ..config.problems import within
 from ..config.redaction import redact
 from ..config.run_blocks import DataBlock, LoggingBlock, ModelBlock, TrainingBlock
 from ..coreset.coreset import NO_RECORDS, check_coreset, large_batch
@@ -147,10 +146,8 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         if isinstance(options, CompactOptions):
             # Whether all of torch's devices take it is not for tensors without storage to say.
             options = replace(options, fused=None)
-        try:
+        with config.blames("optimizer.params"):
             make_optimizer(parsed.optimizer.type, abstract, options)
-        except ValueError as error:
-            raise config.error(within("optimizer.params", str(error))) from error
     check_offload(config)
     check_codec(config, abstract)
     if parsed.training.sample_prompt is not None:

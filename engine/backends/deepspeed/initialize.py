@@ -20,7 +20,6 @@ from narrowgauge.optimizers.options import Options
 
 from ...config.config import Config, load_config
 from ...config.optimizer_params import make_optimizer
-from ...config.problems import within
 from ...offload.attach import make_offload_together
 from ...ranks.agreement import make_process_group
 from ...ranks.environment import ensure_environment, process_rank
@@ -199,10 +198,8 @@ def _make_optimizer(model: nn.Module, config: Config, options: Options | None) -
     assert options is not None
     assert block is not None
     under_zero_init = any(hasattr(p, "ds_id") for p in model.parameters())
-    try:
+    with config.blames("optimizer.params"):
         return make_optimizer(block.type, model, options, GatherOnceBackend() if under_zero_init else None)
-    except ValueError as error:
-        raise config.error(within("optimizer.params", str(error))) from error
 
 
 def _make_engine(

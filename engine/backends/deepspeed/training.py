@@ -1,7 +1,7 @@
 """DeepSpeed's engine as :class:`narrowgauge.engine.protocol.TrainingEngine`."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -119,9 +119,10 @@ class DeepSpeedTraining:
     def step_metrics(self) -> Mapping[str, Any]:
         return {}
 
-    def generate(self, tokens: Tensor, **options: Any) -> Tensor:
+    def generate(self, tokens: Tensor, *, before_forward: Callable[[], None], **options: Any) -> Tensor:
         model: Any = self.module
-        return model.generate(tokens, **options)
+        with model.register_forward_pre_hook(lambda *_: before_forward(), prepend=True):
+            return model.generate(tokens, **options)
 
     def grad_norm(self) -> float | None:
         norm = self._deepspeed.get_global_grad_norm()

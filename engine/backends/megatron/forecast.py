@@ -12,7 +12,6 @@ from narrowgauge.optimizers.compact.backend import LocalBackend
 
 from ...config.config import Batches, Config
 from ...config.optimizer_params import make_optimizer
-from ...config.problems import within
 from ...errors import UserError, first_line
 from ...forecast.held import COMPACT, GRADIENTS, MASTERS, MOMENTS, SUBSPACES, WEIGHTS, Gradients, Rank
 from ...forecast.passes import Passes, shorten, trace, without_contents
@@ -68,11 +67,9 @@ class _Stage:
         options, block = config.optimizer_options, config.parsed.optimizer
         assert block is not None
         if options is not None:
-            try:
+            with config.blames("optimizer.params"):
                 options = options_of_stage(options, model.architecture, model.layout, model.place)
                 self._own = make_optimizer(block.type, self._tree, on_meta(options), LocalBackend())
-            except ValueError as error:
-                raise config.error(within("optimizer.params", str(error))) from error
             if isinstance(self._own, ShardedOptimizer):
                 whole = sum(p.numel() for group in self._own.param_groups for p in group["params"])
                 self._moments = sharded_moments(self._own) / max(1, whole)

@@ -1,6 +1,7 @@
 """transformers' ``generate`` over a model that is cut over process ranks."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ from .model import StagedModel
 from .schedule import next_token_logits
 
 
-def generate(model: StagedModel, tokens: Tensor, **options: Any) -> Tensor:
+def generate(model: StagedModel, tokens: Tensor, *, before_forward: Callable[[], None], **options: Any) -> Tensor:
     """Continue ``(batch, sequence)`` as transformers does, without a cache of keys and values. Collective: all process
     ranks generate the same, where their random states are the same.
 
     Args:
+        before_forward: called before each forward.
         options: of ``GenerationMixin.generate``.
     """
     whole: Any = _Whole(model)
+    whole.register_forward_pre_hook(lambda *_: before_forward())
     return whole.generate(tokens, **{**options, "use_cache": False})
 
 

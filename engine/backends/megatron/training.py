@@ -5,7 +5,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -191,9 +191,9 @@ class MegatronTraining:
             self._model.train()
         return loss
 
-    def generate(self, tokens: Tensor, **options: Any) -> Tensor:
+    def generate(self, tokens: Tensor, *, before_forward: Callable[[], None], **options: Any) -> Tensor:
         with self._parameters_at_rest():
-            return generate(self._model, tokens, **options)
+            return generate(self._model, tokens, before_forward=before_forward, **options)
 
     @contextmanager
     def _parameters_at_rest(self) -> Iterator[None]:
