@@ -73,7 +73,7 @@ def _show_warning(
 ) -> None:
     # Whoever read it may be gone.
     with suppress(OSError):
-        print(f"warning: {' '.join(redact_text(str(message)).split())}", file=file or sys.stderr, flush=True)  # noqa: T201
+        print(f"warning: {' '.join(redact_text(str(message)).split())}", file=file or sys.stderr, flush=True)
 
 
 def _say_of_thread(args: threading.ExceptHookArgs) -> None:
