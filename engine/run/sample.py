@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
@@ -73,7 +74,7 @@ class _Turns:
         store = store_of_group()
         # Others may have been taken in this group before.
         number = store.add(f"narrowgauge/samples/{dist.get_rank()}", 1)
-        self._store, self._number, self._ended = dist.PrefixStore(f"narrowgauge/sample/{number}", store), 0, False
+        self._store, self._number, self._ended = PrefixStore(f"narrowgauge/sample/{number}", store), 0, False
         self._began, self._longest = time.monotonic(), 0.0
 
     def forward(self) -> None:
