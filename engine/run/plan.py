@@ -132,8 +132,11 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         check_writable(run_dir)
         check_same_run(run_dir, config.raw, batches.total)
     check_model(parsed.model)
+    # Once more when the vocabulary is known: data may take hours.
+    length = parsed.data.sequence_length
+    backend.check_model(config, model_config(parsed.model, vocab_size=None, sequence_length=length), world_size())
     prepared = prepare(parsed.data, logger.info)
-    described = model_config(parsed.model, vocab_size=prepared.vocab_size, sequence_length=parsed.data.sequence_length)
+    described = model_config(parsed.model, vocab_size=prepared.vocab_size, sequence_length=length)
     backend.check_model(config, described, world_size())
     abstract = abstract_model(described)
     check_packing(parsed.data, described)

@@ -10,7 +10,6 @@ from torch import nn
 from narrowgauge.optimizers import CompactOptimizer
 
 from ...config.config import Config
-from ...config.problems import within
 from ...config.without_deepspeed import adam_arguments
 from ...protocol import Schedule
 from ...ranks.environment import process_rank
@@ -91,14 +90,9 @@ def _make_optimizer(config: Config, model: StagedModel) -> torch.optim.Optimizer
         warnings.warn(config.unused_params_note(), stacklevel=2)
     arguments = config.engine_settings()["optimizer"].get("params", {})
     trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        # Its own arguments are checked by torch's.
-        adamw = torch.optim.AdamW(trainable, **adam_arguments(arguments))
-    except (ValueError, TypeError) as error:
-        raise config.error(within("optimizer.params", str(error))) from error
     by = None if config.zero_stage else stepped_by(arguments, on_gpu=torch.cuda.is_available())
     if by is None:
-        return adamw
+        return torch.optim.AdamW(trainable, **adam_arguments(arguments))
     try:
         return fused_adamw(trainable, adam_arguments(arguments), by=by)
     except (ImportError, RuntimeError) as error:

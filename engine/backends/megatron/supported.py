@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 
+import torch
 from transformers import PretrainedConfig
 
 from ...config.config import Config
+from ...config.problems import within
+from ...config.without_deepspeed import adam_arguments
 from ...data.examples import names_records
 from .architecture import Architecture, architecture_of
 from .compact.supported import unsupported, unsupported_model
@@ -12,6 +15,7 @@ from .fits import problems_of_layout
 from .globs import problems_of_globs
 from .installed import has_transformer_engine, not_usable_because, other_apex, show_its_warnings_less
 from .keys import layout_of, megatron_block
+from .layout import Layout
 from .zero import supported as zero
 
 
@@ -31,14 +35,14 @@ def check(config: Config) -> None:
 
 def _settings(config: Config) -> Iterator[str]:
     block, parsed = megatron_block(config), config.parsed
-    te = "Transformer Engine" if has_transformer_engine() else "Transformer Engine, which is not installed"
+    te = "Transformer Engine" if has_transformer_engine() else "Transformer Engine (not installed)"
     if block.context_parallel > 1:
         yield (
-            f"megatron.context_parallel: expected 1, got {block.context_parallel}: attention over cut sequences is"
-            f" {te}'s alone, and this engine builds its layers without it"
+            f"megatron.context_parallel: expected 1, got {block.context_parallel}: attention over cut sequences needs"
+            f" {te}, and this engine builds its layers without it"
         )
     if block.fp8:
-        yield f"megatron.fp8: expected false, got true: it is {te}'s, and this engine builds its layers without it"
+        yield f"megatron.fp8: expected false, got true: it needs {te}, and this engine builds its layers without it"
     if block.grouped_experts:
         yield (
             "megatron.grouped_experts: expected false, got true: grouped products need Transformer Engine or the"
@@ -56,6 +60,12 @@ def _settings(config: Config) -> Iterator[str]:
         )
     if block.sequence_parallel and block.tensor_parallel == 1:
         yield "megatron.sequence_parallel: expected tensor_parallel > 1 with it, got 1: nothing shares the sequence"
+    given = config.raw.get("megatron", {})
+    for key, kind in (("recompute_layers", "full"), ("recompute_modules", "selective")):
+        if key in given and block.recompute != kind:
+            yield f"megatron.{key}: expected recompute {kind!r} with it, got {block.recompute!r}"
+    if block.recompute == "selective" and not block.recompute_modules:
+        yield "megatron.recompute_modules: expected one at least with recompute 'selective', got []"
     if parsed.model is not None and parsed.model.gradient_checkpointing != "none":
         yield (
             "model.gradient_checkpointing: expected 'none' with the megatron engine, got"
@@ -82,6 +92,12 @@ def _settings(config: Config) -> Iterator[str]:
 def _optimizer(config: Config) -> Iterator[str]:
     if config.optimizer_options is not None:
         yield from unsupported(config)
+    elif config.parsed.optimizer is not None:
+        arguments = config.engine_settings()["optimizer"].get("params", {})
+        try:
+            torch.optim.AdamW([torch.empty(0, requires_grad=True)], **adam_arguments(arguments))
+        except (ValueError, TypeError) as error:
+            yield within("optimizer.params", str(error))
 
 
 def check_model(config: Config, model_config: PretrainedConfig, world_size: int) -> None:
@@ -98,13 +114,28 @@ def check_model(config: Config, model_config: PretrainedConfig, world_size: int)
     )
     if problems:
         raise config.error(*(f"megatron.{problem}" for problem in problems))
-    found = [*_of_experts(config, architecture), *zero.unsupported_model(config, architecture)]
+    found = [*_of_experts(config, architecture), *_of_recompute(config, architecture, layout), *zero.unsupported_model(config, architecture)]
     if config.optimizer_options is not None:
         found += unsupported_model(config, architecture, layout)
         problems = problems_of_globs(config.optimizer_options, architecture, layout)
         found += [f"optimizer.params.{problem}" for problem in problems]
     if found:
         raise config.error(*found)
+
+
+def _of_recompute(config: Config, architecture: Architecture, layout: Layout) -> Iterator[str]:
+    block = megatron_block(config)
+    size = architecture.num_layers // (layout.pipeline * layout.chunks)
+    if block.recompute == "full" and size % block.recompute_layers:
+        where = "each stage has" if layout.chunks == 1 else "each piece of a stage has"
+        yield (
+            f"megatron.recompute_layers: expected a divisor of the {size} layers that {where}, got"
+            f" {block.recompute_layers}"
+        )
+    if block.recompute == "selective" and "moe" in block.recompute_modules and not architecture.num_experts:
+        yield "megatron.recompute_modules: expected no 'moe' for a model without experts"
+    if block.recompute == "selective" and "mlp" in block.recompute_modules and architecture.num_experts:
+        yield "megatron.recompute_modules: expected 'moe' for a model with experts, got 'mlp', which it has none of"
 
 
 def _of_experts(config: Config, architecture: Architecture) -> Iterator[str]:
