@@ -1,4 +1,14 @@
-"""Megatron's process groups as DeepSpeed asks for them, and gradients that tensor-parallel ranks share."""
+"""Megatron's process groups as DeepSpeed asks for them, and gradients that tensor-parallel ranks share.
+
+Each process rank waits in collectives of two groups in turn: of its tensor-parallel ranks, in the layers and in hooks
+on gradients, and of its data-parallel ranks, in DeepSpeed's reductions and, at stage 3, gathers. None waits for ever,
+because all ranks come to all of them in one order: they run the same graph, autograd's order in it is that of its
+nodes, DeepSpeed fills its buckets in the order of gradients and gathers in that of modules. What depends on a rank's
+own data must not decide whether there is a collective.
+
+What DeepSpeed compiles when it is initialized, its collectives in shared memory on CPUs, is there before: one rank
+would compile for minutes, and the others look as if they hung.
+"""
 
 from collections.abc import Iterable
 from typing import Any
