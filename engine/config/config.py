@@ -119,7 +119,7 @@ class Config:
         if micro * steps * world_size != total or not total:
             raise self.error(
                 f"train_batch_size: expected train_micro_batch_size_per_gpu ({micro}) x gradient_accumulation_steps"
-                f" ({steps}) x process ranks ({world_size}), got {total}"
+                f" ({steps}) x data-parallel ranks ({world_size}), got {total}"
             )
         return Batches(total, micro, steps)
 
