@@ -114,7 +114,11 @@ def check_model(config: Config, model_config: PretrainedConfig, world_size: int)
     )
     if problems:
         raise config.error(*(f"megatron.{problem}" for problem in problems))
-    found = [*_of_experts(config, architecture), *_of_recompute(config, architecture, layout), *zero.unsupported_model(config, architecture)]
+    found = [
+        *_of_experts(config, architecture),
+        *_of_recompute(config, architecture, layout),
+        *zero.unsupported_model(config, architecture),
+    ]
     if config.optimizer_options is not None:
         found += unsupported_model(config, architecture, layout)
         problems = problems_of_globs(config.optimizer_options, architecture, layout)

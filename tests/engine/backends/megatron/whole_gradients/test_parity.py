@@ -125,9 +125,7 @@ def test_the_sign_of_what_is_all_rounding_is_either(megatron_ranks: MegatronPool
     optimizer = {"type": "Frugal", "params": {**BASE, "weight_decay": 0.0, "density": 0.25, "selection": "svd"}}
     _, _, expected = run_of_ddp(megatron_ranks, "llama", optimizer, last=3)
     ranks, block = LAYOUTS[layout]
-    _, _, found = megatron_ranks.run(
-        run_steps, "megatron", "llama", block, ranks=ranks, last=3, optimizer=optimizer
-    )[0]
+    _, _, found = megatron_ranks.run(run_steps, "megatron", "llama", block, ranks=ranks, last=3, optimizer=optimizer)[0]
     off = torch.cat([(found[name] - own).abs().view(-1) for name, own in expected.items()])
     others = off[off > 1e-6]
     assert len(others) <= 4
