@@ -33,6 +33,7 @@ _KINDS = {
 }
 OTHER = "between them"
 # Of a stretch, what is no whole number of bytes or elements.
+_GROUPED = torch.ops.aten._grouped_mm.default
 _WORK = ("flops", "moved", "sent")
 
 
@@ -478,7 +479,7 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         self.sent += bytes_sent(func, args, scatter_factor=self._factor)[0]
         try:
-            result = func(*args, **kwargs)
+            result = _grouped(*args, **kwargs) if func is _GROUPED else func(*args, **kwargs)
         except DataDependentOutputException:
             if func is not torch.ops.aten._local_scalar_dense.default:
                 raise
@@ -492,6 +493,8 @@ class _Operations(TorchDispatchMode):
             self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
         elif packet in _ATTENTION:
             self.flops += _ATTENTION[packet](*args)
+        elif func is _GROUPED:
+            self.flops += _grouped_flops(*args)
         elif not func.is_view and packet not in _FREE:
             inputs = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
             self.moved += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
@@ -537,3 +540,19 @@ _ATTENTION: dict[Any, Callable[..., float]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+def _grouped(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Products of each expert's tokens, without contents: PyTorch tells their shapes in bf16 alone."""
+    shape = (a.shape[-2], b.shape[-1])
+    if a.dim() == b.dim():
+        # A product of each expert: of matrices, or of the tokens that offsets part.
+        shape = (a.shape[0] if offs is None else offs.numel(), *shape)
+    return a.new_empty(shape, dtype=out_dtype)
+
+
+def _grouped_flops(a: Tensor, b: Tensor, *others: Any) -> float:
+    """Each token meets one expert's matrix."""
+    return 2 * a.shape[-2] * b.numel() if b.dim() == 2 and a.dim() == 3 else 2 * a.numel() * b.shape[-1]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .compact import CompactModule, compact_class
+from .contents import has_no_contents
 from .grouped_linear import Runs, dense_grouped_linear
 from .shape import whole_shape
 from .stacked_weight import StackedProjected, StackedSelected, StackedWeight
@@ -119,10 +120,14 @@ def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Runs, Tensor, Tens
         chosen: ``(tokens, k)``, experts' numbers.
 
     Returns:
-        The runs of rows, and for each row its token and which of the token's choices it is.
+        The runs of rows, and for each row its token and which of the token's choices it is. Where there are no contents
+        every expert has as many.
     """
     experts, order = chosen.t().reshape(-1).sort(stable=True)
-    ends = torch.searchsorted(experts, torch.arange(num_experts, device=experts.device), right=True).tolist()
+    if has_no_contents(chosen):
+        ends = [chosen.numel() * (expert + 1) // num_experts for expert in range(num_experts)]
+    else:
+        ends = torch.searchsorted(experts, torch.arange(num_experts, device=experts.device), right=True).tolist()
     runs = [(e, first, last) for e, (first, last) in enumerate(zip([0, *ends], ends, strict=False)) if last > first]
     order = order[: ends[-1]]
     return runs, order % chosen.shape[0], order // chosen.shape[0]

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from .contents import has_no_contents
 from .shared_copy import SharedCopy
 
 # Stands for a norm that is not finite: such a token is kept, so that its gradient is not finite either.
@@ -36,7 +36,7 @@ class Projection:
 
     def matrix(self, like: Tensor) -> Tensor:
         """``(n, r)``, in the dtype and on the device of ``like``."""
-        if _has_no_contents(like):
+        if has_no_contents(like):
             return like.new_empty(self.n, self.r)
         generator = torch.Generator(like.device).manual_seed(self.seed)
         bits = torch.randint(2, (self.n, self.r), generator=generator, dtype=torch.int8, device=like.device)
@@ -108,7 +108,7 @@ class WtaCrs:
         k = max(self._min_rows, round(self._keep * b))
         if k >= b:
             return Kept(x)
-        if _has_no_contents(x):
+        if has_no_contents(x):
             return Kept(x.new_empty(k, x.shape[1]), x.new_empty(k, dtype=torch.int64))
         rows, scale = draw_rows(torch.linalg.vector_norm(x, dim=1, dtype=_at_least_fp32(x)), k, seed)
         values = x.index_select(0, rows)
@@ -170,7 +170,7 @@ class SampledInputs:
         """
         if torch.compiler.is_compiling():
             raise RuntimeError("sampled backward: expected layers that run without torch.compile, got compiled ones")
-        seed = 0 if _has_no_contents(x) else int(torch.randint(torch.iinfo(torch.int64).max, ()))
+        seed = 0 if has_no_contents(x) else int(torch.randint(torch.iinfo(torch.int64).max, ()))
         self._note(x)
 
         @torch.no_grad()
@@ -206,11 +206,6 @@ def draw_rows(norms: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
     scale = tails[m] / (rest[drawn] * (k - m))
     is_winner = torch.arange(k, device=p.device) < m
     return torch.where(is_winner, order[:k], drawn), torch.where(is_winner, 1, scale).to(norms.dtype)
-
-
-def _has_no_contents(x: Tensor) -> bool:
-    """Whether only shapes are asked for, as a forecast does."""
-    return x.device.type == "meta" or isinstance(x, FakeTensor)
 
 
 def _at_least_fp32(x: Tensor) -> torch.dtype:

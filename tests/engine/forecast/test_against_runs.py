@@ -30,6 +30,7 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
 
 GRASS = optimizer("Grass", matrix_lr_scale=0.2, density=0.25, refresh_interval=3)
 OFFLOAD = {"path": ".", "min_tensor_bytes": 65536, "keep_resident": 0.0}
+MIXTURE = {"model_type": "mixtral", "num_hidden_layers": 4, "num_local_experts": 4, "num_key_value_heads": 4}
 RECOMPUTED = {"model": {"config": MODEL, "gradient_checkpointing": "non-reentrant"}}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -44,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
     "normuon-3": {**zero(3), **optimizer("Grass", base="NorMuon", density=0.25, refresh_interval=3)},
     "frugal-2": {**zero(2), **optimizer("Frugal", density=0.25, refresh_interval=3)},
     "dense-1-sampled": {**zero(1), **optimizer("AdamW"), "sampled_backward": {"method": "wta_crs", "keep": 0.3}},
+    "dense-1-mixture": {**zero(1), **optimizer("AdamW"), "model": {"config": {**MODEL, **MIXTURE}}},
+    "grass-2-mixture": {**zero(2), **GRASS, "model": {"config": {**MODEL, **MIXTURE}}},
     "grass-1-saved": {**zero(1), **GRASS, "activation_offload": OFFLOAD},
     "grass-1-inputs": {**zero(1), **GRASS, "activation_offload": {**OFFLOAD, "granularity": "layer_inputs"}},
     "grass-ddp": {"engine": "ddp", "zero_optimization": {"stage": 0}, **GRASS},
