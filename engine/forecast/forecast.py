@@ -184,9 +184,13 @@ def seconds_of(config: Config, batches: Batches, rank: Rank, sent: Sent, machine
     # Masters and moments are read and written, gradients read.
     stepped = sum(2 * rank.held.get(kind, 0) for kind in (MASTERS, MOMENTS)) + rank.peak.bytes[GRADIENTS]
     computed = products + operations
-    collectives = sent.total / machine.slowest_link
+    collectives = (sent.reduced + sent.gathered) / machine.slowest_link
     if _overlaps(config):
         collectives = max(0.0, collectives - computed / 2)
+    # What is between layers is waited for.
+    block = getattr(config.parsed, "megatron", None)
+    among = machine.link_among(block.tensor_parallel) if block is not None else machine.slowest_link
+    collectives += (sent.activations - sent.stages) / among + sent.stages / machine.slowest_link
     moved = 2 * sum(rank.offloaded) * len(passes) / max(1, len(rank.chunks))
     return Seconds(
         products=products,

@@ -39,6 +39,10 @@ class Machine:
         """Bytes per second of other operations."""
         return OPERATIONS * self.gpu.bandwidth
 
+    def link_among(self, num_neighbours: int) -> float:
+        """Bytes per second that a ring over so many neighbouring ranks passes on."""
+        return LINKS * self.gpu.link if self.gpus % num_neighbours == 0 else self.slowest_link
+
     @property
     def slowest_link(self) -> float:
         """Bytes per second that a ring over all ranks passes on."""

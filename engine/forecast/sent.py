@@ -21,11 +21,13 @@ class Sent:
         reduced: in reductions of gradients and of what optimizers find out about them.
         gathered: in gathers of parameters.
         activations: between the ranks that share a layer, or hold neighbouring ones.
+        stages: of these, what goes to the stages of a pipeline before and after.
     """
 
     reduced: float
     gathered: float
     activations: float = 0.0
+    stages: float = 0.0
 
     @property
     def total(self) -> float:

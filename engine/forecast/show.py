@@ -85,8 +85,10 @@ def _sent(found: "Forecast") -> Table:
     table = _table("MB sent per step", "", "a process rank", "within a node", "out of a node")
     for name in ("reduced", "gathered", "activations"):
         nbytes: float = getattr(found.sent, name)
-        # In a ring over all ranks one of a node's sends to another node.
-        out = nbytes if nodes > 1 else 0.0
+        # In a ring over all ranks one of a node's sends to another node; ranks that share layers are in one node, and
+        # all of them may have their next stage in another.
+        out = nbytes if name != "activations" else found.sent.stages * per_node
+        out = out if nodes > 1 else 0.0
         table.add_row(name, *(f"{n / 1e6:,.1f}" for n in (nbytes, nbytes * per_node - out, out)))
     return table
 

@@ -126,9 +126,9 @@ class _Stage:
             is_cut=self._block.distributed_optimizer,
             bubble=(layout.pipeline - 1) / (batches.accumulation_steps * layout.chunks),
         )
-        return rank, Sent(
-            reduced=reduced, gathered=gathered, activations=self._activations(passes, batches) + summed_once
-        )
+        stages = self._to_stages(batches)
+        activations = batches.accumulation_steps * sum(found.sent for found in passes) + summed_once + stages
+        return rank, Sent(reduced=reduced, gathered=gathered, activations=activations, stages=stages)
 
     def _passes(self, number: int, micro: int) -> Passes:
         model, config, place = self._model, self._config, self._model.place
@@ -168,19 +168,15 @@ class _Stage:
             kind = type(error).__name__
             raise UserError(f"model: its passes cannot be told ahead: {kind}: {first_line(error)}") from error
 
-    def _activations(self, passes: Sequence[Passes], batches: Batches) -> float:
-        """Bytes per step that forwards and backwards send to the ranks that share this one's layers, and to the stages
-        beside it.
-        """
+    def _to_stages(self, batches: Batches) -> float:
+        """Bytes per step that forwards and backwards send to the stages before and after this one."""
         model, layout, place, config = self._model, self._model.layout, self._model.place, self._config
         assert config.parsed.data is not None
         hidden = batches.micro * config.parsed.data.sequence_length * model.transformer.hidden_size
         hidden *= model.transformer.params_dtype.itemsize
-        sent = sum(found.sent for found in passes)
-        for chunk in range(layout.chunks):
-            # Forward to the next chunk, and its gradient to the one before.
-            ends = layout.is_last(place, chunk) + layout.is_first(place, chunk)
-            sent += (2 - ends) * hidden / (layout.tensor if layout.sequence_parallel else 1)
+        # Forward to the next chunk, and its gradient to the one before.
+        ends = sum(layout.is_last(place, n) + layout.is_first(place, n) for n in range(layout.chunks))
+        sent = (2 * layout.chunks - ends) * hidden / (layout.tensor if layout.sequence_parallel else 1)
         return batches.accumulation_steps * sent
 
     def _summed_once(self) -> float:

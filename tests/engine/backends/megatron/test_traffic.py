@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from narrowgauge.engine.backends import backend_of
+from narrowgauge.engine.forecast.forecast import forecast
+from narrowgauge.engine.forecast.hardware import LINKS
+from narrowgauge.engine.forecast.machine import Machine
 from tests.support.cases import cases
 from tests.support.megatron_models import hf_config
 from tests.support.megatron_ranks import MegatronPool
@@ -98,11 +101,10 @@ def test_what_layers_and_stages_send(
     assert found == pytest.approx(expected, abs=64)
     more = {"optimizer": OPTIMIZERS[optimizer]} if optimizer != "AdamW" else {}
     config = run_config("megatron", "llama", layout, **more)
-    told = [
-        sent.activations
-        for _, sent in backend_of("megatron").forecast(config, hf_config("llama"), ranks, on_gpu=False, steps=3)
-    ]
-    assert told == pytest.approx(expected[:: ranks // len(told)], abs=64)
+    told = [sent for _, sent in backend_of("megatron").forecast(config, hf_config("llama"), ranks, on_gpu=False, steps=3)]
+    assert [own.activations for own in told] == pytest.approx(expected[:: ranks // len(told)], abs=64)
+    pieces = layout.get("virtual_pipeline", 1)
+    assert [own.stages for own in told] == [STEP * (2 * pieces - 1) * H if len(told) > 1 else 0.0] * len(told)
 
 
 @pytest.mark.slow
@@ -114,3 +116,22 @@ def test_what_experts_are_sent(megatron_ranks: MegatronPool) -> None:
     choices = TOKENS * 2 / 2
     expected = 2 * LAYERS * (4 * choices * HIDDEN * 4 + 2 * choices * 4)
     assert torch.tensor(found).mean() == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("machine", "link"),
+    [
+        (Machine(gpus=2), LINKS * Machine().gpu.link),
+        # Two that share layers, and lie on two nodes.
+        (Machine(nodes=2, gpus=1, link=1e9), LINKS * 1e9),
+    ],
+    ids=["in a node", "between nodes"],
+)
+def test_what_is_sent_between_layers_takes_its_time(machine: Machine, link: float) -> None:
+    """Whatever reductions of gradients do beside it."""
+    layout = {**TP2, "overlap_grad_reduce": True}
+    config = run_config("megatron", "llama", layout)
+    found = forecast(config, hf_config("llama"), world_size=2, machine=machine)
+    sent = STEP * (LAYERS * LAYER + 2 * REDUCE + LOSS)
+    assert found.seconds is not None
+    assert found.seconds.collectives == pytest.approx(sent / link)
