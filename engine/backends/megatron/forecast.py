@@ -1,6 +1,6 @@
 """What process ranks hold and send under Megatron: one of each stage of the pipeline, in a group of its own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch

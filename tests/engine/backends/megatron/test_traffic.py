@@ -101,7 +101,9 @@ def test_what_layers_and_stages_send(
     assert found == pytest.approx(expected, abs=64)
     more = {"optimizer": OPTIMIZERS[optimizer]} if optimizer != "AdamW" else {}
     config = run_config("megatron", "llama", layout, **more)
-    told = [sent for _, sent in backend_of("megatron").forecast(config, hf_config("llama"), ranks, on_gpu=False, steps=3)]
+    told = [
+        sent for _, sent in backend_of("megatron").forecast(config, hf_config("llama"), ranks, on_gpu=False, steps=3)
+    ]
     assert [own.activations for own in told] == pytest.approx(expected[:: ranks // len(told)], abs=64)
     pieces = layout.get("virtual_pipeline", 1)
     assert [own.stages for own in told] == [STEP * (2 * pieces - 1) * H if len(told) > 1 else 0.0] * len(told)
