@@ -104,3 +104,21 @@ def test_the_quickstart_is_what_the_page_says() -> None:
     assert config.bf16
     assert config.parsed.megatron.tensor_parallel == config.parsed.megatron.pipeline_parallel == 2
     assert config.parsed.launch.processes_per_node == 4
+
+
+def test_what_does_not_fit_the_model_is_told_before_data_are_prepared(corpus: Path, tmp_path: Path) -> None:
+    """Of which no such tokenizer could be trained. Megatron itself would end in the first step, with a traceback."""
+    config = tiny_config(
+        corpus,
+        tmp_path,
+        engine="megatron",
+        megatron={"recompute": "full", "recompute_layers": 5},
+        data={"train": [f"{corpus}/*.txt"], "vocab_size": 1_000_000, "sequence_length": 32},
+        optimizer=ADAMW,
+        zero_optimization={"stage": 0},
+    )
+    result = forked.run("train", str(config), COLUMNS="300")
+    assert result.returncode == 2
+    assert "megatron.recompute_layers: expected a divisor of the 2 layers that each stage has, got 5" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
