@@ -68,19 +68,14 @@ def rates(rounds: int) -> tuple[float, float]:
     """
     x, weight, y = torch.randn(512, _WIDTH), torch.randn(_WIDE, _WIDTH), torch.randn(512, _WIDE)
 
-    def products() -> None:
-        x @ weight.t()
-        y @ weight
-        y.t() @ x
+    def products() -> tuple[Tensor, ...]:
+        return x @ weight.t(), y @ weight, y.t() @ x
 
     flops = 6 * 512 * _WIDTH * _WIDE
     gate, up = torch.randn(512, _WIDE), torch.randn(512, _WIDE)
 
-    def operations() -> None:
-        F.silu(gate)
-        gate * up
-        x + x
-        x.square()
+    def operations() -> tuple[Tensor, ...]:
+        return F.silu(gate), gate * up, x + x, x.square()
 
     moved = 4 * 512 * (5 * _WIDE + 5 * _WIDTH)
     return (
