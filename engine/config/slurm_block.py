@@ -94,7 +94,7 @@ def _check_option(key: str, value: Any) -> None:
     if isinstance(value, str) and not re.fullmatch(r"(?! )[^\x00-\x1f#'\"`$\\]+(?<! )", value):
         raise ValueError(f"{key}: expected text in one line without quotes, #, $ and \\, got {value!r}")
     is_left_out = value is None or value is False
-    if key == "signal" and not is_left_out and not re.fullmatch(r"(?i)B:((SIG)?USR1|10)(@\d{1,5})?", str(value)):
+    if key == "signal" and not is_left_out and not re.fullmatch(r"(?i)B:((SIG)?USR1|10)(@0*[1-9]\d{0,4})?", str(value)):
         raise ValueError(
             f"signal: expected B:USR1@SECONDS, got {value!r}: the batch script (B:) hears USR1, lets the ranks save"
             " and goes back into the queue; other signals end it, and without B: it hears none"

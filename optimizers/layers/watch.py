@@ -1,11 +1,11 @@
 """Notices that a compact layer is changed behind its optimizer's back: its training would be lost without a word."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
@@ -34,23 +34,22 @@ class Watch:
 
     Args:
         name: of the layer.
-        owner: the optimizer that trains ``compact``.
+        owner_type: of the optimizer that trains ``compact``.
+        owner: that optimizer, while it is there.
     """
 
-    def __init__(self, name: str, owner: torch.optim.Optimizer) -> None:
-        self._name, self._owner_type = name, type(owner).__name__
-        self._owner = weakref.ref(owner)
+    def __init__(self, name: str, owner_type: str, owner: Callable[[], torch.optim.Optimizer | None]) -> None:
+        self._name, self._owner_type, self._owner = name, owner_type, owner
         self.is_on, self.honours_weight = True, True
         self._noted: tuple[Any, ...] = ()
         self._moved = False
         self._uses, self._next = 0, _FIRST_COMPARISON
 
-    def __deepcopy__(self, memo: Any) -> None:
-        """A copy of the model has no optimizer yet."""
-        return
+    def __deepcopy__(self, memo: Any) -> "Watch":
+        return _WatchOfCopy(self._name, self._owner_type, _nobody)
 
     def __reduce__(self) -> Any:
-        return _nothing, ()
+        return _WatchOfCopy, (self._name, self._owner_type, _nobody)
 
     def note(self, layer: "CompactUnit") -> None:
         """The layer is as its optimizer, or a load, has left it."""
@@ -67,6 +66,12 @@ class Watch:
         Raises:
             RuntimeError: ``compact`` holds what nothing will bring into the weight.
         """
+        if not isinstance(layer.weight, nn.Parameter):
+            raise RuntimeError(
+                f"{self._name}.weight: expected the parameter that {self._owner_type} was made with, got a tensor that is"
+                " computed for each forward, as by pruning or a parametrization: training would not reach it. Add such"
+                " things before the optimizer is made, and leave the layer out with target_modules"
+            )
         if not self.is_on or not self._noted:
             return
         self._uses += 1
@@ -144,11 +149,36 @@ class Watch:
         raise RuntimeError(f"{type(optimizer).__name__}.step: {self._changed(_ANOTHER)}")
 
 
+class _WatchOfCopy(Watch):
+    """Of a layer in a copy of a model, which no optimizer of ours trains; its weight alone is used.
+
+    The copy may be an average of models with several subspaces, so that the first use takes ``compact`` from the weight.
+    """
+
+    _has_begun = False
+
+    def note(self, layer: "CompactUnit") -> None:
+        super().note(layer)
+        self._has_begun = True
+        _watched.add(layer)
+
+    def look(self, layer: "CompactUnit") -> None:
+        if not self._has_begun and layer.is_whole():
+            layer.take_loaded_weight()
+        super().look(layer)
+
+    def _advice(self) -> str:
+        return (
+            f"The model is a copy of one that {self._owner_type} trains: to train it, build it anew, load this one's"
+            " state_dict, and make an optimizer from it"
+        )
+
+
 def watch_layers(layers: Iterable[tuple[str, "CompactUnit"]], owner: torch.optim.Optimizer) -> None:
     """Watch layers of these names, that ``owner`` trains, from now on."""
     _owners.add(owner)
     for name, layer in layers:
-        layer.watch = Watch(name, owner)
+        layer.watch = Watch(name, type(owner).__name__, weakref.ref(owner))
         layer.watch.note(layer)
         _watched.add(layer)
 
@@ -190,7 +220,7 @@ def _refuse_others(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
 register_optimizer_step_pre_hook(_refuse_others)
 
 
-def _nothing() -> None:
+def _nobody() -> None:
     return None
 
 

@@ -1,14 +1,18 @@
 """What happens when something else than its optimizer changes a compact layer, or does not call it."""
 
+import copy
 import gc
+import pickle
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from narrowgauge.engine import initialize
 from narrowgauge.optimizers import CompactLinear, GaLore, Grass
@@ -110,6 +114,52 @@ def steps_under_zero(stage: int) -> str:
 @pytest.mark.parametrize("stage", [0, 2])
 def test_they_are_refused_under_zero_too(stage: int, one_rank: RankPool) -> None:
     assert "blocks.0.q.weight: expected the values that" in one_rank.run(steps_under_zero, stage)[0]
+
+
+@each_method
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["", "pickle"])  # noqa: S301
+def test_a_copy_is_not_trained_by_another_optimizer(make: Make, copied: Callable[[nn.Module], Any]) -> None:
+    """Nothing watched its layers: AdamW trained ``compact``, and no weight of them moved."""
+    model = tiny()
+    optimizer = make(model)
+    backward(model)
+    optimizer.step()
+    twin = copied(model)
+    other = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    assert backward(twin, 1) == pytest.approx(backward(model, 1), rel=1e-6)
+    with pytest.raises(RuntimeError, match=r"AdamW\.step: .*The model is a copy of one that"):
+        other.step()
+    with pytest.raises(RuntimeError, match=r"The model is a copy of one that"):
+        with torch.no_grad():
+            twin.blocks[0].q.compact.add_(1.0)
+        backward(twin)
+
+
+def test_an_average_of_models_is_no_copy_that_is_trained() -> None:
+    """Its compact values mean other columns than those of the model, which has another subspace every second step."""
+    model = tiny()
+    optimizer = METHODS["grass"](model)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    seen = []
+    for step in range(5):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        seen.append(model.blocks[0].q.weight.clone())
+        average(token_batch(step, 4))
+    torch.testing.assert_close(average.module.state_dict()["blocks.0.q.weight"], torch.stack(seen).mean(0))
+
+
+def test_a_weight_that_is_computed_is_refused() -> None:
+    """What was folded into a pruned weight was gone with the next forward, without a word."""
+    for add in (partial(prune.l1_unstructured, name="weight", amount=0.5), nn.utils.parametrizations.weight_norm):
+        model = tiny()
+        optimizer = METHODS["grass"](model)
+        add(model.blocks[0].q)
+        for use in (lambda model=model: backward(model), optimizer.step):
+            with pytest.raises(RuntimeError, match=r"blocks\.0\.q\.weight: expected the parameter that Grass was made with"):
+                use()
 
 
 def steps_of_a_foreign_engine(stage: int) -> tuple[int, str]:
