@@ -68,9 +68,9 @@ class Watch:
         """
         if not isinstance(layer.weight, nn.Parameter):
             raise RuntimeError(
-                f"{self._name}.weight: expected the parameter that {self._owner_type} was made with, got a tensor that is"
-                " computed for each forward, as by pruning or a parametrization: training would not reach it. Add such"
-                " things before the optimizer is made, and leave the layer out with target_modules"
+                f"{self._name}.weight: expected the parameter that {self._owner_type} was made with, got a tensor that"
+                " is computed for each forward, as by pruning or a parametrization: training would not reach it. Add"
+                " such things before the optimizer is made, and leave the layer out with target_modules"
             )
         if not self.is_on or not self._noted:
             return
@@ -152,7 +152,7 @@ class Watch:
 class _WatchOfCopy(Watch):
     """Of a layer in a copy of a model, which no optimizer of ours trains; its weight alone is used.
 
-    The copy may be an average of models with several subspaces, so that the first use takes ``compact`` from the weight.
+    The copy may be an average of models with several subspaces: the first use takes ``compact`` from the weight.
     """
 
     _has_begun = False

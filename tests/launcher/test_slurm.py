@@ -27,7 +27,9 @@ def test_a_script_holds_the_configurations_options(call: Call, corpus: Path, tmp
     assert [line for line in lines if line.startswith("#SBATCH --signal")] == ["#SBATCH --signal=B:USR1@300"]
 
 
-@pytest.mark.parametrize("value", ["USR1@300", "B:USR2@300", "B:TERM@60", "R:USR1@300", "B:USR1@", "B:USR1@0", "B:12", "300"])
+@pytest.mark.parametrize(
+    "value", ["USR1@300", "B:USR2@300", "B:TERM@60", "R:USR1@300", "B:USR1@", "B:USR1@0", "B:12", "300"]
+)
 def test_a_signal_that_the_script_does_not_hear_is_refused(
     call: Call, corpus: Path, tmp_path: Path, value: str
 ) -> None:
