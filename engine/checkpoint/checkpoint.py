@@ -162,7 +162,12 @@ def _write_state(
 
 
 def _say_other_rates(engine: TrainingEngine, folder: Path, saved: Sequence[Mapping[str, Any]]) -> None:
-    """Say so where the optimizer was made with other learning rates than the checkpoint's, which are taken."""
+    """Say so where the optimizer was made with other learning rates than the checkpoint's, which are taken.
+
+    DeepSpeed's schedules keep none of what they start from: theirs are those of different steps.
+    """
+    if engine.lr_scheduler is not None and any("initial_lr" not in group for group in engine.optimizer.param_groups):
+        return
     made, held = (
         [group.get("initial_lr", group["lr"]) for group in groups] for groups in (engine.optimizer.param_groups, saved)
     )

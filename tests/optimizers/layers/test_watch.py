@@ -137,9 +137,9 @@ def test_a_copy_is_not_trained_by_another_optimizer(make: Make, copied: Callable
 
 def test_an_average_of_models_is_no_copy_that_is_trained() -> None:
     """Its compact values mean other columns than those of the model, which has another subspace every second step."""
-    model = tiny()
+    model: Any = tiny()
     optimizer = METHODS["grass"](model)
-    average = torch.optim.swa_utils.AveragedModel(model)
+    average: Any = torch.optim.swa_utils.AveragedModel(model)
     seen = []
     for step in range(5):
         backward(model, step)
@@ -154,7 +154,7 @@ def test_an_average_of_models_is_no_copy_that_is_trained() -> None:
 def test_a_weight_that_is_computed_is_refused() -> None:
     """What was folded into a pruned weight was gone with the next forward, without a word."""
     for add in (partial(prune.l1_unstructured, name="weight", amount=0.5), nn.utils.parametrizations.weight_norm):
-        model = tiny()
+        model: Any = tiny()
         optimizer = METHODS["grass"](model)
         add(model.blocks[0].q)
         for use in (lambda model=model: backward(model), optimizer.step):
