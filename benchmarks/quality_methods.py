@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.quality_anchors import NormalisedColumns, beside_adamw, frozen, muon
+from benchmarks.quality_anchors import Both, NormalisedColumns, SketchedResidual, beside_adamw, frozen, muon
 from narrowgauge.optimizers.layers.targets import find_targets, rank_of
 
 _FP32, _INDEX = 4, 8
@@ -199,6 +199,28 @@ def _anchor(make: Callable[..., torch.optim.Optimizer], per_element: int, **kwar
     return Method(make=made, state=state, **kwargs)
 
 
+def _sketched(density: float, share: float, scale: float) -> Method:
+    def make(
+        model: nn.Module,
+        *,
+        lr: float,
+        matrix_lr_scale: float,
+        betas: tuple[float, float],
+        interval: int,
+        **options: Any,
+    ) -> torch.optim.Optimizer:
+        matrices, others = groups_of(model, lr, matrix_lr_scale)
+        residual = SketchedResidual(matrices["params"], matrices["lr"], interval=interval, betas=betas, **options)
+        return Both(residual, torch.optim.AdamW([others], betas=betas, weight_decay=0.0))
+
+    def state(shapes: Shapes, **options: Any) -> float:
+        return _grass_state(shapes, density=density, side="columns")
+
+    return Method(
+        make=make, state=state, options={"density": density, "share": share, "scale": scale}, start=1 / density
+    )
+
+
 def _moments(elements: float) -> float:
     return 2 * _FP32 * elements
 
@@ -286,6 +308,9 @@ METHODS: dict[str, Method] = {
     "grass-columns-1/8-normuon": _grass("columns", 1 / 8, base="NorMuon"),
     "grass-columns-1/8-100": _grass("columns", 1 / 8, own_interval=100),
     "grass-columns-1/8-200": _grass("columns", 1 / 8, own_interval=200),
+    "grass-columns-1/16-sketch-1/8": _sketched(1 / 16, 1 / 16, 1 / 8),
+    "grass-columns-1/16-sketch-1/32": _sketched(1 / 16, 1 / 16, 1 / 32),
+    "grass-columns-1/16-sketch-1/128": _sketched(1 / 16, 1 / 16, 1 / 128),
     "grass-columns-1/8-siblings": _grass("columns", 1 / 8, shared_inputs="siblings"),
     "grass-rows-1/8": _grass("rows", 1 / 8),
     "adamw8bit": Method(make=_make_adamw8bit, state=_adamw8bit_state),
