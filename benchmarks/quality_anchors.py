@@ -46,7 +46,7 @@ class NormalisedColumns(torch.optim.Optimizer):
 class SketchedResidual(torch.optim.Optimizer):
     """Grass on ``density`` of the columns, and a step without state on the others from a sketch of the gradient.
 
-    Each step takes ``Y = G Omega`` with a new ``Omega``, ``(n, s)`` with ``s = share * n``, of independent normal entries
+    Each step takes ``Y = G Omega`` with a new ``Omega``, ``(n, s)`` with ``s = share * n``, of normal entries
     of variance ``1 / s``: ``Y Omega^T`` has ``G`` as its expectation. The columns that are not selected go along it,
     each brought to a root mean square of 1, at ``scale`` times the rate. It is tried on the whole gradient; a layer
     that never forms it would add ``m s`` numbers to what it reduces.

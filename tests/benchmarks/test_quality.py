@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks import quality_sweep
 from benchmarks.quality import main
+from benchmarks.quality_anchors import SketchedResidual
 from benchmarks.quality_data import SMALL, Text, build_model
 from benchmarks.quality_methods import METHODS, Method, Shapes
 from benchmarks.quality_report import best_results, share_of_gap
@@ -331,6 +332,26 @@ def test_anchors_step_as_they_say() -> None:
     assert sizes["frozen"] == 0
     assert sizes["normalised-columns"] == pytest.approx(2.5e-3, rel=1e-3)
     assert sizes["muon"] == pytest.approx(0.2 * 2.5e-3, rel=0.3)
+
+
+def test_what_is_not_selected_follows_the_sketch() -> None:
+    """Of a gradient of one direction the sketch is known up to the columns' signs: selected ones go as Adam's first
+    step, the others by the scale.
+    """
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(12, 32))
+    u, v = torch.randn(12), torch.randn(32)
+    weight.grad = torch.outer(u, v)
+    options: dict[str, Any] = {"density": 1 / 4, "share": 1 / 8, "scale": 0.1, "interval": 4, "betas": (0.9, 0.99)}
+    optimizer = SketchedResidual([weight], 0.5, **options)
+    optimizer.step()
+    index = optimizer.state[weight]["index"]
+    others = torch.ones(32, dtype=torch.bool)
+    others[index] = False
+    assert len(index) == 8
+    torch.testing.assert_close(weight[:, index], -0.5 * weight.grad[:, index].sign(), rtol=1e-4, atol=1e-6)
+    expected = 0.5 * 0.1 * 12**0.5 * (u / u.norm()).abs()
+    torch.testing.assert_close(weight[:, others].abs(), expected[:, None].expand(12, 24))
 
 
 def test_the_share_of_the_gap() -> None:
