@@ -23,6 +23,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "vocabulary": ({}, {**GRASS, "strata": 1, "vocabulary": "rows"}, "vocabulary: expected 'dense'"),
     "local": (TP2, {**GRASS, "selection": "top", "statistics": "local"}, "statistics: expected 'sketch' or 'exact'"),
     "repeats": ({}, {"lr": 1e-2, "density": 0.25, "selection": "multinomial_replacement"}, "selection: expected one"),
+    "muon": (
+        {},
+        {**GRASS, "base": "Muon"},
+        "base: expected 'AdamW' with the megatron engine, got 'Muon': ranks have slices of matrices",
+    ),
     "adaptive": (
         {"pipeline_parallel": 2},
         {**GRASS, "selection": "top", "adaptive_refresh": 0.4},
