@@ -17,7 +17,7 @@ def plot(path: Path, rows: Sequence[Row], *, task: str) -> Any:
     Args:
         path: The PNG to write.
         rows: ``method``, ``share_percent``, ``sent_mib``, ``optimizer_mib`` and, ``yes`` or ``no``, ``at_edge``: the
-            best rate is the highest tried, and the point is drawn hollow. ``share_low`` and ``share_high``, where there
+            best rate is at the end of those tried, and the point is drawn hollow. ``share_low`` and ``share_high``, where there
             are some, are those of the seeds.
         task: What was trained, for the title.
 
@@ -43,7 +43,7 @@ def plot(path: Path, rows: Sequence[Row], *, task: str) -> Any:
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("share of the way from frozen matrices to AdamW, %")
-    figure.suptitle(f"{task}; hollow: a higher rate may do better", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(f"{task}; hollow: another rate may do better", fontsize=10, x=0.01, ha="left")
     for axes, key in zip(panels, _AXES, strict=True):
         styles = [{"fontsize": 8, "color": colour} for colour in colours]
         place_labels(axes, [(row[key], row["share_percent"]) for row in rows], names, styles)
