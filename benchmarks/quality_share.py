@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.labels import place_labels
+from benchmarks.quality_report import FROZEN
 from benchmarks.results_file import Row
 
 _COLOURS = {"adamw": "black", "grass": "#1f4e96", "galore": "#1f4e96"}
@@ -17,8 +18,8 @@ def plot(path: Path, rows: Sequence[Row], *, task: str) -> Any:
     Args:
         path: The PNG to write.
         rows: ``method``, ``share_percent``, ``sent_mib``, ``optimizer_mib`` and, ``yes`` or ``no``, ``at_edge``: the
-            best rate is at the end of those tried, and the point is drawn hollow. ``share_low`` and ``share_high``, where there
-            are some, are those of the seeds.
+            best rate is at the end of those tried, and the point is drawn hollow. ``share_low`` and ``share_high``,
+            where there are some, are those of the seeds. Frozen matrices, 0 by definition, are left out.
         task: What was trained, for the title.
 
     Returns:
@@ -30,6 +31,7 @@ def plot(path: Path, rows: Sequence[Row], *, task: str) -> Any:
     figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
+    rows = [row for row in rows if row["method"] != FROZEN]
     names = [row["method"] for row in rows]
     colours = [_COLOURS.get(name.split("-")[0], "#b07d2b") for name in names]
     for axes, (key, label) in zip(panels, _AXES.items(), strict=True):

@@ -29,7 +29,9 @@ def unsupported(config: Config) -> Iterator[str]:
         return
     problems = list(cls.unsupported_in_engine(options, sharded=True))
     if (base := getattr(options, "base", "AdamW")) in ("AdamW8bit", "Muon", "NorMuon"):
-        why = "it is not supported yet" if base == "AdamW8bit" else "ranks have slices of matrices, which it needs whole"
+        why = (
+            "it is not supported yet" if base == "AdamW8bit" else "ranks have slices of matrices, which it needs whole"
+        )
         problems.append(f"base: expected 'AdamW' with the megatron engine, got {base!r}: {why}")
     if isinstance(options, GrassOptions):
         problems += _grass(
