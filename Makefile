@@ -8,9 +8,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?= configs/quickstart.json
 ARGS   ?=
-PYTEST := $(BIN)/python -m pytest
+# Where this is set, each interpreter that a test starts would compile all sources again.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
-.PHONY: train lint test test-all docs gpu
+.PHONY: train format types lint quick test test-all docs gpu
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -30,13 +31,21 @@ train: $(VENV)/.installed
 	OMP_NUM_THREADS=$$threads $(BIN)/torchrun --standalone --nproc_per_node $$ranks \
 	    -m narrowgauge.launcher train $(CONFIG) $(ARGS)
 
-lint: $(VENV)/.installed-dev
+format: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
 	$(BIN)/pyright
 
-test: lint
+lint: format types
+
+quick: $(VENV)/.installed-dev
 	$(PYTEST) -m 'not slow and not alone' --numprocesses 2 --dist worksteal
+
+# Pyright takes one processor for a minute.
+test: format
+	$(MAKE) --jobs 2 types quick
 	$(PYTEST) -m 'not slow and alone'
 
 test-all: lint

@@ -78,6 +78,7 @@ def test_every_stage_without_deepspeed(tmp_path: Path) -> None:
     assert found == []
 
 
+@pytest.mark.slow
 def test_a_whole_run_without_deepspeed(tmp_path: Path) -> None:
     dense, compact, offloaded = figures_of(["whole_run"], tmp_path, ("deepspeed",))
     assert [row.pop("case") for row in (dense, compact, offloaded)] == list(whole_run.cases(""))

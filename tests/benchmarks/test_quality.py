@@ -70,6 +70,7 @@ def test_a_lost_run_is_made_again_alone_with_the_same_loss(out: Path) -> None:
     assert {name for name, time in written(out).items() if before[name] != time} == {run.path(out).name}
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_find_the_same(out: Path) -> None:
     search = small_search(out)
     runs = [search.run("adamw", Rates(lr, SMALL.grid_matrix_lr[0], BETA2[0])) for lr in SMALL.grid_lr]

@@ -159,7 +159,7 @@ def built_from_one_stream(family: str) -> list[tuple[dict[str, Tensor], Tensor]]
     return [(built(family, "deepspeed", stage, "transformers"), torch.get_rng_state()) for stage in (0, 3)]
 
 
-@pytest.mark.quick("gpt2", "mamba", "llama-tied")
+@pytest.mark.quick("gpt2", "mamba")
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS, "openai-gpt"])
 def test_the_stream_of_transformers_is_drawn_on_request(two_ranks: RankPool, family: str) -> None:
     """Bit for bit those of ``from_config`` after a seed, without engine, on every rank of ZeRO-0 and 3."""

@@ -143,7 +143,7 @@ main()
         (3, "1", "within"),
     ],
 )
-@pytest.mark.quick("1-0-before", "3-1-between")
+@pytest.mark.quick("3-1-between")
 def test_a_sample_that_fails_on_some_ranks_leaves_a_complete_run(
     corpus: Path, tmp_path: Path, stage: int, ranks: str, where: str
 ) -> None:

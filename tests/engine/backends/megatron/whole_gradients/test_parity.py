@@ -92,9 +92,7 @@ CASES |= {
 }
 QUICK = {
     "lamb-stages-PP2",
-    "lamb-TP2-SP-DP2-overlap",
     "frugal-TP2-SP-PP2",
-    "frugal-svd-EP2-ETP2",
     "apollo-mini-EP2-ETP2",
 }
 
