@@ -69,8 +69,8 @@ class Watch:
         if not isinstance(layer.weight, nn.Parameter):
             raise RuntimeError(
                 f"{self._name}.weight: expected the parameter that {self._owner_type} was made with, got a tensor that"
-                " is computed for each forward, as by pruning or a parametrization: training would not reach it. Add"
-                " such things before the optimizer is made, and leave the layer out with target_modules"
+                " is computed for each forward, as by pruning, a parametrization or FSDP: training would not reach it."
+                " Add such things before the optimizer is made, and leave the layer out with target_modules"
             )
         if not self.is_on or not self._noted:
             return

@@ -65,7 +65,7 @@ def refusal(optimizer: dict[str, Any], layout: dict[str, Any]) -> str:
         ),
         (
             {"param_groups": [{"params": ["model.embed_tokens.weight"], "lr": 1e-3}]},
-            "param_groups[0]: ['model.embed_tokens.weight'] matches no trainable parameter",
+            "param_groups[0]: expected parameters of every stage of the pipeline, got ['model.embed_tokens.weight']",
         ),
     ],
     ids=["part-of-a-layer", "groups-of-a-layer", "group-of-one-stage"],
