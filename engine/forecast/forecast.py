@@ -188,9 +188,8 @@ def seconds_of(config: Config, batches: Batches, rank: Rank, sent: Sent, machine
     if _overlaps(config):
         collectives = max(0.0, collectives - computed / 2)
     # What is between layers is waited for.
-    block = getattr(config.parsed, "megatron", None)
-    among = machine.link_among(block.tensor_parallel) if block is not None else machine.slowest_link
-    collectives += (sent.activations - sent.stages) / among + sent.stages / machine.slowest_link
+    collectives += (sent.activations - sent.stages) / link_in_layers(config, machine)
+    collectives += sent.stages / machine.slowest_link
     moved = 2 * sum(rank.offloaded) * len(passes) / max(1, len(rank.chunks))
     return Seconds(
         products=products,
@@ -200,6 +199,15 @@ def seconds_of(config: Config, batches: Batches, rank: Rank, sent: Sent, machine
         drive=max(0.0, moved / machine.disk_of_rank - computed),
         bubble=computed * rank.bubble,
     )
+
+
+def link_in_layers(config: Config, machine: Machine) -> float:
+    """Bytes per second between the process ranks that share a layer or its experts: neighbours, in one node or not."""
+    block = getattr(config.parsed, "megatron", None)
+    if block is None:
+        return machine.slowest_link
+    sizes = block.sizes()
+    return machine.link_among(max(sizes.tensor, sizes.expert * sizes.expert_tensor))
 
 
 def _overlaps(config: Config) -> bool:
