@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
+from narrowgauge.kernels import computes
+
 from . import mesa_rounding
 from .mesa_rounding import LEVELS
-from .triton_use import has_kernels
 
 DECAY = 0.9
 GROUP_SIZE = 64
@@ -121,8 +122,14 @@ def _groups_of(shape: torch.Size) -> tuple[int, int]:
 
 def _rounding_on(tensor: Tensor) -> Any:
     """The module that has the arithmetic for a tensor where it is."""
-    if not has_kernels(tensor):
+    if not computes("Mesa's rounding", tensor, _kernels_agree, tensor.dtype):
         return mesa_rounding
     from . import mesa_triton
 
     return mesa_triton
+
+
+def _kernels_agree(device: torch.device, dtype: torch.dtype) -> bool:
+    from . import mesa_triton
+
+    return mesa_rounding.rounds_alike(mesa_triton, device, dtype)

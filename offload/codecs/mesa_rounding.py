@@ -1,5 +1,8 @@
 """Mesa's rounding in PyTorch: what :mod:`.mesa_triton` computes too, with the same digits."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 LEVELS = 255
@@ -24,6 +27,27 @@ def encode(codes: Tensor, tensor: Tensor, noise: Tensor, scale: Tensor, low: Ten
 def decode(values: Tensor, codes: Tensor, step: Tensor, low: Tensor, dim: int, width: int) -> None:
     """``values = codes * step + low`` in fp32, rounded to nearest in the end; arguments as for :func:`encode`."""
     values.copy_((codes * _over(step, codes, dim, width)).add_(_over(low, codes, dim, width)))
+
+
+def rounds_alike(kernels: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether :mod:`.mesa_triton`, or what is given for it, rounds a few numbers both ways as these functions do."""
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    for shape, dim, width in (((3, 390), 1, 64), ((2, 3, 39, 5), 1, 1)):
+        tensor = (torch.arange(-585, 585, **fp32) / 7).to(dtype).view(shape)
+        # Attention's heads lie behind the tokens in memory.
+        tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2) if len(shape) == 4 else tensor
+        noise = torch.arange(tensor.numel(), **fp32) % 97 / 97
+        groups = torch.arange(-(-shape[dim] // width), **fp32)
+        scale, low = (groups + 1) / 0.9, groups - 60
+        codes = [torch.empty_like(tensor, dtype=torch.uint8) for _ in range(2)]
+        values = [torch.empty_like(tensor) for _ in range(2)]
+        encode(codes[0], tensor, noise, scale, low, dim, width)
+        kernels.encode(codes[1], tensor, noise, scale, low, dim, width)
+        decode(values[0], codes[0], 1 / scale, low, dim, width)
+        kernels.decode(values[1], codes[0], 1 / scale, low, dim, width)
+        if not (torch.equal(*codes) and torch.equal(*values)):
+            return False
+    return True
 
 
 def _over(of_groups: Tensor, tensor: Tensor, dim: int, width: int) -> Tensor:

@@ -5,6 +5,7 @@ Tensors are walked through in the order of memory, whatever that of their dimens
 
 from typing import Any
 
+import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
@@ -27,8 +28,9 @@ def _launch(kernel: Any, like: Tensor, dim: int, width: int, *tensors: Tensor) -
     # A dimension of one element may have any stride, 0 too.
     sizes = (max(like.stride(dim), 1), like.shape[dim], width, numel)
     wide = numel >= 2**31 - _BLOCK
-    # Fused multiply and add would round once where PyTorch rounds twice.
-    kernel[(triton.cdiv(numel, _BLOCK),)](*tensors, *sizes, WIDE=wide, BLOCK=_BLOCK, enable_fp_fusion=False)
+    # Triton launches on the current device. Fused multiply and add would round once where PyTorch rounds twice.
+    with torch.cuda.device_of(like):
+        kernel[(triton.cdiv(numel, _BLOCK),)](*tensors, *sizes, WIDE=wide, BLOCK=_BLOCK, enable_fp_fusion=False)
 
 
 @triton.jit

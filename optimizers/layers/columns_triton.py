@@ -11,13 +11,15 @@ _ROWS, _COLUMNS = 8, 128
 
 
 def gather_columns(full: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """``full[:, index]`` in ``dtype``, a contiguous copy; ``full`` may have any strides."""
+    """``full[:, index]`` in ``dtype``, a contiguous copy; ``full`` may have any strides, ``index`` has none."""
     rows, columns = full.shape[0], index.numel()
     out = torch.empty(rows, columns, dtype=dtype, device=full.device)
     if out.numel():
         grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
         kernel: Any = _gather
-        kernel[grid](out, full, index, rows, columns, *full.stride(), ROWS=_ROWS, COLUMNS=_COLUMNS)
+        # Triton launches on the current device.
+        with torch.cuda.device_of(full):
+            kernel[grid](out, full, index, rows, columns, *full.stride(), ROWS=_ROWS, COLUMNS=_COLUMNS)
     return out
 
 

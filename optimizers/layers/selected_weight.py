@@ -2,13 +2,15 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from narrowgauge.kernels import computes
+
 from ..numerics.rounding import decay_
-from ..numerics.triton_use import has_kernels
 from .shape import whole_shape
 from .unit import CompactUnit, Side
 
@@ -20,12 +22,37 @@ def read_selected(full: Tensor, index: Tensor, start: int | None, dim: int, dtyp
         return full.narrow(dim, start, index.numel()).to(dtype, copy=True, memory_format=torch.contiguous_format)
     if dim == 0:
         return full.index_select(0, index).to(dtype)
-    if has_kernels(full):
+    if computes("selected columns", full, _kernel_agrees, full.dtype, dtype):
         from .columns_triton import gather_columns
 
-        return gather_columns(full, index, dtype)
-    # Along the columns gather is faster than index_select, on the CPU by a factor of up to three.
+        return gather_columns(full, index.contiguous(), dtype)
+    return _gather_columns(full, index, dtype)
+
+
+def _gather_columns(full: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    # Faster than index_select, on the CPU by a factor of up to three.
     return full.gather(1, index.expand(full.shape[0], -1)).to(dtype)
+
+
+def _kernel_agrees(device: torch.device, source: torch.dtype, dtype: torch.dtype) -> bool:
+    from .columns_triton import gather_columns
+
+    return gathers_alike(gather_columns, device, source, dtype)
+
+
+def gathers_alike(
+    kernel: Callable[[Tensor, Tensor, torch.dtype], Tensor],
+    device: torch.device,
+    source: torch.dtype,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether :func:`.columns_triton.gather_columns`, or what is given for it, reads a few columns as PyTorch does."""
+    full = (torch.arange(-5000, 6100, dtype=torch.float32, device=device) / 7).to(source).view(37, 300)
+    for x in (full, full[3:20, 10:].t()):
+        index = torch.arange(x.shape[1], device=device).flip(0)[::2].contiguous()
+        if not torch.equal(kernel(x, index, dtype), _gather_columns(x, index, dtype)):
+            return False
+    return True
 
 
 def write_selected_(full: Tensor, values: Tensor, index: Tensor, start: int | None, dim: int) -> None:
@@ -78,6 +105,14 @@ class SelectedWeight(CompactUnit):
     def compact_of(self, weight: Tensor) -> Tensor:
         """The selected entries of a tensor shaped like ``weight``, as a copy shaped like ``compact``."""
         return read_selected(weight, self.index, self.start, self.dim)
+
+    def agree_in(self, rows: slice) -> Tensor:
+        full = self.weight.detach().reshape(self.weight_shape)
+        if self.side == "columns":
+            found = read_selected(full[rows], self.index, self.start, dim=1)
+        else:
+            found = full.index_select(0, self._selected_rows()[rows])
+        return (self.compact.detach()[rows] == found).all()
 
     def write_(self, full: Tensor, values: Tensor) -> None:
         """Write ``values``, shaped like ``compact``, over the selected entries of ``full``."""

@@ -4,9 +4,12 @@ The random bits of an element are a hash of ``(seed, its position in the whole t
 part exactly as a single process would round the whole, on any device and without a generator to keep in step.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from .triton_use import has_kernels
+from narrowgauge.kernels import computes
 
 _INT32_MASK = 0x7FFFFFFF
 
@@ -35,12 +38,16 @@ def stochastic_round_(target: torch.Tensor, source: torch.Tensor, *, seed: int, 
         offset: position of the first element within the whole tensor; or of every element, int64 ``(numel,)``, where
             they are not neighbours in it.
     """
-    if has_kernels(source):
+    if target.is_contiguous() and computes("stochastic rounding", source, _kernel_agrees):
         from .rounding_triton import round_
 
         place = offset if isinstance(offset, int) else offset.contiguous()
         round_(target, source.contiguous(), key=key_of(seed), offset=place)
-        return
+    else:
+        _round_(target, source, seed, offset)
+
+
+def _round_(target: torch.Tensor, source: torch.Tensor, seed: int, offset: int | torch.Tensor) -> None:
     if isinstance(offset, int):
         offset = torch.arange(offset, offset + source.numel(), device=source.device)
     position = offset & _INT32_MASK
@@ -50,6 +57,28 @@ def stochastic_round_(target: torch.Tensor, source: torch.Tensor, *, seed: int, 
     # Adding noise below the mantissa would carry a NaN or an infinity into another value.
     rounded = torch.where(torch.isfinite(source), rounded, source)
     target.copy_(rounded.view_as(target))
+
+
+def _kernel_agrees(device: torch.device) -> bool:
+    from .rounding_triton import round_
+
+    return rounds_alike(round_, device)
+
+
+def rounds_alike(kernel: Callable[..., None], device: torch.device) -> bool:
+    """Whether :func:`.rounding_triton.round_`, or what is given for it, rounds a few numbers as PyTorch does."""
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    numbers = torch.arange(-700, 700, **fp32)
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.3895e38, -3.4e38, -0.0], **fp32)
+    source, seed = torch.cat([numbers / 7, numbers * 1e35, numbers * 1e-40, special]), 2**62 + 12345
+    for offset in (2**31 - 5, torch.arange(source.numel(), device=device).flip(0).contiguous()):
+        expected, found = (torch.empty_like(source, dtype=torch.bfloat16) for _ in range(2))
+        _round_(expected, source, seed, offset)
+        kernel(found, source, key=key_of(seed), offset=offset)
+        bits, is_nan = (found.view(torch.int16) == expected.view(torch.int16)), expected.isnan()
+        if not bool(torch.where(is_nan, found.isnan(), bits).all()):
+            return False
+    return True
 
 
 def add_(

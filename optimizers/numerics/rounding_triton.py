@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
@@ -22,7 +23,9 @@ def round_(target: Tensor, source: Tensor, *, key: int, offset: int | Tensor) ->
     first, positions = (0, offset) if isinstance(offset, Tensor) else (offset, source)
     grid = (triton.cdiv(numel, _BLOCK),)
     kernel: Any = _round
-    kernel[grid](target, source, positions, first, key, numel, GIVEN=isinstance(offset, Tensor), BLOCK=_BLOCK)
+    # Triton launches on the current device.
+    with torch.cuda.device_of(source):
+        kernel[grid](target, source, positions, first, key, numel, GIVEN=isinstance(offset, Tensor), BLOCK=_BLOCK)
 
 
 @triton.jit
