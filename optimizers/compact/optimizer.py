@@ -162,7 +162,7 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
         return {id(p) for group in self.param_groups for p in group["params"]}
 
     def before_step(self) -> None:
-        look_before_step([layer.module for layer in self.layers])
+        look_before_step([layer.module for layer in self.layers], self.num_steps)
 
     def _check_observed(self) -> None:
         """Where the coming change of subspace follows this step's gradients, they have to be finite, or all changes
@@ -265,6 +265,9 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
                 " into a new model"
             )
         self.before_step()
+        for layer in self.layers:
+            if layer.module.watch is not None:
+                layer.module.watch.compare(layer.module)
         self._settle()
         for layer in self.layers:
             layer.module.revert()

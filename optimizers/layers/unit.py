@@ -104,6 +104,10 @@ class CompactUnit:
         compact, expected = self.compact.detach(), self.compact_of(self.weight)
         return bool(((compact == expected) | ((compact != compact) & (expected != expected))).all())
 
+    def agree_in(self, rows: slice) -> Tensor:
+        """As :meth:`agrees`, of these rows of ``compact``, and with NaN unlike itself; a bool on the weight's device."""
+        return (self.compact.detach() == self.compact_of(self.weight))[rows].all()
+
     def note(self) -> None:
         """Weight and compact values are meant to be as they are now."""
         if self.watch is not None:

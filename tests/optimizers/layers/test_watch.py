@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrowgauge.engine import initialize
 from narrowgauge.optimizers import CompactLinear, GaLore, Grass
@@ -95,6 +96,48 @@ def test_edits_that_no_counter_sees_are_refused_by_the_next_step(edit: Callable[
     with pytest.raises(RuntimeError, match=UNSEEN):
         optimizer.step()
     assert torch.equal(optimizer.layers[1].module.weight, before)
+
+
+class Gathered(TorchDispatchMode):
+    """Counts what is read of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.gather.default, torch.ops.aten.index_select.default):
+            self.numel += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_a_step_compares_a_sixteenth_of_a_large_layer_and_other_rows_each_time(side: Any) -> None:
+    """All rows took as long as 40 % of the step."""
+    model = nn.Sequential(nn.Linear(512, 512, bias=False))
+    optimizer = Grass(model, lr=1e-3, density=0.5, side=side, target_modules=["*"], refresh_interval=None)
+    module = optimizer.layers[0].module
+    rows = torch.arange(512) if side == "columns" else module.selected()
+    found = []
+    for step in range(16):
+        model(torch.ones(1, 512)).sum().backward()
+        kept = module.weight.detach().clone()
+        module.weight.data[rows[21]] += 1.0
+        try:
+            optimizer.before_step()
+        except RuntimeError:
+            found.append(step)
+        module.weight.data.copy_(kept)
+        with Gathered() as gathered:
+            optimizer.before_step()
+        assert gathered.numel == module.compact.numel() / 16
+        optimizer.step()
+        optimizer.zero_grad()
+    assert found == [5]
+    module.weight.data[rows[22]] += 1.0
+    with pytest.raises(RuntimeError, match="counted no change of either"):
+        optimizer.revert()
 
 
 def steps_under_zero(stage: int) -> str:
