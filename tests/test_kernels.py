@@ -1,4 +1,4 @@
-"""Triton's kernels compute only where they have given PyTorch's bits: with kernels that differ, or raise, in their place."""
+"""Triton's kernels compute only where they have given PyTorch's bits: tried with others that differ, or raise."""
 
 import warnings
 from collections.abc import Callable
@@ -48,7 +48,10 @@ TRIED: dict[str, tuple[Callable[[], bool], bool]] = {
         lambda: gathers_alike(lambda *of: gather(*of).nextafter(torch.zeros(())), CPU, torch.float32, torch.float32),
         False,
     ),
-    "columns-order": (lambda: gathers_alike(lambda x, i, d: gather(x, i.flip(0), d), CPU, torch.half, torch.half), False),
+    "columns-order": (
+        lambda: gathers_alike(lambda x, i, d: gather(x, i.flip(0), d), CPU, torch.half, torch.half),
+        False,
+    ),
     "rounding": (lambda: rounds_alike(round_, CPU), True),
     "rounding-one-off": (lambda: rounds_alike(one_off, CPU), False),
     "mesa": (lambda: mesa_rounding.rounds_alike(SimpleNamespace(**MESA), CPU, torch.bfloat16), True),
