@@ -105,7 +105,7 @@ class CompactUnit:
         return bool(((compact == expected) | ((compact != compact) & (expected != expected))).all())
 
     def agree_in(self, rows: slice) -> Tensor:
-        """As :meth:`agrees`, of these rows of ``compact``, and with NaN unlike itself; a bool on the weight's device."""
+        """As :meth:`agrees`, of these rows of ``compact``, and with NaN unlike itself; a bool tensor."""
         return (self.compact.detach() == self.compact_of(self.weight))[rows].all()
 
     def note(self) -> None:

@@ -31,8 +31,8 @@ class Watch:
 
     What was written is seen by the tensors' version counters, at the cost of two comparisons of numbers per forward.
     They do not count what is written through ``.data``, by fused kernels or into the flat buffers of another engine:
-    for these a part of the tensors is compared before every step of the optimizer, and all of them at every forward once
-    their memory has moved, and now and then if it has not.
+    for these a part of the tensors is compared before every step of the optimizer, and all of them at every forward
+    once their memory has moved, and now and then if it has not.
 
     Args:
         name: of the layer.
@@ -186,8 +186,8 @@ def watch_layers(layers: Iterable[tuple[str, "CompactUnit"]], owner: torch.optim
 
 
 def look_before_step(layers: Sequence["CompactUnit"], number: int) -> None:
-    """:meth:`Watch.look` at each, and a comparison that asks the device once: the step writes ``compact`` over a part of
-    the weight, which half undoes what was written there unseen.
+    """:meth:`Watch.look` at each, and a comparison that asks the device once: the step writes ``compact`` over a part
+    of the weight, which half undoes what was written there unseen.
 
     Compared are some of the rows, others in each step: all would take a third of the time that AdamW's step does.
 
