@@ -60,7 +60,7 @@ def installed(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_holds_every_module_and_every_file_of_data(installed: Path) -> None:
-    expected = sources(ROOT) | {"__init__.py", "py.typed"}
+    expected = sources(ROOT) | {"__init__.py", "kernels.py", "py.typed"}
     package = installed / "narrowgauge"
     assert {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()} == expected
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"narrowgauge"}
