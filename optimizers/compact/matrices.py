@@ -72,6 +72,11 @@ class CutShards(ShardMap, Protocol):
         """Number of process ranks."""
         ...
 
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes; what is stepped may lie elsewhere."""
+        ...
+
     def exchange(self, tensor: Tensor, *, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Send ``sent[i]`` elements of a 1-D tensor, one part after the other, to each rank ``i``, and return what
         comes, ``received[i]`` from each. Collective; nothing is sent to itself.

@@ -110,10 +110,12 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(gradient, 1.0 - self._momentum)
         direction = gradient.lerp(momentum, self._momentum) if self._nesterov else momentum
         flat.mul_(1.0 - lr * decay)
+        # Of masters in the CPU's memory, where the iteration would take many times as long.
+        device = self._shards.device if isinstance(self._shards, CutShards) else flat.device
         for key in plan.whole:
             piece = plan.own[key]
             has_gradient = piece.of(gradient).any()
-            change = self._change(key, piece.of(direction), has_gradient, state)
+            change = self._change(key, piece.of(direction).to(device), has_gradient, state)
             self._add(key, piece.of(flat), change.reshape(-1), lr)
         if plan.cut:
             changes = self._changes_of_cut(plan, gradient, direction, state)

@@ -75,7 +75,7 @@ class EngineShards:
     """The shards of a DeepSpeed engine at ZeRO stage 1, 2 or 3, for optimizers that work on shards."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
-        self._device = engine.device
+        self.device = torch.device(engine.device)
         self._shards: dict[int, list[Shard]] = {}
         for shard in local_shards(engine):
             self._shards.setdefault(id(shard.flat), []).append(shard)
@@ -104,12 +104,12 @@ class EngineShards:
 
     def exchange(self, tensor: Tensor, *, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """See :class:`~narrowgauge.optimizers.compact.matrices.CutShards`; what comes is on the engine's device."""
-        came = torch.empty(sum(received), dtype=tensor.dtype, device=self._device)
-        comm.all_to_all_single(came, tensor.to(self._device), list(received), list(sent))
+        came = torch.empty(sum(received), dtype=tensor.dtype, device=self.device)
+        comm.all_to_all_single(came, tensor.to(self.device), list(received), list(sent))
         return came
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        on_device = tensor.to(self._device)
+        on_device = tensor.to(self.device)
         comm.all_reduce(on_device)
         return tensor.copy_(on_device) if on_device is not tensor else tensor
 
