@@ -75,7 +75,8 @@ class EngineShards:
     """The shards of a DeepSpeed engine at ZeRO stage 1, 2 or 3, for optimizers that work on shards."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
-        self.device = torch.device(engine.device)
+        own: Any = engine
+        self.device: torch.device = torch.device(own.device)
         self._shards: dict[int, list[Shard]] = {}
         for shard in local_shards(engine):
             self._shards.setdefault(id(shard.flat), []).append(shard)
