@@ -20,7 +20,7 @@ from ..backends import DEFAULT_ENGINE, backend_of
 from ..errors import ConfigError
 from .engine_keys import EngineKeys
 from .json_file import apply_overrides, copied, read_json, without_comments
-from .optimizer_params import our_only, read_options
+from .optimizer_params import our_only, problems_of_adam, read_options
 from .problems import autos, not_finite, problems_of, strings_for_other_types, within
 from .run_blocks import OWN_BLOCKS, RunBlocks
 
@@ -174,8 +174,10 @@ def _schema_of(engine: str) -> type[RunConfig]:
 
 
 def _read_options(optimizer: Any) -> tuple[Options | None, list[str]]:
-    """The options of an optimizer of ours, and what is wrong with them; nothing for another one."""
-    if not isinstance(optimizer, dict) or optimizer.get("type") not in OPTIMIZERS:
+    """The options of an optimizer of ours, and what is wrong with them; of another one only what is wrong."""
+    if not isinstance(optimizer, dict):
         return None, []
+    if optimizer.get("type") not in OPTIMIZERS:
+        return None, problems_of_adam(optimizer)
     options, problems = read_options(optimizer["type"], optimizer.get("params", {}))
     return options, [within("optimizer.params", problem) for problem in problems]

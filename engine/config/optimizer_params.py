@@ -1,13 +1,14 @@
 """``optimizer.params`` of our optimizers: the fields of their options."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 import torch
 
 from narrowgauge.optimizers import OPTIMIZERS, CompactOptimizer, EngineOptimizer
-from narrowgauge.optimizers.options import OptionError, Options, is_required, options_of
+from narrowgauge.optimizers.options import AdamOptions, OptionError, Options, is_required, options_of
 
 from ..errors import did_you_mean
 from .explained import explained
@@ -38,6 +39,22 @@ def read_options(name: str, params: Any) -> tuple[Options | None, list[str]]:
         return None, error.problems
 
 
+def problems_of_adam(optimizer: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values that AdamW takes in every engine; other optimizers' are their own to check.
+
+    ``auto`` is left to :func:`.problems.autos`.
+    """
+    name, params = optimizer.get("type"), optimizer.get("params")
+    if not isinstance(name, str) or name.lower() not in ("adam", "adamw") or not isinstance(params, dict):
+        return []
+    given = {key: params[key] for key in AdamOptions.group_options if params.get(key, "auto") != "auto"}
+    try:
+        AdamOptions(**given)
+    except OptionError as error:
+        return [f"optimizer.params.{problem}" for problem in error.problems]
+    return []
+
+
 def our_only() -> set[str]:
     """What other optimizers do not take: left out for them, so that a comparison with dense AdamW changes one word."""
     ours = {field.name for cls in OPTIMIZERS.values() for field in fields(cls.options_type)}
@@ -57,4 +74,4 @@ def make_optimizer(name: str, model: torch.nn.Module, options: Options, backend:
     return cls(model, options, backend) if issubclass(cls, CompactOptimizer) else cls(model, options)
 
 
-__all__ = ["make_optimizer", "our_only", "read_options"]
+__all__ = ["make_optimizer", "our_only", "problems_of_adam", "read_options"]

@@ -13,8 +13,8 @@ _SECRET_KEY = re.compile(
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s\"']+@")
 # A secret among the parameters after a URL's ``?`` (or ``#``): ``?token=...``, ``&X-Amz-Signature=...``.
 _URL_PARAMETER = re.compile(
-    r"([?&;#](?:[\w.-]*[_-])?(?:api[_-]?keys?|access[_-]?keys?|private[_-]?keys?|key|auth|authorization|token|secrets?"
-    r"|passwords?|passwd|pwd|credentials?|sig|signature|AccessKeyId|AWSAccessKeyId)=)[^&;#\s\"']+",
+    r"([?&;#](?:[\w.-]*(?:(?:api|access|private|secret)[_-]?keys?|token|secrets?|passwords?|passwd|credentials?"
+    r"|signature|AccessKeyId)|(?:[\w.-]*[_-])?(?:key|auth|authorization|bearer|jwt|pwd|sas|sig))=)[^&;#\s\"']+",
     re.IGNORECASE,
 )
 # Its values are environment variables, of which nobody knows what they hold.

@@ -1,6 +1,7 @@
 """The ``launch.slurm`` block: options of ``sbatch``, and what a job does before and around ``narrowgauge launch``."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -27,6 +28,8 @@ _KNOWN = frozenset(
         """,
     )
 )
+# Of the batch scripts.
+_SIGNAL = "B:USR1@300"
 _LINE = r"[^\x00-\x1f\x7f]+"
 
 
@@ -71,6 +74,7 @@ class SlurmBlock(StrictBlock):
     def _check_options(self) -> "SlurmBlock":
         for key, value in self.options.items():
             _check_option(key, value)
+        _check_notice(self.options)
         for line in self.setup:
             if not re.fullmatch(_LINE, line):
                 raise ValueError(f"setup: expected lines of shell, one each, got {line!r}")
@@ -99,6 +103,32 @@ def _check_option(key: str, value: Any) -> None:
             f"signal: expected B:USR1@SECONDS, got {value!r}: the batch script (B:) hears USR1, lets the ranks save"
             " and goes back into the queue; other signals end it, and without B: it hears none"
         )
+
+
+def _check_notice(options: Mapping[str, Any]) -> None:
+    """A job that is asked to end before it has begun would go back into the queue again and again."""
+    signal, limit = options.get("signal", _SIGNAL), _seconds(options.get("time"))
+    if limit is None or signal in (None, False):
+        return
+    notice = int(str(signal).partition("@")[2] or 60)
+    if limit <= notice + 60:
+        raise ValueError(
+            f"time: expected more than {notice + 60} seconds with the signal {signal!r}, which SLURM may send 60 early,"
+            f" got {options['time']!r}: the job would be asked to end before it has begun"
+        )
+
+
+def _seconds(time: Any) -> int | None:
+    """Of a time limit as ``sbatch`` takes it; None where there is none, or it is not one."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(time))
+    if match is None or not any(map(int, filter(None, match.groups()))):
+        return None
+    days, *rest = (int(part) if part else 0 for part in match.groups())
+    if match[1] is not None or match[4] is not None:
+        hours, minutes, seconds = rest
+    else:
+        hours, minutes, seconds = 0, rest[0], rest[1]
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _near(key: str) -> str:

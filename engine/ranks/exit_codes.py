@@ -8,3 +8,6 @@ EXIT_PREEMPTED = 75
 
 EXIT_HUNG = 76
 """The watchdog of a process rank has ended it."""
+
+EXIT_NOTHING_SAVED = 77
+"""Of ``launch`` in a SLURM job: it was asked to end before its ranks had saved anything, and would be again."""

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import Checkpoint, find_checkpoints, verify_files
+from ..checkpoint.files import Checkpoint, checksum, find_checkpoints, verify_files
 from ..checkpoint.values import decode
 from ..checkpoint.weights import INDEX_NAME
 from ..config.lora_block import LoraBlock
@@ -59,8 +59,7 @@ def export_run(run_dir: Path, folder: Path, *, step: int | None = None, merge: b
         raise UserError(f"{folder}: cannot be written: {error}") from error
     try:
         aside.chmod(0o755)
-        if (run_dir / TOKENIZER).is_dir():
-            shutil.copytree(run_dir / TOKENIZER, aside, dirs_exist_ok=True)
+        _copy_tokenizer(run_dir, aside)
         if adapters is None:
             _copy_model(checkpoint, model, aside)
             _round_weights(checkpoint, aside)
@@ -76,6 +75,28 @@ def export_run(run_dir: Path, folder: Path, *, step: int | None = None, merge: b
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{folder}: cannot be written: {error}") from error
     return source
+
+
+def _copy_tokenizer(run_dir: Path, folder: Path) -> None:
+    """Copy the tokenizer, whose files are as the run has written them; one of an older version is not checked.
+
+    Raises:
+        UserError: a file is gone or has changed.
+    """
+    source = run_dir / TOKENIZER
+    try:
+        recorded = read_json(run_dir / CONFIG).get("tokenizer")
+    except (OSError, ValueError, AttributeError):
+        recorded = None
+    for name, expected in recorded.items() if isinstance(recorded, dict) else ():
+        found = checksum(source / name) if (source / name).is_file() else None
+        if found != expected:
+            raise UserError(
+                f"{source / name}: expected the file that the run has written, {expected}, got {found or 'none'}; the run"
+                " writes it again when it goes on"
+            )
+    if source.is_dir():
+        shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def _copy_model(checkpoint: Checkpoint, model: dict[str, Any], folder: Path) -> None:

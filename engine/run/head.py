@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.files import checksum
 from ..config.redaction import redact
 from ..data.layout import describe
 from ..data.tokenizer import load_tokenizer
@@ -57,6 +58,7 @@ def write_head(engine: TrainingEngine, plan: Plan, first_step: int, tokens_per_s
         "resolved": redact(plan.config.parsed.model_dump(mode="json", exclude_unset=False, exclude_none=True)),
         "model": model_block(engine),
         "data_fingerprint": plan.prepared.fingerprint,
+        **({"tokenizer": _write_tokenizer(plan)} if plan.prepared.tokenizer is not None else {}),
     }
     write_json(plan.run_dir / CONFIG, resolved)
     parameters, ranks = engine.parameter_counts()["total"], world_size()
@@ -71,8 +73,6 @@ def write_head(engine: TrainingEngine, plan: Plan, first_step: int, tokens_per_s
         logger.info(line)
     for name, counts in plan.prepared.counts().items():
         logger.info(f"{name}: {describe(counts)}")
-    if plan.prepared.tokenizer is not None:
-        _write_tokenizer(plan)
 
 
 def write_end(run_dir: Path, step: int) -> None:
@@ -86,7 +86,8 @@ def write_end(run_dir: Path, step: int) -> None:
         file.write(json.dumps({"time": time.time(), "after_step": step}) + "\n")
 
 
-def _write_tokenizer(plan: Plan) -> None:
+def _write_tokenizer(plan: Plan) -> dict[str, Any]:
+    """Write the tokenizer; returns the size and checksum of each of its files."""
     folder = plan.run_dir / TOKENIZER
     assert plan.prepared.tokenizer is not None
     try:
@@ -95,3 +96,5 @@ def _write_tokenizer(plan: Plan) -> None:
     except Exception as error:
         # tokenizers raises a plain Exception.
         raise UserError(f"{folder}: cannot be written: {error}") from error
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): checksum(path) for path in files}

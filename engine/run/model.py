@@ -193,7 +193,10 @@ def abstract_model(config: PretrainedConfig) -> nn.Module:
 
 
 def _check_sizes(config: PretrainedConfig) -> None:
-    """What transformers builds, and the first forward ends at."""
+    """What transformers builds, and the first forward ends at, or has nothing to train in."""
+    for key in ("num_hidden_layers", "hidden_size", "intermediate_size"):
+        if isinstance(found := getattr(config, key, None), int) and found < 1:
+            raise UserError(f"model.config.{key}: expected at least 1, got {found}")
     for part, whole in (("num_key_value_heads", "num_attention_heads"), ("n_group", "n_routed_experts")):
         parts, wholes = _number(config, part), _number(config, whole)
         if parts and wholes and wholes % parts:

@@ -17,6 +17,7 @@ from ..errors import UserError, one_line
 from ..files import local_path
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_ADAPTER = "adapter_config.json"
 # What transformers looks for, in its order: one file, or an index of several.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -30,6 +31,12 @@ def config_of_folder(path: str) -> PretrainedConfig:
     folder = local_path(path, "model.path")
     if not folder.is_dir():
         raise UserError(f"model.path: expected a Hugging Face folder on this machine, got {path!r}{_hint(path)}")
+    if (folder / _ADAPTER).exists():
+        raise UserError(
+            f"model.path: {folder} holds an adapter ({_ADAPTER}), which transformers would put into the model, or take"
+            " its model for this one: expected a model alone; merge the adapter into it (narrowgauge export --merge, or"
+            " peft's merge_and_unload), or move the adapter away"
+        )
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:

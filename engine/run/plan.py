@@ -2,7 +2,6 @@
 
 import logging
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,11 +10,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from narrowgauge.optimizers.compact.options import CompactOptions
-
 from ..backends import backend_of
 from ..config.config import Batches, Config, load_config
-from ..config.optimizer_params import make_optimizer
 from ..config.redaction import redact
 from ..config.run_blocks import DataBlock, LoggingBlock, ModelBlock, TrainingBlock
 from ..coreset.coreset import NO_RECORDS, check_coreset, large_batch
@@ -24,19 +20,21 @@ from ..data.mixture import Mixture
 from ..data.run_data import Prepared, prepare, with_own_tokenizer
 from ..errors import UserError
 from ..files import local_path
-from ..lora.adapters import add_adapters, check_lora
-from ..offload.attach import check_codec, check_offload
-from ..quantization.quantize import check_quantization, quantize_trial
+from ..lora.adapters import check_lora
+from ..offload.attach import check_offload
+from ..quantization.quantize import check_quantization
 from ..ranks.agreement import agree
 from ..ranks.environment import process_rank, world_size
 from ..report.sinks import missing_sinks
 from ..run_folder import RunLock, check_same_run, check_shared, check_writable, folder_beside
-from ..sampled_backward import check_sampling, sample_trial
+from ..sampled_backward import check_sampling
 from .lengths import Lengths, check_lengths, lengths_of
 from .model import abstract_model, check_model, model_config
 from .packable import check_packing
 from .rates import Rates, check_rates, rates_of
 from .sample import check_prompt
+from .schedule import check_schedule
+from .trial import try_on
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +114,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     backend = backend_of(parsed.engine)
     backend.check(config)
     if parsed.training.steps is not None:
-        _check_schedule(config, parsed.training, parsed.training.steps)
+        check_schedule(config, parsed.training.steps)
     check_lora(config)
     check_rates(config)
     check_lengths(config)
@@ -138,21 +136,9 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     prepared = prepare(parsed.data, logger.info)
     described = model_config(parsed.model, vocab_size=prepared.vocab_size, sequence_length=length)
     backend.check_model(config, described, world_size())
-    abstract = abstract_model(described)
     check_packing(parsed.data, described)
-    if parsed.lora is not None:
-        add_adapters(abstract, parsed.lora, seed=None)
-    quantize_trial(config, abstract)
-    sample_trial(config, abstract)
-    options = config.optimizer_options
-    if options is not None and parsed.optimizer is not None:
-        if isinstance(options, CompactOptions):
-            # Whether all of torch's devices take it is not for tensors without storage to say.
-            options = replace(options, fused=None)
-        with config.blames("optimizer.params"):
-            make_optimizer(parsed.optimizer.type, abstract, options)
+    try_on(config, abstract_model(described))
     check_offload(config)
-    check_codec(config, abstract)
     if parsed.training.sample_prompt is not None:
         check_prompt(parsed.training.sample_prompt, prepared.tokenizer)
     train_data, eval_data = prepared.samples(parsed.data.sequence_length, described.vocab_size)
@@ -162,7 +148,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     if steps is None:
         assert parsed.training.epochs is not None
         steps = math.ceil(parsed.training.epochs * len(train_data) / large_batch(parsed.coreset, batches))
-        _check_schedule(config, parsed.training, steps)
+        check_schedule(config, steps)
     tokens_per_step = round(batches.total * train_data.tokens_per_sample)
     lengths = lengths_of(config, train_data, steps)
     rates = rates_of(
@@ -189,19 +175,3 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         run_dir,
     )
 
-
-def _check_schedule(config: Config, training: TrainingBlock, steps: int) -> None:
-    schedule = training.lr_schedule
-    if schedule is None:
-        return
-    if schedule.type in ("wsd", "power") and schedule.warmup_steps + (schedule.decay_steps or 0) > steps:
-        raise config.error(
-            f"training.lr_schedule: expected at most training.steps, {steps}, as warmup_steps and decay_steps together,"
-            f" got {schedule.warmup_steps} and {schedule.decay_steps}"
-        )
-    if schedule.warmup_steps >= steps and process_rank() == 0:
-        warnings.warn(
-            f"training.lr_schedule.warmup_steps: {schedule.warmup_steps} of {steps} steps, the full learning rate is"
-            " never reached",
-            stacklevel=2,
-        )

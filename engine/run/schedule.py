@@ -4,10 +4,13 @@ Written here because importing transformers' takes longer than all the rest of a
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 
+from ..config.config import Config
 from ..config.rate_blocks import ScheduleBlock
+from ..ranks.environment import process_rank
 
 Rule = Callable[[int], float]
 """The rate of a step, the first being 0, relative to the highest."""
@@ -71,3 +74,26 @@ def _power(step: int, *, scale: float, exponent: float, tokens_per_step: int, ar
     """The power law's share of the highest rate, within the warm-up and decay ``around`` it."""
     tokens = step * tokens_per_step
     return around(step) * (min(1.0, scale * tokens**exponent) if tokens else 1.0)
+
+
+def check_schedule(config: Config, num_steps: int) -> None:
+    """Whether the schedule fits the run; a warm-up that takes all of it is a warning.
+
+    Raises:
+        ConfigError: the steps are too few.
+    """
+    training = config.parsed.training
+    block = training.lr_schedule if training is not None else None
+    if block is None:
+        return
+    if block.type in ("wsd", "power") and block.warmup_steps + (block.decay_steps or 0) > num_steps:
+        raise config.error(
+            f"training.lr_schedule: expected at most training.steps, {num_steps}, as warmup_steps and decay_steps"
+            f" together, got {block.warmup_steps} and {block.decay_steps}"
+        )
+    if block.warmup_steps >= num_steps and process_rank() == 0:
+        warnings.warn(
+            f"training.lr_schedule.warmup_steps: {block.warmup_steps} of {num_steps} steps, the full learning rate is"
+            " never reached",
+            stacklevel=2,
+        )

@@ -12,14 +12,16 @@ from ..backends import backend_of
 from ..config.config import Batches, Config, load_config
 from ..coreset.coreset import check_coreset
 from ..data.run_data import with_own_tokenizer
-from ..lora.adapters import add_adapters, check_lora
+from ..lora.adapters import check_lora
 from ..protocol import HeldByRank
-from ..quantization.quantize import check_quantization, quantize_trial
-from ..sampled_backward import check_sampling, sample_trial
+from ..quantization.quantize import check_quantization
+from ..sampled_backward import check_sampling
 from .lengths import check_lengths
 from .model import abstract_model, check_model, model_config
 from .packable import check_packing
 from .rates import check_rates
+from .schedule import check_schedule
+from .trial import try_on
 
 _GIB = 1 << 30
 
@@ -59,8 +61,11 @@ def check_for(config: Config, world_size: int) -> tuple[Batches, PretrainedConfi
         raise config.error(*(f"{key}: expected this block, got none" for key in missing))
     assert parsed.model is not None
     assert parsed.data is not None
+    assert parsed.training is not None
     backend = backend_of(parsed.engine)
     backend.check(config)
+    if parsed.training.steps is not None:
+        check_schedule(config, parsed.training.steps)
     check_lora(config)
     check_rates(config)
     check_lengths(config)
@@ -73,13 +78,8 @@ def check_for(config: Config, world_size: int) -> tuple[Batches, PretrainedConfi
     vocab_size = parsed.data.vocab_size if parsed.data.tokenizer is None else None
     described = model_config(parsed.model, vocab_size=vocab_size, sequence_length=parsed.data.sequence_length)
     backend.check_model(config, described, world_size)
-    if parsed.lora is not None or parsed.quantization is not None or parsed.sampled_backward is not None:
-        abstract = abstract_model(described)
-        if parsed.lora is not None:
-            add_adapters(abstract, parsed.lora, seed=None)
-        quantize_trial(config, abstract)
-        sample_trial(config, abstract)
     check_packing(parsed.data, described)
+    try_on(config, abstract_model(described))
     return batches, described
 
 

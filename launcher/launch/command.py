@@ -9,9 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from narrowgauge.engine.config.config import load_config
+from narrowgauge.engine.checkpoint.files import find_checkpoints
+from narrowgauge.engine.config.config import RunConfig, load_config
 from narrowgauge.engine.config.launch_block import LaunchBlock
 from narrowgauge.engine.errors import UserError
+from narrowgauge.engine.files import local_path
+from narrowgauge.engine.ranks.exit_codes import EXIT_NOTHING_SAVED, EXIT_PREEMPTED
+from narrowgauge.engine.run_folder import CHECKPOINTS
 
 from ..hosts import read_hostfile
 from .container import container_words
@@ -29,7 +33,8 @@ _SRUN_WAIT = 60
 def launch(
     config: Path, *, overrides: Sequence[str], fresh: bool, hostfile: Path | None, dry_run: bool, console: Console
 ) -> int:
-    """Start a run where it belongs; returns the exit code, 75 where the ranks were asked to end.
+    """Start a run where it belongs; returns the exit code, 75 where the ranks were asked to end, 77 where
+    they had saved nothing by then, in a SLURM job.
 
     Inside a SLURM allocation the ranks are started with ``srun``; with a hostfile over ssh; else on this machine.
 
@@ -37,7 +42,8 @@ def launch(
         UserError: the configuration, the hosts or a host's state does not hold; nothing was started.
     """
     with StopSignals() as signals:
-        block = load_config(config, overrides).parsed.launch or LaunchBlock()
+        parsed = load_config(config, overrides).parsed
+        block = parsed.launch or LaunchBlock()
         # What only concerns the launch stays here: it may hold secrets, and command lines are seen by all users.
         kept = [text for text in overrides if text.partition("=")[0].split(".")[0] != "launch"]
         words = ["train", str(config), *(word for text in kept for word in ("--set", text))]
@@ -57,7 +63,16 @@ def launch(
         show_command(console, None, block, environment, command)
         if dry_run:
             return 0
-        return _run(command, {**os.environ, **environment}, signals)
+        saved = _checkpoints(parsed)
+        code = _run(command, {**os.environ, **environment}, signals)
+        is_in_vain = in_allocation and not fresh and code == EXIT_PREEMPTED and _checkpoints(parsed) == saved
+        return EXIT_NOTHING_SAVED if is_in_vain else code
+
+
+def _checkpoints(parsed: RunConfig) -> list[tuple[int, Path]]:
+    if parsed.logging is None:
+        return []
+    return find_checkpoints(local_path(parsed.logging.run_dir, "logging.run_dir") / CHECKPOINTS)
 
 
 def num_gpus() -> int:

@@ -43,7 +43,8 @@ class GaLore(CompactOptimizer[GaLoreOptions]):
         options: the fields of :class:`~.options.GaLoreOptions`, as keywords.
 
     Raises:
-        ValueError: an option out of range, globs that match nothing, or a model that is already wrapped.
+        ValueError: an option out of range, a rank above a layer's smaller dimension, globs that match nothing, or a
+            model that is already wrapped.
     """
 
     type_name: ClassVar[str] = "GaLore"
@@ -147,16 +148,20 @@ class GaLore(CompactOptimizer[GaLoreOptions]):
 
 
 def _convert(targets: dict[str, nn.Linear | StackedMatrices], options: GaLoreOptions) -> Converted:
-    """Convert the targets with seeded random bases, each expert's its own; those that the rank covers whole are named
-    only.
+    """Convert the targets with seeded random bases, each expert's its own; those whose smaller dimension is the rank
+    are named only.
+
+    Raises:
+        ValueError: the rank is above a layer's smaller dimension; no layer is converted then.
     """
+    _check_rank(targets, options.rank)
     layers, full, side = [], [], options.side
     for name, linear in targets.items():
         m, n = outputs_and_inputs(linear)
         own_rank = rank_of(min(m, n), rank=options.rank, density=options.density)
         on_left = side in ("left", "full") or (side == "std" and m < n)
         on_right = side in ("right", "full") or (side == "std" and m >= n)
-        if own_rank >= min(m, n):
+        if own_rank == min(m, n):
             full.append(name)
             continue
         bases = {}
@@ -174,3 +179,15 @@ def _convert(targets: dict[str, nn.Linear | StackedMatrices], options: GaLoreOpt
             bases[key] = torch.stack(drawn).view(*stack, dim, own_rank).to(dtype)
         layers.append(CompactLayer(name, to_projected(linear, **bases, scale=options.scale)))
     return Converted(layers, full)
+
+
+def _check_rank(targets: dict[str, nn.Linear | StackedMatrices], rank: int | None) -> None:
+    smaller = {name: min(outputs_and_inputs(linear)) for name, linear in targets.items()}
+    too_small = [name for name, side in smaller.items() if rank is not None and rank > side]
+    if too_small:
+        name = min(too_small, key=lambda name: smaller[name])
+        others = f" and of {len(too_small) - 1} other layers" if len(too_small) > 1 else ""
+        raise ValueError(
+            f"rank: {rank} is above the smaller dimension, {smaller[name]}, of {name!r}{others}; at most"
+            f" {smaller[name]} fits every layer"
+        )

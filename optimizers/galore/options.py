@@ -19,8 +19,8 @@ class GaLoreOptions(CompactOptions):
     rank: Annotated[
         int | None,
         COUNT,
-        "of the subspace. A layer whose smaller dimension does not exceed it stays an ordinary layer and is trained at"
-        " the matrices' rate",
+        "of the subspace; at most the smaller dimension of every layer. A layer where it is just that stays an ordinary"
+        " layer and is trained at the matrices' rate",
     ] = None
     density: Annotated[float | None, SHARE, "rank as a share of a layer's smaller dimension, in (0, 1]"] = None
     refresh_interval: RefreshInterval = 200

@@ -28,7 +28,7 @@ def _is_sharing(value: Any) -> bool:
 class GrassOptions(CompactOptions):
     """Options of :class:`~.grass.Grass`. Exactly one of ``rank``, ``density`` and ``budget`` is given."""
 
-    rank: Annotated[int | None, COUNT, "selected columns or rows per layer"] = None
+    rank: Annotated[int | None, COUNT, "selected columns or rows per layer; at most what every layer has"] = None
     density: Annotated[
         float | None,
         SHARE,

@@ -22,7 +22,10 @@ _ROWS_PER_COMPARED, _LEAST_ROWS = 16, 16
 # What is known where compact is not what the layer's weight holds.
 _LOST = "others, which never reach the layer's weight"
 _WRITTEN = f"{_LOST}: something has written to compact, as another optimizer does that trains it"
-_MOVED = f"{_LOST}: they lie in other memory now, as where FSDP or another engine has cut them"
+_MOVED = (
+    f"{_LOST}: they lie in other memory now, as after torch.nn.utils.vector_to_parameters (load_state_dict and copy_"
+    " leave them where they are), or where FSDP or another engine has cut them"
+)
 _ANOTHER = "another optimizer that would change them"
 
 

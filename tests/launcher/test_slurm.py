@@ -39,6 +39,20 @@ def test_a_signal_that_the_script_does_not_hear_is_refused(
     assert f"launch.slurm: signal: expected B:USR1@SECONDS, got '{value}'" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("time", "signal", "seconds"),
+    [("5", None, 360), ("1", "B:USR1@40", 100), ("\"00:02:00\"", "B:USR1@60", 120), ("\"0-00:01\"", "B:USR1", 120)],
+)
+def test_a_job_that_would_be_asked_to_end_before_it_has_begun_is_refused(
+    call: Call, corpus: Path, tmp_path: Path, time: str, signal: str | None, seconds: int
+) -> None:
+    """It went back into the queue again and again."""
+    changes = {} if signal is None else {"signal": signal}
+    done = call("slurm", "render", config_of(corpus, tmp_path, **changes), "--set", f"launch.slurm.time={time}")
+    assert done.returncode == 2
+    assert f"launch.slurm: time: expected more than {seconds} seconds with the signal" in done.stderr
+
+
 @pytest.mark.parametrize("value", ['"a\\nb"', '"x;$(id)"', '"`id`"', '" a"', "[1]", "1.5"])
 def test_an_option_that_would_be_read_otherwise_is_refused(
     call: Call, corpus: Path, tmp_path: Path, value: str

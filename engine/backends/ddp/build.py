@@ -14,13 +14,12 @@ from narrowgauge.optimizers.sharding.communicator import one_for_all
 from ...config.config import Config
 from ...config.optimizer_params import make_optimizer
 from ...config.problems import within
-from ...config.without_deepspeed import adam_arguments
 from ...offload.attach import make_offload_together
 from ...protocol import Schedule
 from ...ranks.agreement import make_process_group
 from ...ranks.environment import process_rank, world_size
 from ..matrix_groups import matrix_groups
-from .keys import torch_optimizer
+from .keys import torch_arguments, torch_optimizer
 from .traffic import CountedCommunicator, DdpTraffic
 from .training import DdpTraining
 
@@ -72,9 +71,7 @@ def _make_optimizer(config: Config, model: nn.Module, traffic: DdpTraffic) -> to
             return make_optimizer(block.type, model, options, backend)
         if config.unused_params() and process_rank() == 0:
             warnings.warn(config.unused_params_note(), stacklevel=2)
-        arguments = config.engine_settings()["optimizer"].get("params", {})
-        kind = torch_optimizer(block.type)
-        arguments = adam_arguments(arguments) if kind is torch.optim.AdamW else arguments
+        kind, arguments = torch_optimizer(block.type), torch_arguments(config)
         if config.matrix_factor != 1.0:
             return kind(matrix_groups(model, arguments, config.matrix_factor), **arguments)
         return kind([p for p in model.parameters() if p.requires_grad], **arguments)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import AfterValidator, ConfigDict
@@ -13,8 +13,11 @@ from ...config.blocks import Block, Flag
 from ...config.engine_keys import EngineKeys
 from ...config.optimizer_params import our_only
 from ...config.problems import unknown_names
-from ...config.without_deepspeed import Bf16Block, off_only, others_optimizer
+from ...config.without_deepspeed import Bf16Block, adam_arguments, off_only, others_optimizer
 from ...errors import did_you_mean
+
+if TYPE_CHECKING:
+    from ...config.config import Config
 
 
 def _not_offloaded(reason: str) -> AfterValidator:
@@ -82,3 +85,10 @@ def torch_optimizer(name: str) -> type[torch.optim.Optimizer]:
         known = sorted({*OPTIMIZERS, "AdamW", "SGD"})
         raise ValueError(f"expected one of {known} or another of torch's, got {name!r}{did_you_mean(name, known)}")
     return found
+
+
+def torch_arguments(config: "Config") -> dict[str, Any]:
+    """The arguments of the configured one."""
+    optimizer = config.engine_settings()["optimizer"]
+    arguments = optimizer.get("params", {})
+    return adam_arguments(arguments) if torch_optimizer(optimizer["type"]) is torch.optim.AdamW else dict(arguments)

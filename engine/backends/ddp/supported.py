@@ -2,10 +2,14 @@
 
 import warnings
 
+import torch
+
 from narrowgauge.optimizers import OPTIMIZERS, CompactOptimizer
 
 from ...config.config import Config
+from ...config.problems import within
 from ...ranks.environment import process_rank
+from .keys import torch_arguments, torch_optimizer
 
 
 def check(config: Config) -> None:
@@ -27,10 +31,15 @@ def check(config: Config) -> None:
                 " trained in bf16: updates below its precision are lost; DeepSpeed's ZeRO stage 1 keeps them",
                 stacklevel=2,
             )
-    elif block is not None and config.bf16:
-        problems.append(
-            f"bf16.enabled: expected false with the ddp engine and {block.type}, got true: there are no fp32 copies of"
-            " the weights, and updates below bf16's precision would be lost; use one of narrowgauge's optimizers"
-        )
+    elif block is not None:
+        try:
+            torch_optimizer(block.type)([torch.empty(0, requires_grad=True)], **torch_arguments(config))
+        except (ValueError, TypeError) as error:
+            problems.append(within("optimizer.params", str(error)))
+        if config.bf16:
+            problems.append(
+                f"bf16.enabled: expected false with the ddp engine and {block.type}, got true: there are no fp32 copies"
+                " of the weights, and updates below bf16's precision would be lost; use one of narrowgauge's optimizers"
+            )
     if problems:
         raise config.error(*problems)

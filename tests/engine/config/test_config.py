@@ -80,6 +80,18 @@ def test_a_misspelt_key_is_named_with_the_nearest_right_one(misspelt: str, right
             "optimizer.params.momentm: unknown key for SGD; did you mean 'momentum'?",
         ),
         (
+            'optimizer={"type": "AdamW", "params": {"lr": -1}}',
+            "optimizer.params.lr: expected a number of at least 0, got -1",
+        ),
+        (
+            'optimizer={"type": "Adam", "params": {"betas": [0.9, 1.5]}}',
+            "optimizer.params.betas: expected two numbers in [0, 1), got [0.9, 1.5]",
+        ),
+        (
+            'optimizer={"type": "AdamW", "params": {"betas": [0.9]}}',
+            "optimizer.params.betas: expected two numbers in [0, 1), got [0.9]",
+        ),
+        (
             'scheduler={"type": "WarmupLR", "params": {"warmup_min": 1}}',
             "scheduler.params.warmup_min: unknown key for WarmupLR; did you mean 'warmup_min_lr'?",
         ),

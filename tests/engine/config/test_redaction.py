@@ -36,6 +36,8 @@ def test_configurations(value: Any, expected: Any) -> None:
         ("https://h/x?part=2&access_token=k1: gone", "https://h/x?part=2&access_token=*** gone"),
         ("s3://b/x?X-Amz-Signature=ab12&X-Amz-Date=1", "s3://b/x?X-Amz-Signature=***&X-Amz-Date=1"),
         ("https://h/x?sig=a%2Fb#key=c", "https://h/x?sig=***#key=***"),
+        ("https://h/x?accessToken=k1&apiSecret=k2&part=2", "https://h/x?accessToken=***&apiSecret=***&part=2"),
+        ("https://h/x?jwt=k1&monkey=2", "https://h/x?jwt=***&monkey=2"),
         ("https://h/x?tokenizer=a&keys_of=b", "https://h/x?tokenizer=a&keys_of=b"),
     ],
 )

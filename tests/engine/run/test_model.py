@@ -200,6 +200,8 @@ def test_the_text_model_of_a_composite_is_trained(family: str, expected: str) ->
             {"model_type": "gemma4_assistant"},
             r"gemma4_assistant: StrictDataclass.* hidden_size_per_layer_input must be 0",
         ),
+        ({**LLAMA, "num_hidden_layers": 0}, r"model\.config\.num_hidden_layers: expected at least 1, got 0"),
+        ({"model_type": "gpt2", "n_layer": 0}, r"model\.config\.num_hidden_layers: expected at least 1, got 0"),
         ({"model_type": "bart"}, r"trains a bart to repeat the token that it is given"),
         ({"model_type": "git"}, r"trains a git on images with their captions"),
         ({"model_type": "mllama"}, r"mllama is made of several models, none of which is a causal language model alone"),
@@ -265,12 +267,17 @@ def without_a_part(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
 
 
+def with_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "other"}))
+
+
 FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pickle": (as_pickle, r"pytorch_model\.bin: expected tensors, got a pickle with other objects"),
     "code": (as_code, r"holds no Hugging Face model that can be used: it needs code of its own"),
     "composite": (as_composite, r"holds a gemma3, which is made of several models; save its text model"),
     "cut": (lambda f: os.truncate(f / "model.safetensors", 5000), r"model\.safetensors: damaged"),
     "not weights": (lambda f: (f / "model.safetensors").write_text("x"), r"model\.safetensors: damaged"),
+    "adapter": (with_an_adapter, r"holds an adapter \(adapter_config\.json\), which transformers would put into"),
     "a part": (without_a_part, r"lacks 1 of its 2 files, such as model\.safetensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds no weights"),
 }

@@ -88,6 +88,19 @@ def test_an_export_of_a_damaged_checkpoint_is_refused(finished: Path, tmp_path: 
     export_run(run_dir, tmp_path / "out", step=4)
 
 
+def test_an_export_of_another_tokenizer_is_refused(finished: Path, tmp_path: Path) -> None:
+    """A flipped bit in the run folder's tokenizer was exported beside the checked weights."""
+    run_dir, _ = copy(finished, tmp_path)
+    path = run_dir / "tokenizer" / "tokenizer.json"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"tokenizer\.json: expected the file that the run has written, "):
+            export_run(run_dir, tmp_path / "out")
+        path.unlink(missing_ok=True)
+
+
 def sample_of_a_model_that_cannot_generate() -> tuple[str | None, bool]:
     engine = make_engine(ds_config(1))
     found = try_sample(DeepSpeedTraining(engine), Path("/nowhere"), "def ", 4, 0)

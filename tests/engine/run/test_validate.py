@@ -77,3 +77,15 @@ def test_no_configuration_is_left_out() -> None:
     }
     for path in FOLDER.glob("*.json"):
         assert json.loads(path.read_text())["engine"] == "megatron"
+
+
+def test_what_the_run_would_say_of_its_optimizer_and_schedule(tmp_path: Path) -> None:
+    """A rank above every layer was found by the run alone, and so was a warm-up that never ends."""
+    path = tmp_path / "config.json"
+    shutil.copyfile(ROOT / "configs" / "quickstart.json", path)
+    code, text = validate(str(path), 2, "training.lr_schedule.warmup_steps=1000000")
+    assert code == 0, text
+    assert "warmup_steps: 1000000 of " in text
+    code, text = validate(str(path), 2, 'optimizer={"type": "GaLore", "params": {"rank": 100000}}')
+    assert code == 2
+    assert "optimizer.params.rank: 100000 is above the smaller dimension, " in " ".join(text.split())

@@ -520,6 +520,10 @@ def test_layers_that_the_rank_covers_are_trained_whole() -> None:
     [
         ({}, "exactly one of rank and density"),
         ({"rank": 0}, "rank: expected an integer of at least 1 or None, got 0"),
+        (
+            {"rank": 21},
+            "rank: 21 is above the smaller dimension, 20, of 'blocks.0.q' and of .* other layers; at most 20 fits",
+        ),
         ({"density": 1.5}, "density: expected a number in .*, got 1.5"),
         ({"rank": 4, "side": "both"}, "side: expected one of .*, got 'both'"),
         ({"rank": 4, "projector": "qr"}, "projector: expected one of .*, got 'qr'"),

@@ -379,3 +379,15 @@ def test_averaged_weights_can_be_swapped_in() -> None:
     for layer in optimizer.layers:
         assert torch.equal(state[f"{layer.name}.weight"], wanted[f"{layer.name}.weight"])
         assert torch.equal(layer.module.compact, layer.module.weight[:, layer.module.selected()])
+
+
+@each_method
+def test_parameters_that_were_put_into_one_vector_are_named_as_such(make: Make) -> None:
+    """The message guessed at FSDP."""
+    model = tiny()
+    optimizer = make(model)
+    vector = torch.nn.utils.parameters_to_vector(model.parameters())
+    torch.nn.utils.vector_to_parameters(vector.detach().clone(), model.parameters())
+    backward(model)
+    with pytest.raises(RuntimeError, match=CHANGED + r".*as after torch\.nn\.utils\.vector_to_parameters"):
+        optimizer.step()

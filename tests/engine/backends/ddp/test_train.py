@@ -10,8 +10,10 @@ import pytest
 from deepspeed.ops.adam import FusedAdam
 
 from narrowgauge.engine import initialize
+from narrowgauge.engine.backends import backend_of
 from narrowgauge.engine.backends.ddp.build import build
 from narrowgauge.engine.config.config import load_config
+from narrowgauge.engine.errors import ConfigError
 from tests.support import forked
 from tests.support.command import BIN, ROOT, environment, losses, tiny_config
 from tests.support.models import tiny
@@ -96,3 +98,10 @@ def test_adamw_has_the_weight_decay_of_deepspeeds(one_rank: RankPool) -> None:
 def test_adamw_decays_as_under_deepspeed(one_rank: RankPool, params: dict[str, Any], expected: float) -> None:
     """Without ``weight_decay`` it was torch's 0.01, DeepSpeed's is 0."""
     assert one_rank.run(decays, params)[0] == [expected, expected]
+
+
+def test_arguments_that_torch_refuses_are_named_before_there_is_a_process_group() -> None:
+    """They were found when the process group was there; other engines name those of AdamW with the other keys."""
+    config = load_config({"engine": "ddp", "train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": -1.0}}})
+    with pytest.raises(ConfigError, match=r"optimizer\.params: Invalid learning rate: -1\.0"):
+        backend_of("ddp").check(config)
