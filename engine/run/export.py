@@ -19,6 +19,7 @@ from ..run_folder import CHECKPOINTS, CONFIG, TOKENIZER
 from .export_adapters import write_adapter, write_merged
 from .model import abstract_model
 from .model_folder import check_record, config_of_folder
+from .resume import check_step
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,10 @@ def export_run(run_dir: Path, folder: Path, *, step: int | None = None, merge: b
         raise UserError(f"{run_dir}: expected a run with a finished checkpoint, got none")
     if step is not None and step not in checkpoints:
         raise UserError(f"{run_dir}: no checkpoint of step {step}; there are {sorted(checkpoints)}")
-    source = checkpoints[step if step is not None else max(checkpoints)]
+    step = step if step is not None else max(checkpoints)
+    source = checkpoints[step]
     checkpoint = verify_files(source)
+    check_step(checkpoint.state["client_state"], step, source)
     adapters = decode(checkpoint.state["client_state"].get("adapters"), {})
     if merge and adapters is None:
         raise UserError(f"{run_dir}: expected a run with lora to merge, got one that trained its whole model")
@@ -92,7 +95,7 @@ def _copy_tokenizer(run_dir: Path, folder: Path) -> None:
         found = checksum(source / name) if (source / name).is_file() else None
         if found != expected:
             raise UserError(
-                f"{source / name}: expected the file that the run has written, {expected}, got {found or 'none'}; the run"
+                f"{source / name}: expected the file that the run has written, {expected}, got {found}; the run"
                 " writes it again when it goes on"
             )
     if source.is_dir():

@@ -48,6 +48,7 @@ def resume(engine: TrainingEngine, plan: Plan, adapters: dict[str, Any] | None) 
     for step, folder in reversed(checkpoints):
         try:
             state = load_checkpoint(engine, folder)
+            check_step(state, step, folder)
         except CheckpointError as error:
             if step == checkpoints[0][0]:
                 raise
@@ -62,6 +63,16 @@ def resume(engine: TrainingEngine, plan: Plan, adapters: dict[str, Any] | None) 
             logger.info(f"resumed after step {step} from {folder}")
         return step, state
     raise AssertionError("the oldest checkpoint's error was raised")
+
+
+def check_step(client_state: dict[str, Any], step: int, folder: Path) -> None:
+    """Whether a checkpoint is the one that its folder is called after.
+
+    Raises:
+        CheckpointError: it was copied or renamed.
+    """
+    if (found := client_state.get("step", step)) != step:
+        raise CheckpointError(f"{folder}: expected the checkpoint of step {step}, got that of step {found}")
 
 
 def _check_state(state: dict[str, Any], step: int, folder: Path, plan: Plan) -> None:

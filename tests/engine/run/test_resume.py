@@ -51,6 +51,20 @@ def test_a_run_none_of_whose_checkpoints_holds_does_not_start_over(finished: Pat
     assert "no checkpoint; the run starts over, and the records of 8 steps in metrics.jsonl are dropped" in said
 
 
+def test_a_checkpoint_under_another_steps_name_is_not_gone_on_from(finished: Path, tmp_path: Path) -> None:
+    """The weights of step 4 were trained on from step 8, and exported as those of step 8."""
+    run_dir, words = copy(finished, tmp_path)
+    shutil.rmtree(run_dir / "checkpoints" / "step-8")
+    shutil.copytree(run_dir / "checkpoints" / "step-4", run_dir / "checkpoints" / "step-8")
+    with pytest.raises(CheckpointError, match="step-8: expected the checkpoint of step 8, got that of step 4"):
+        export_run(run_dir, tmp_path / "out")
+    result = run(*words, "--set", "training.steps=9")
+    assert result.returncode == 0, result.stderr
+    said = " ".join(result.stdout.split())
+    assert "got that of step 4; trying the checkpoint before it" in said
+    assert "resumed after step 4" in said
+
+
 def logits(folder: Path) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
