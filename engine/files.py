@@ -21,14 +21,19 @@ def local_path(text: str, key: str) -> Path:
         key: the configuration key, for messages.
 
     Raises:
-        UserError: no file can have this name.
+        UserError: no file can have this name, or be looked for there.
     """
     if "\0" in text:
         raise UserError(f"{key}: expected a path, got {text!r} with a NUL character")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
+        path.exists()
     except RuntimeError as error:
         raise UserError(f"{key}: expected a path, got {text!r}: there is no such user, or no home folder") from error
+    except OSError as error:
+        # Too long a name, or a folder that may not be read.
+        raise UserError(f"{key}: {error}") from error
+    return path
 
 
 def read_json(path: Path) -> Any:

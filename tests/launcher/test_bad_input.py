@@ -53,6 +53,7 @@ def refuse(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         ('data.train=["missing/*.txt"]', "data.train: 'missing/*.txt' names no file"),
         ("data.sequence_length=64", "data.sequence_length: expected at most the model's 32 tokens, got 64"),
         ("logging.run_dir=/proc/run", "logging.run_dir: /proc/run cannot be written"),
+        (f"logging.run_dir={'x' * 300}", "logging.run_dir: [Errno 36] File name too long"),
         ("fp16.enabled=true", "fp16.enabled: does not work with Grass: fp16 loss scaling is not supported, use bf16"),
         ("train_batch_size=7", "train_batch_size: expected train_micro_batch_size_per_gpu (3) x"),
         ("model.config.hiden_size=3", "model.config.hiden_size: unknown key for llama; did you mean 'hidden_size'?"),
