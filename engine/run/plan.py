@@ -174,4 +174,3 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
         described,
         run_dir,
     )
-

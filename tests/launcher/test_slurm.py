@@ -41,7 +41,7 @@ def test_a_signal_that_the_script_does_not_hear_is_refused(
 
 @pytest.mark.parametrize(
     ("time", "signal", "seconds"),
-    [("5", None, 360), ("1", "B:USR1@40", 100), ("\"00:02:00\"", "B:USR1@60", 120), ("\"0-00:01\"", "B:USR1", 120)],
+    [("5", None, 360), ("1", "B:USR1@40", 100), ('"00:02:00"', "B:USR1@60", 120), ('"0-00:01"', "B:USR1", 120)],
 )
 def test_a_job_that_would_be_asked_to_end_before_it_has_begun_is_refused(
     call: Call, corpus: Path, tmp_path: Path, time: str, signal: str | None, seconds: int
