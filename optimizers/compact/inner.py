@@ -17,13 +17,13 @@ def make_base(
     groups: Sequence[dict[str, Any]],
     options: CompactOptions,
     *,
-    matrices: Mapping[str, Matrices],
+    matrices: Callable[[], Mapping[str, Matrices]],
     shards: Callable[[], ShardMap],
 ) -> torch.optim.Optimizer:
     """The optimizer ``options.base`` on parameter groups.
 
     Args:
-        matrices: in the parameters of the groups that are not ``dense``, by name.
+        matrices: finds those in the parameters of the groups that are not ``dense``, by name; experts are tried for it.
         shards: how parameters are cut, once they are.
 
     Raises:
@@ -39,7 +39,7 @@ def make_base(
     if options.base == "AdamW8bit":
         return _bitsandbytes().optim.AdamW8bit(groups, **adam)
     if options.base in ("Muon", "NorMuon"):
-        return _muon(groups, options, adam, matrices, shards)
+        return _muon(groups, options, adam, matrices(), shards)
     return torch.optim.AdamW(groups, **adam, foreach=options.foreach, fused=options.fused)
 
 

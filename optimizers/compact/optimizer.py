@@ -4,6 +4,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -87,7 +88,7 @@ class CompactOptimizer(EngineOptimizer[OptionsT]):
             self.base = make_base(
                 groups,
                 options,
-                matrices=trained_matrices(model, self.layers, converted.full_rank),
+                matrices=partial(trained_matrices, model, self.layers, converted.full_rank),
                 shards=lambda: self.backend.shards() or local,
             )
             self._check_coverage(model, options, [layer.name for layer in self.layers] + converted.full_rank)
