@@ -179,6 +179,12 @@ def check_rates(config: Config) -> None:
             "training.width_rule: expected one of narrowgauge's optimizers with the megatron engine, which has no rate"
             f" of matrices for others, got {optimizer.type}"
         )
+    options = config.optimizer_options
+    if training.width_rule is not None and isinstance(options, CompactOptions) and options.base in ("Muon", "NorMuon"):
+        problems.append(
+            f"training.width_rule: expected another optimizer.params.base beside it, got {options.base}: the rule is"
+            " Adam's, and what is orthogonalized grows with the width in another way"
+        )
     if problems:
         raise config.error(*problems)
 

@@ -153,6 +153,13 @@ def test_rates_of_matrices_follow_the_width(corpus: Path, tmp_path: Path, change
             ['training.width_rule={"base_width": 4}', 'optimizer={"type": "Lars", "params": {"lr": 0.1}}'],
             "training.width_rule: expected an optimizer whose steps do not grow with the gradient",
         ),
+        (
+            [
+                'training.width_rule={"base_width": 4}',
+                'optimizer={"type": "Grass", "params": {"lr": 0.1, "rank": 4, "base": "Muon"}}',
+            ],
+            "training.width_rule: expected another optimizer.params.base beside it, got Muon: the rule is Adam's",
+        ),
     ],
 )
 @pytest.mark.slow
