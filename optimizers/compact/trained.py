@@ -14,7 +14,11 @@ from .matrices import Matrices
 def trained_matrices(
     model: nn.Module, layers: Sequence[CompactLayer], full_rank: Collection[str]
 ) -> dict[str, Matrices]:
-    """By parameter: those of the compact layers, and of the layers or stacks of experts that are trained whole."""
+    """By parameter: those of the compact layers, and of the layers or stacks of experts that are trained whole.
+
+    Raises:
+        ValueError: one that is trained whole does not lie in memory row by row.
+    """
     found = {}
     for layer in layers:
         unit = layer.module
@@ -29,4 +33,9 @@ def trained_matrices(
         linear = model.get_submodule(name)
         rows, columns = whole_shape(linear.get_parameter("weight"))
         found[f"{name}.weight"] = Matrices(1, rows, columns, is_transposed(linear))
+        if not (weight := linear.get_parameter("weight")).is_contiguous():
+            raise ValueError(
+                f"base: expected {name}.weight to be contiguous with Muon, got strides {weight.stride()}: give the"
+                " layer a contiguous copy of it"
+            )
     return found

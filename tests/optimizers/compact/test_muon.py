@@ -168,6 +168,19 @@ def test_at_density_one_it_is_torchs_muon_bit_for_bit(adjust: Any) -> None:
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
 
 
+def test_a_whole_matrix_in_another_order_of_memory_is_refused() -> None:
+    """It ended the first step, with the momentum already moved."""
+    model = tiny()
+    linear = model.get_submodule("blocks.0.up")
+    linear.weight = nn.Parameter(linear.get_parameter("weight").detach().t().contiguous().t())
+    with pytest.raises(
+        ValueError, match=r"base: expected blocks\.0\.up\.weight to be contiguous with Muon, got strides"
+    ):
+        Grass(model, density=1.0, base="Muon")
+    with pytest.warns(UserWarning, match="plain AdamW"):
+        Grass(model, density=1.0)
+
+
 @pytest.mark.parametrize("base", ["Muon", pytest.param("NorMuon", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cls", [Grass, GaLore])
 def test_a_state_dict_resumes_bit_for_bit_with_half_of_adams_state(cls: Any, base: str) -> None:
