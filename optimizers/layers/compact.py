@@ -80,6 +80,9 @@ class CompactWeight(CompactUnit, CompactModule):
     def compact_units(self) -> Sequence[CompactUnit]:
         return (self,)
 
+    def holds_weight(self) -> bool:
+        return self.weight_key in self._parameters
+
     def _become_compact(self, shape: tuple[int, int], side: Side) -> None:
         self.side, self.folds_at_use, self.probe, self.omega = side, False, None, None
         self.weight.requires_grad_(False)

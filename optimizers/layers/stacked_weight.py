@@ -40,6 +40,9 @@ class StackedWeight(CompactUnit):
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return getattr(self.owner, self.weight_key)
 
+    def holds_weight(self) -> bool:
+        return self.weight_key in self.owner._parameters
+
     @property
     def compact(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
         return getattr(self.owner, self.compact_key)

@@ -77,6 +77,10 @@ class CompactUnit:
         """The parameters of the model that hold the weight."""
         return (self.weight,)
 
+    def holds_weight(self) -> bool:
+        """Whether the weight is among its module's parameters: not where it is computed for each forward."""
+        raise NotImplementedError
+
     @property
     def weight_shape(self) -> tuple[int, int]:
         """``(m, n)``, also where an engine keeps only a part of the weight here."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Watch:
         Raises:
             RuntimeError: ``compact`` holds what nothing will bring into the weight.
         """
-        if not isinstance(layer.weight, nn.Parameter):
+        if not layer.holds_weight():
             raise RuntimeError(
                 f"{self._name}.weight: expected the parameter that {self._owner_type} was made with, got a tensor that"
                 " is computed for each forward, as by pruning, a parametrization or FSDP: training would not reach it."

@@ -207,6 +207,21 @@ def test_a_weight_that_is_computed_is_refused() -> None:
                 use()
 
 
+def test_other_weights_can_be_lent() -> None:
+    """``functional_call``, as for an average's evaluation; it was taken for a parametrization."""
+    model = tiny()
+    optimizer = METHODS["grass"](model)
+    backward(model)
+    optimizer.step()
+    halved = {name: p.detach() * 0.5 for name, p in model.named_parameters()}
+    found = torch.func.functional_call(model, halved, (token_batch(0, 4),))
+    expected = tiny()
+    expected.load_state_dict({name: value * 0.5 for name, value in model.state_dict().items()})
+    torch.testing.assert_close(found, expected(token_batch(0, 4)))
+    backward(model, 1)
+    optimizer.step()
+
+
 def steps_of_a_foreign_engine(stage: int) -> tuple[int, str]:
     model = tiny()
     METHODS["grass"](model)
