@@ -88,6 +88,18 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def check_new(path: Path, option: str) -> None:
+    """Whether a file can be written that is not there yet, as far as its name says.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if path.exists():
+        raise UserError(f"{option}: expected a file that is not there yet, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option}: expected a file in a folder that is there, got {path}")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one go."""
     write_text(path, json.dumps(value, indent=2) + "\n")

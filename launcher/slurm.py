@@ -43,6 +43,9 @@ def render(config: Path, overrides: Sequence[str], script: str) -> str:
     options = block.options
     if script == "sweep":
         if block.sweep is not None:
+            for value in block.sweep.values:
+                # Each job's own, before any waits in the queue.
+                load_config(config, [*overrides, f"{block.sweep.key}={value}"])
             options = {"array": _array(block.sweep), **options}
             _fill_in_sweep(lines, block.sweep)
     elif block.sweep is not None:

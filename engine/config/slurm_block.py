@@ -81,10 +81,20 @@ class SlurmBlock(StrictBlock):
         for mount in self.container.mounts if self.container is not None else ():
             if not re.fullmatch(r"[^\x00-\x1f,:]+:[^\x00-\x1f,:]+(:[a-z]+)?", mount):
                 raise ValueError(f"container.mounts: expected OUTSIDE:INSIDE, got {mount!r}")
-        for value in self.sweep.values if self.sweep is not None else ():
-            if not re.fullmatch(r"[\w.+-]+", str(value)):
-                raise ValueError(f"sweep.values: expected numbers or words, got {value!r}")
+        if self.sweep is not None:
+            _check_sweep(self.sweep, self.options)
         return self
+
+
+def _check_sweep(sweep: SweepBlock, options: dict[str, Any]) -> None:
+    words = [str(value) for value in sweep.values]
+    for value, word in zip(sweep.values, words, strict=True):
+        if not re.fullmatch(r"[\w.+-]+", word):
+            raise ValueError(f"sweep.values: expected numbers or words, got {value!r}")
+        if words.count(word) > 1:
+            raise ValueError(f"sweep.values: expected each value once, got {value!r} twice: they would share a run folder")
+    if options.get("array") is not None:
+        raise ValueError(f"array: expected none beside sweep, which has a job for each value, got {options['array']!r}")
 
 
 def _check_option(key: str, value: Any) -> None:

@@ -59,7 +59,9 @@ class Choice:
             found.setdefault("zero_optimization", {})["stage"] = self.stage
         if self.density is not None:
             found["optimizer"]["params"]["density"] = self.density
-        if self.recomputes is not None:
+        if self.recomputes is not None and found.get("engine") == "megatron":
+            found.setdefault("megatron", {})["recompute"] = "full" if self.recomputes else "none"
+        elif self.recomputes is not None:
             found["model"]["gradient_checkpointing"] = "non-reentrant" if self.recomputes else "none"
         if self.offload is not None:
             block = found["activation_offload"]
@@ -102,7 +104,10 @@ class Search:
         is_deepspeed = parsed.engine == "deepspeed"
         stages: Sequence[int | None] = _STAGES if is_deepspeed else (None,)
         offloads = ("none", "layer_inputs", "saved_tensors") if parsed.activation_offload is not None else (None,)
-        recomputes: Sequence[bool | None] = (False, True) if parsed.engine != "megatron" else (None,)
+        block = self._config.raw.get("megatron", {})
+        # What was chosen in detail stays.
+        is_chosen = block.get("recompute") == "selective" or "recompute_layers" in block
+        recomputes: Sequence[bool | None] = (None,) if is_chosen else (False, True)
         for stage, density, offload, recompute in itertools.product(stages, densities, offloads, recomputes):
             # Layers whose inputs are offloaded recompute anyway.
             if not (offload == "layer_inputs" and recompute):

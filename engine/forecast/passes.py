@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from ..report.collectives import bytes_sent
+from .encoded import EncodedView, Encoder
 
 # Layers that are run where all are alike: a first, a middle and a last one.
 NUM_TRACED = 3
@@ -34,6 +36,7 @@ _KINDS = {
 OTHER = "between them"
 # Of a stretch, what is no whole number of bytes or elements.
 _GROUPED = torch.ops.aten._grouped_mm.default
+_SELECTED = torch.ops.aten.masked_select.default
 _WORK = ("flops", "moved", "sent")
 
 
@@ -152,7 +155,9 @@ def trace(
     num_layers: int,
     min_offloaded: int | None,
     only_layer_inputs: bool,
+    encoder: Encoder | None = None,
     scatter_factor: float = 1.0,
+    routed: float = 0.0,
 ) -> Passes:
     """Take a model through forward and backward, inside :func:`without_contents`.
 
@@ -164,9 +169,12 @@ def trace(
         num_layers: of the whole model.
         min_offloaded: bytes of the smallest storage that is offloaded; None where nothing is.
         only_layer_inputs: of these, what goes into layers.
+        encoder: what encodes saved tensors; None where all are kept as they are.
         scatter_factor: of :func:`narrowgauge.engine.report.dense_traffic.reduce_scatter_factor`.
+        routed: of Megatron's mixtures, the share of the tokens that each expert takes.
     """
-    watch = _Watch(model, list(layers or ()), present, units, min_offloaded, only_layer_inputs, scatter_factor)
+    operations = _Operations(scatter_factor, routed)
+    watch = _Watch(model, list(layers or ()), present, units, min_offloaded, only_layer_inputs, encoder, operations)
     with watch.watching():
         output = run()
         watch.end_of_forward(output)
@@ -273,14 +281,16 @@ class _Watch:
         units: Sequence[Any],
         min_offloaded: int | None,
         only_layer_inputs: bool,
-        scatter_factor: float,
+        encoder: Encoder | None,
+        operations: "_Operations",
     ) -> None:
         self._model, self._layers = model, layers
-        self._min_offloaded, self._only_inputs = min_offloaded, only_layer_inputs
+        self._min_offloaded, self._only_inputs, self._encoder = min_offloaded, only_layer_inputs, encoder
         parameters = list(model.parameters())
         self._probes = [unit.probe for unit in units if unit.probe is not None]
         known = [*parameters, *model.buffers(), *self._probes, *present]
-        self._operations = _Operations(known, scatter_factor)
+        self._operations = operations
+        operations.leave_out(known)
         self._trained = [p for p in parameters if p.requires_grad]
         self._known = {id(tensor.untyped_storage()) for tensor in known}
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -310,7 +320,7 @@ class _Watch:
                 stack.callback(parameter.register_post_accumulate_grad_hook(self._made).remove)
             for probe in self._probes:
                 stack.callback(probe.register_post_accumulate_grad_hook(self._observed).remove)
-            stack.enter_context(saved_tensors_hooks(self._pack, lambda tensor: tensor))
+            stack.enter_context(saved_tensors_hooks(self._pack, _unpack))
             stack.enter_context(self._operations)
             yield
             self._close_backward(0)
@@ -329,7 +339,7 @@ class _Watch:
             if self._only_inputs:
                 for tensor in tree_leaves((args, kwargs)):
                     if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                        self._offload(tensor)
+                        self._mark(tensor)
 
         return hook
 
@@ -397,13 +407,29 @@ class _Watch:
         self._stretches[self._at].observed += probe.grad.numel() * probe.grad.element_size()
         probe.grad = None
 
-    def _pack(self, tensor: Tensor) -> Tensor:
+    def _mark(self, tensor: Tensor) -> None:
+        """It goes into a layer, and is offloaded: what a codec makes of it, when it is saved."""
+        if self._encoder is None:
+            self._offload(tensor)
+        else:
+            storage: Any = tensor.untyped_storage()
+            storage._narrowgauge_layer_input = True
+
+    def _pack(self, tensor: Tensor) -> Tensor | EncodedView:
         storage = tensor.untyped_storage()
-        if not self._is_backward and id(storage) not in self._known and storage not in self._seen:
-            self._seen.add(storage)
-            self._stretches[self._at].saved_by[self._kinds[-1] if self._kinds else OTHER] += storage.nbytes()
-            if not self._only_inputs:
-                self._offload(tensor)
+        if self._is_backward or id(storage) in self._known or storage in self._seen:
+            return tensor
+        draft, kind = self._stretches[self._at], self._kinds[-1] if self._kinds else OTHER
+        if self._encoder is not None and (found := self._encoder.pack(tensor)) is not None:
+            view, is_new = found
+            if is_new:
+                draft.saved_by[kind] += view.codes.nbytes
+                self._offload(view.codes.tensor)
+            return view
+        self._seen.add(storage)
+        draft.saved_by[kind] += storage.nbytes()
+        if not self._only_inputs:
+            self._offload(tensor)
         return tensor
 
     def _offload(self, tensor: Tensor) -> None:
@@ -434,6 +460,10 @@ class _Watch:
         return Passes(before=found[0], layers=found[1:-1], after=found[-1])
 
 
+def _unpack(packed: Tensor | EncodedView) -> Tensor:
+    return packed.unpack() if isinstance(packed, EncodedView) else packed
+
+
 @dataclass
 class _Draft:
     kept: int = 0
@@ -461,11 +491,14 @@ class _Operations(TorchDispatchMode):
         flops, moved, sent: since someone last set them to zero.
     """
 
-    def __init__(self, known: Sequence[Tensor], scatter_factor: float) -> None:
+    def __init__(self, scatter_factor: float, routed: float) -> None:
         super().__init__()
         self.now = self._peak = 0
         self.flops = self.moved = self.sent = 0.0
-        self._factor = scatter_factor
+        self._factor, self._routed, self._of_each = scatter_factor, routed, 1
+
+    def leave_out(self, known: Sequence[Tensor]) -> None:
+        """These are there anyway."""
         self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
         # Storages are told apart as long as their tensors are there.
         self._present = list(known)
@@ -479,12 +512,12 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         self.sent += bytes_sent(func, args, scatter_factor=self._factor)[0]
         try:
-            result = _grouped(*args, **kwargs) if func is _GROUPED else func(*args, **kwargs)
+            result = self._done(func, args, kwargs)
         except DataDependentOutputException:
             if func is not torch.ops.aten._local_scalar_dense.default:
                 raise
             # Some value that is asked for; shapes that followed from it would be wrong, and are refused elsewhere.
-            return _some(args[0].dtype)
+            return _some(args[0].dtype, self._of_each)
         packet = func._overloadpacket
         outputs = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
         for tensor in outputs:
@@ -500,6 +533,16 @@ class _Operations(TorchDispatchMode):
             self.moved += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
         return result
 
+    def _done(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is _GROUPED:
+            return _grouped(*args, **kwargs)
+        if func is _SELECTED and self._routed:
+            # Of (experts, tokens), those that were chosen.
+            values, mask = args
+            self._of_each = share_of(self._routed, mask.shape[-1])
+            return values.new_empty(mask.shape[0] * self._of_each)
+        return func(*args, **kwargs)
+
     def _add(self, storage: Any) -> None:
         if storage in self._known:
             return
@@ -513,10 +556,15 @@ class _Operations(TorchDispatchMode):
         self.now -= nbytes
 
 
-def _some(dtype: torch.dtype) -> bool | int | float:
+def share_of(routed: float, tokens: int) -> int:
+    """Tokens of an expert, where all have as many."""
+    return ceil(round(routed * tokens, 6))
+
+
+def _some(dtype: torch.dtype, number: int) -> bool | int | float:
     if dtype is torch.bool:
         return True
-    return 1.0 if dtype.is_floating_point else 1
+    return 1.0 if dtype.is_floating_point else number
 
 
 def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> float:

@@ -1,6 +1,6 @@
 """A forecast as tables for people. Light to import."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -8,9 +8,15 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .forecast import Forecast
+    from .held import Rank
+    from .sent import Sent
+
+    Ranks = Sequence[tuple[Rank, Sent]]
 
 _GIB = 1 << 30
 _GB = 1e9
+# Columns of a table: the names, and each kind of process rank.
+_FIRST, _EACH = 22, 16
 
 
 def show(found: "Forecast", console: Console) -> None:
@@ -30,8 +36,10 @@ def show(found: "Forecast", console: Console) -> None:
         f" {batches.accumulation_steps} micro-batches of {batches.micro}",
         highlight=False,
     )
-    console.print(_memory(found))
-    console.print(_saved(found))
+    for ranks in _in_width(found.ranks, console.width):
+        console.print(_memory(found, ranks))
+    for ranks in _in_width(found.ranks, console.width):
+        console.print(_saved(ranks))
     console.print(_sent(found))
     console.print(f"checkpoint: {found.checkpoint / _GB:,.1f} GB", highlight=False)
     if found.machine is not None:
@@ -50,13 +58,19 @@ def _table(title: str, *headings: str) -> Table:
     return table
 
 
-def _memory(found: "Forecast") -> Table:
-    """Kinds downwards: eighty columns hold a few stages of a pipeline."""
-    table = _table("GiB per process rank, at its peak", "", *(rank.process_ranks for rank, _ in found.ranks))
-    peaks = [rank.peak for rank, _ in found.ranks]
+def _in_width(ranks: "Ranks", width: int) -> list["Ranks"]:
+    """As many as a table has room for beside each other, at a time."""
+    size = max(1, (width - _FIRST) // _EACH)
+    return [ranks[start : start + size] for start in range(0, len(ranks), size)]
+
+
+def _memory(found: "Forecast", ranks: "Ranks") -> Table:
+    """Kinds downwards."""
+    table = _table("GiB per process rank, at its peak", "", *(rank.process_ranks for rank, _ in ranks))
+    peaks = [rank.peak for rank, _ in ranks]
     table.add_row("when", *(peak.when for peak in peaks))
-    if len(peaks) > 1:
-        table.add_row("of the model", *(rank.what for rank, _ in found.ranks))
+    if len(found.ranks) > 1:
+        table.add_row("of the model", *(rank.what for rank, _ in ranks))
     for kind in peaks[0].bytes:
         if any(peak.bytes[kind] for peak in peaks):
             table.add_row(kind, *(f"{peak.bytes[kind] / _GIB:,.2f}" for peak in peaks))
@@ -67,14 +81,14 @@ def _memory(found: "Forecast") -> Table:
     return table
 
 
-def _saved(found: "Forecast") -> Table:
-    table = _table("MiB saved for backward, a micro-batch", "", *(rank.process_ranks for rank, _ in found.ranks))
-    kinds = dict.fromkeys(kind for rank, _ in found.ranks for passes in rank.chunks for kind in passes.saved_by)
+def _saved(ranks: "Ranks") -> Table:
+    table = _table("MiB saved for backward, a micro-batch", "", *(rank.process_ranks for rank, _ in ranks))
+    kinds = dict.fromkeys(kind for rank, _ in ranks for passes in rank.chunks for kind in passes.saved_by)
     for kind in kinds:
-        row = [sum(passes.saved_by.get(kind, 0) for passes in rank.chunks) for rank, _ in found.ranks]
+        row = [sum(passes.saved_by.get(kind, 0) for passes in rank.chunks) for rank, _ in ranks]
         table.add_row(kind, *(f"{nbytes / 2**20:,.1f}" for nbytes in row))
-    if any(rank.offloaded for rank, _ in found.ranks):
-        table.add_row("of it on the drive", *(f"{sum(rank.offloaded) / 2**20:,.1f}" for rank, _ in found.ranks))
+    if any(rank.offloaded for rank, _ in ranks):
+        table.add_row("of it on the drive", *(f"{sum(rank.offloaded) / 2**20:,.1f}" for rank, _ in ranks))
     return table
 
 

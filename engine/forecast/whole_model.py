@@ -16,6 +16,8 @@ from narrowgauge.optimizers.layers.compact import compact_units
 
 from ..config.config import Config
 from ..errors import UserError, first_line
+from ..offload.attach import check_codec
+from .encoded import Encoder
 from .passes import NUM_TRACED, Passes, are_alike, shorten, trace, without_contents
 from .subject import Subject, subject_of
 
@@ -91,17 +93,18 @@ def _passes_of(config: Config, model_config: PretrainedConfig, num_layers: int, 
     assert config.parsed.model is not None
     assert config.parsed.data is not None
     length, offload = config.parsed.data.sequence_length, config.offload()
-    if offload is not None and offload.codec != "none":
-        raise UserError("what a codec makes of the saved tensors cannot be told ahead")
     model = subject_of(config, model_config).model
+    check_codec(config, model)
     layers = stack_of(model)
     shorten(layers)
-    recomputed = None
+    recomputed = encoder = None
     if config.parsed.model.gradient_checkpointing != "none":
         enable: Callable[..., Any] = model.gradient_checkpointing_enable
         enable({"use_reentrant": config.parsed.model.gradient_checkpointing == "reentrant"})
     if offload is not None and offload.granularity == "layer_inputs":
         recomputed = RecomputedLayers(model, None)
+    if offload is not None and offload.codec != "none":
+        encoder = Encoder(model, offload)
     model.train()
     units = list(compact_units(model))
     try:
@@ -120,11 +123,14 @@ def _passes_of(config: Config, model_config: PretrainedConfig, num_layers: int, 
                 num_layers=num_layers,
                 min_offloaded=offload.min_tensor_bytes if offload is not None else None,
                 only_layer_inputs=recomputed is not None,
+                encoder=encoder,
             )
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
         kind = type(error).__name__
         raise UserError(f"model: its passes cannot be told ahead: {kind}: {first_line(error)}") from error
     finally:
+        if encoder is not None:
+            encoder.close()
         if recomputed is not None:
             recomputed.restore()
 
@@ -141,7 +147,7 @@ def stack_of(model: nn.Module) -> nn.ModuleList | None:
 def offloaded_of(config: Config, passes: Passes) -> tuple[int, int]:
     """Bytes of a micro-batch that go to the drive where it is fast enough, and those of the buffers for reading."""
     options = config.offload()
-    if options is None:
+    if options is None or options.path is None:
         return 0, 0
     sizes, total = passes.offloadable, sum(passes.offloadable)
     keep = 0.0 if options.keep_resident == "auto" else float(options.keep_resident)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .sinks import Sink
 
 logger = logging.getLogger(__name__)
+# Seconds since 1970 up to the year 10000.
+_LAST_TIME = 253_402_300_800
 
 
 class MetricsLog:
@@ -60,12 +62,12 @@ def evaluation_records(run_dir: Path) -> list[dict[str, Any]]:
 
 def start_records(run_dir: Path) -> list[dict[str, Any]]:
     """What is recorded of each time that the run was started or went on."""
-    return _objects(run_dir / STARTS, lambda found: True)
+    return _objects(run_dir / STARTS, _is_place)
 
 
 def end_records(run_dir: Path) -> list[dict[str, Any]]:
     """What is recorded of each time that the run was asked to end, and did."""
-    return _objects(run_dir / ENDS, lambda found: True)
+    return _objects(run_dir / ENDS, _is_place)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -73,13 +75,21 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_record(found: dict[str, Any]) -> bool:
-    numbers = (found.get(key, 0.0) for key in ("loss", "tokens_per_second"))
+    numbers = (found.get(key, 0.0) for key in ("loss", "tokens", "tokens_per_second"))
     blocks = (found.get(key, {}) for key in ("bytes", "seconds"))
+    step = found.get("step")
     return (
-        isinstance(found.get("step"), int)
+        isinstance(step, int)
+        and step >= 0
         and all(isinstance(number, int | float) for number in numbers)
+        and isinstance(found.get("eval_loss"), int | float | None)
         and all(isinstance(block, dict) for block in blocks)
     )
+
+
+def _is_place(found: dict[str, Any]) -> bool:
+    step, seconds = found.get("after_step", 0), found.get("time", 0.0)
+    return isinstance(step, int) and step >= 0 and isinstance(seconds, int | float) and 0 <= seconds < _LAST_TIME
 
 
 def _objects(path: Path, holds: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
@@ -87,7 +97,7 @@ def _objects(path: Path, holds: Callable[[dict[str, Any]], bool]) -> list[dict[s
     found, odd = [], []
     for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.is_file() else (), 1):
         try:
-            value = parse_json(line)
+            value = finite(parse_json(line))
         except ValueError:
             value = None
         if isinstance(value, dict) and holds(value):

@@ -1,5 +1,6 @@
 """``narrowgauge init``: a first configuration, with the settings that fit a machine."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 from rich.console import Console
 
 from ..config.config import load_config
+from ..data.corpus import expand
 from ..errors import UserError
-from ..files import write_json
+from ..files import check_new, write_json
 from ..forecast.fit import fit
 from ..forecast.machine import Machine
 from ..forecast.show import show
 from .validate import check_for
 
+logger = logging.getLogger(__name__)
 # Sequences of a step on each GPU.
 _PER_GPU = 32
 
@@ -72,8 +75,8 @@ def write_first(answers: Answers, machine: Machine, out: Path, console: Console)
     Raises:
         UserError: the file is there already, an answer does not hold, or nothing fits.
     """
-    if out.exists():
-        raise UserError(f"--out: expected a file that is not there yet, got {out}")
+    check_new(out, "--out")
+    _warn_of_files(answers)
     config = load_config(first_configuration(answers, machine.world_size))
     _, described = check_for(config, machine.world_size)
     found = fit(config, described, machine, "fastest")
@@ -81,3 +84,14 @@ def write_first(answers: Answers, machine: Machine, out: Path, console: Console)
     show(found.forecast, console)
     console.print(f"{found.choice.described()} -> {out}", highlight=False)
     console.print(f"next: narrowgauge launch {out}", highlight=False)
+
+
+def _warn_of_files(answers: Answers) -> None:
+    """Of files that are not here; the run may be meant for another machine."""
+    for pattern in answers.data if list(answers.data) != ["stdlib"] else ():
+        try:
+            expand([pattern], "--data")
+        except UserError as error:
+            logger.warning(f"{error} on this machine")
+    if answers.tokenizer is not None and not Path(answers.tokenizer).exists():
+        logger.warning(f"--tokenizer: nothing is at {answers.tokenizer} on this machine")

@@ -31,6 +31,7 @@ from ..sampled_backward import check_sampling
 from .lengths import Lengths, check_lengths, lengths_of
 from .model import abstract_model, check_model, model_config
 from .packable import check_packing
+from .profile import check_profile
 from .rates import Rates, check_rates, rates_of
 from .sample import check_prompt
 from .schedule import check_schedule
@@ -115,6 +116,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     backend.check(config)
     if parsed.training.steps is not None:
         check_schedule(config, parsed.training.steps)
+        check_profile(config, parsed.training.steps)
     check_lora(config)
     check_rates(config)
     check_lengths(config)
@@ -154,9 +156,7 @@ def _make_plan(config: Config, fresh: bool) -> Plan:
     rates = rates_of(
         config, described, lengths, batch_size=batches.total, num_steps=steps, tokens_per_step=tokens_per_step
     )
-    profiled = parsed.training.profile
-    if profiled is not None and profiled.steps[1] > steps:
-        raise config.error(f"training.profile.steps: expected steps of the run, 1 to {steps}, got {profiled.steps}")
+    check_profile(config, steps)
     return Plan(
         config,
         parsed.model,

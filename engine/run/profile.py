@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..config.config import Config
 from ..config.run_blocks import ProfileBlock
 from ..errors import UserError
 from ..ranks.environment import process_rank
@@ -17,6 +18,18 @@ from ..run_folder import PROFILE
 
 logger = logging.getLogger(__name__)
 _MOST_EVENTS = 1_000_000
+
+
+def check_profile(config: Config, steps: int) -> None:
+    """Whether the steps that are profiled are a run's.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    training = config.parsed.training
+    found = training.profile if training is not None else None
+    if found is not None and found.steps[1] > steps:
+        raise config.error(f"training.profile.steps: expected steps of the run, 1 to {steps}, got {found.steps}")
 
 
 class StepProfile:

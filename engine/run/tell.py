@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ..config.config import load_config
 from ..errors import UserError
-from ..files import write_json
+from ..files import check_new, write_json
 from ..forecast.fit import Objective, fit
 from ..forecast.forecast import Forecast, forecast
 from ..forecast.hardware import GIB
@@ -51,8 +51,7 @@ def tell_fitting(
     Raises:
         UserError: nothing fits, or the file is there already.
     """
-    if out.exists():
-        raise UserError(f"--out: expected a file that is not there yet, got {out}")
+    check_new(out, "--out")
     checked = load_config(config, overrides)
     _, described = check_for(checked, machine.world_size)
     found = fit(checked, described, machine, objective)

@@ -19,6 +19,7 @@ from ..sampled_backward import check_sampling
 from .lengths import check_lengths
 from .model import abstract_model, check_model, model_config
 from .packable import check_packing
+from .profile import check_profile
 from .rates import check_rates
 from .schedule import check_schedule
 from .trial import try_on
@@ -72,6 +73,8 @@ def check_for(config: Config, world_size: int) -> tuple[Batches, PretrainedConfi
     check_quantization(config)
     check_sampling(config)
     batches = config.batches(backend.data_parallel_size(config, world_size))
+    if parsed.training is not None and parsed.training.steps is not None:
+        check_profile(config, parsed.training.steps)
     check_coreset(config, batches)
     check_model(parsed.model)
     # The tokenizer's, where it is trained on the data, is not known before.

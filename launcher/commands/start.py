@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, TypeVar
 
+import click
 import typer
 
 from narrowgauge.engine.errors import UserError
@@ -28,9 +29,12 @@ def init(
     gpu: Annotated[str | None, typer.Option(help="Their name, as of plan.")] = None,
 ) -> None:
     """Write a configuration that fits a machine. What no option says is asked for."""
+    from narrowgauge.engine.files import check_new
     from narrowgauge.engine.forecast.hardware import GPUS, gpu_named
     from narrowgauge.engine.forecast.machine import Machine
 
+    # Before anyone answers questions.
+    check_new(out, "--out")
     model = _answer("--model", model, f"Model: {', '.join(packaged_models())}, or a folder", "llama-1b")
     files = data or [_answer("--data", None, "Data: files, or stdlib", "stdlib")]
     gpus = _answer("--gpus", gpus, "GPUs of each machine", 8)
@@ -52,4 +56,5 @@ def _answer(option: str, given: AnswerT | None, question: str, default: AnswerT)
         return given
     if not sys.stdin.isatty():
         raise UserError(f"{option}: expected it, or a terminal to ask on, got neither")
-    return typer.prompt(question, default=default, type=type(default))
+    kind = click.IntRange(min=1) if isinstance(default, int) else str
+    return typer.prompt(question, default=default, type=kind)

@@ -94,6 +94,9 @@ def read_run(folder: Path, name: str) -> Run:
         raise UserError(
             f"{folder / SUMMARY}: expected schema_version {SCHEMA_VERSION}, got {found}: of another version"
         )
+    for key in ("bytes", "mfu", "forecast"):
+        if summary is not None and not isinstance(found := summary.get(key, {}), dict):
+            raise UserError(f"{folder / SUMMARY}: {key}: expected an object, got {type(found).__name__}: broken")
     try:
         records = step_records(folder)
         evaluations, starts, ends = evaluation_records(folder), start_records(folder), end_records(folder)

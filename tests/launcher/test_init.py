@@ -26,6 +26,11 @@ def test_flags_make_a_configuration_that_fits(call: Call, tmp_path: Path) -> Non
     told = call("plan", str(out), "--gpus", "2", "--gpu", "l4-24", "--json")
     assert json.loads(told.stdout)["fits"]
     assert "expected a file that is not there yet" in call(*words).stderr
+    elsewhere = [*words, "--data", "no/*.txt", "--tokenizer", "no/tokenizer"]
+    elsewhere[elsewhere.index(str(out))] = str(tmp_path / "elsewhere.json")
+    said = call(*elsewhere).stdout
+    assert "warning: --data: 'no/*.txt' names no file on this machine" in said
+    assert "warning: --tokenizer: nothing is at no/tokenizer on this machine" in said
 
 
 @pytest.mark.parametrize(
@@ -34,10 +39,12 @@ def test_flags_make_a_configuration_that_fits(call: Call, tmp_path: Path) -> Non
         (["--data", "stdlib", "--gpus", "2"], "--model: expected it, or a terminal to ask on, got neither"),
         (["--model", "llama-8b", "--data", "stdlib", "--gpus", "2", "--gpu", "l4-24"], "'llama-8b'; did you mean"),
         (["--model", "llama-60m", "--data", "stdlib", "--gpus", "2", "--gpu", "l4-2"], "did you mean 'l4-24'?"),
+        (["--out", "/no/such/folder/config.json"], "--out: expected a file in a folder that is there, got /no/such"),
     ],
 )
 def test_answers_that_do_not_hold(call: Call, tmp_path: Path, words: list[str], message: str) -> None:
-    result = call("init", "--out", str(tmp_path / "config.json"), *words)
+    given = words if "--out" in words else ["--out", str(tmp_path / "config.json"), *words]
+    result = call("init", *given)
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "config.json").exists()

@@ -125,6 +125,22 @@ def test_a_sweep_is_over_the_values_of_any_key(call: Call, corpus: Path, tmp_pat
     assert "sweep.values: expected numbers or words, got 'a b'" in call("slurm", "render", odd).stderr
 
 
+@pytest.mark.parametrize(
+    ("sweep", "options", "message"),
+    [
+        ({"key": "optimizer.params.densty", "values": [1]}, {}, "unknown key 'densty'; did you mean 'density'?"),
+        ({"key": "optimizer.params.density", "values": [0.5, 2]}, {}, "density: expected"),
+        ({"values": [0.1, 0.2, 0.1]}, {}, "sweep.values: expected each value once, got 0.1 twice"),
+        ({"values": [0.1]}, {"array": "0-9"}, "array: expected none beside sweep, which has a job for each value, got '0-9'"),
+    ],
+)  # fmt: skip
+def test_a_sweep_that_a_job_would_refuse_is_refused_before(
+    call: Call, corpus: Path, tmp_path: Path, sweep: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    done = call("slurm", "render", config_of(corpus, tmp_path, sweep=sweep, **options), "--script", "sweep")
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
 @pytest.mark.parametrize("name", ["llama-1b-pretrain", "llama-7b-finetune", "llama-13b-pretrain"])
 def test_a_configuration_for_one_server_asks_for_one_node(call: Call, tmp_path: Path, name: str) -> None:
     """It asked for the four nodes of the script, with the batch of eight GPUs."""

@@ -12,7 +12,6 @@ from ...forecast.passes import Passes
 from ...forecast.sent import Sent, extra_reduced, num_refreshes
 from ...forecast.subject import FP32, Subject
 from ...forecast.transient import step_transient
-from .keys import deepspeed_keys
 
 _FP64 = 8
 # The most elements that are flattened at once without ZeRO.
@@ -163,7 +162,8 @@ def sent(config: Config, subject: Subject, *, world_size: int, on_gpu: bool, ste
     zero: Any = config.parsed.zero_optimization
     share, stage, element = (world_size - 1) / world_size, config.zero_stage, subject.element
     micro_batches = config.batches(world_size).accumulation_steps
-    told = deepspeed_keys(config).communication_data_type
+    # Of DeepSpeed's own keys.
+    told = getattr(config.parsed, "communication_data_type", None)
     reduced_as = element if told is None else (FP32 if told == "fp32" else 2)
     extra = extra_reduced(subject, steps=steps, sharded=stage > 0, world_size=world_size)
     optimizer, refreshes = subject.optimizer, 0.0

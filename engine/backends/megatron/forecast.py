@@ -1,9 +1,14 @@
 """What process ranks hold and send under Megatron: one of each stage of the pipeline, in a group of its own."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -14,10 +19,11 @@ from ...config.config import Batches, Config
 from ...config.optimizer_params import make_optimizer
 from ...errors import UserError, first_line
 from ...forecast.held import COMPACT, GRADIENTS, MASTERS, MOMENTS, SUBSPACES, WEIGHTS, Gradients, Rank
-from ...forecast.passes import Passes, shorten, trace, without_contents
+from ...forecast.passes import Passes, share_of, shorten, trace, without_contents
 from ...forecast.sent import Sent
-from ...forecast.subject import on_meta, sharded_moments
+from ...forecast.subject import Subject, groups_of, on_meta, sharded_moments
 from ...forecast.whole_model import offloaded_of
+from ..deepspeed import forecast as zero
 from . import cpu
 from .compact.tree import ModelTree, compact_units_of
 from .globs import options_of_stage
@@ -61,7 +67,7 @@ class _Stage:
     _moments: float
 
     def __init__(self, config: Config, model: StagedModel, on_gpu: bool) -> None:
-        self._config, self._model = config, model
+        self._config, self._model, self._on_gpu = config, model, on_gpu
         self._block, self._scatter_factor = megatron_block(config), 1.0 if on_gpu else 2.0
         self._tree, self._own, self._moments = ModelTree(model), None, 2.0 * _FP32
         options, block = config.optimizer_options, config.parsed.optimizer
@@ -107,6 +113,7 @@ class _Stage:
             SUBSPACES: self._own.subspace_bytes() if self._own is not None else 0,
         }
         summed_once = self._summed_once()
+        subject = self._subject(counts) if config.zero_stage else None
         # These leave a few of the layers.
         passes = [self._passes(number, batches.micro) for number in range(layout.chunks)]
         moved = [offloaded_of(config, found) for found in passes]
@@ -128,7 +135,34 @@ class _Stage:
         )
         stages = self._to_stages(batches)
         activations = batches.accumulation_steps * sum(found.sent for found in passes) + summed_once + stages
+        if subject is not None:
+            return self._under_zero(rank, subject, moved[0], steps, activations)
         return rank, Sent(reduced=reduced, gathered=gathered, activations=activations, stages=stages)
+
+    def _subject(self, counts: dict[str, int]) -> Subject:
+        """The process rank's part of the model, as DeepSpeed is given it."""
+        (chunk,) = self._model.chunks
+        element = self._model.transformer.params_dtype.itemsize
+        numels = [parameter.numel() for parameter in chunk.parameters()]
+        return Subject(chunk, self._own, element, counts, groups_of(chunk, self._own), numels)
+
+    def _under_zero(
+        self, rank: Rank, subject: Subject, moved: tuple[int, int], steps: int, activations: float
+    ) -> tuple[Rank, Sent]:
+        """A rank whose part of the model DeepSpeed cuts over those that share the data."""
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        parsed, size = self._config.parsed, self._model.layout.data
+        block = DeepSpeedZeroConfig(**self._config.raw["zero_optimization"])
+        config = replace(self._config, parsed=parsed.model_copy(update={"zero_optimization": block}))
+        found = zero.rank_of(
+            config, subject, rank.chunks[0], world_size=size, on_gpu=self._on_gpu, offloaded=moved
+        )
+        told = zero.sent(config, subject, world_size=size, on_gpu=self._on_gpu, steps=steps)
+        return (
+            replace(rank, held=found.held, gradients=found.gradients, is_cut=True),
+            replace(told, activations=activations),
+        )
 
     def _passes(self, number: int, micro: int) -> Passes:
         model, config, place = self._model, self._config, self._model.place
@@ -142,7 +176,7 @@ class _Stage:
         offload = config.offload()
         chunk.train()
         try:
-            with without_contents(chunk, self._units if number == 0 else [], self._tree):
+            with without_contents(chunk, self._units if number == 0 else [], self._tree), _evenly_routed(self._routed):
                 tokens = torch.zeros(micro, length, dtype=torch.long)
 
                 def run() -> Tensor:
@@ -163,10 +197,20 @@ class _Stage:
                     min_offloaded=offload.min_tensor_bytes if offload is not None else None,
                     only_layer_inputs=offload is not None and offload.granularity == "layer_inputs",
                     scatter_factor=self._scatter_factor,
+                    routed=self._routed,
                 )
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
             kind = type(error).__name__
             raise UserError(f"model: its passes cannot be told ahead: {kind}: {first_line(error)}") from error
+
+    @property
+    def _routed(self) -> float:
+        """The share of the tokens that each expert takes, where all take as many; 0 without experts."""
+        architecture, capacity = self._model.architecture, self._block.expert_capacity_factor
+        if not architecture.num_experts:
+            return 0.0
+        share = architecture.experts_per_token / architecture.num_experts
+        return share if capacity is None else share * min(1.0, capacity)
 
     def _to_stages(self, batches: Batches) -> float:
         """Bytes per step that forwards and backwards send to the stages before and after this one."""
@@ -191,3 +235,33 @@ class _Stage:
                 if held.name.endswith(("word_embeddings.weight", "output_layer.weight")):
                     found += _FP32 * parameter.numel()
         return found
+
+
+@contextmanager
+def _evenly_routed(routed: float) -> Iterator[None]:
+    """Within it, Megatron's experts are sent as many tokens each, without looking at what was chosen.
+
+    Args:
+        routed: the share of the tokens that each takes; nothing is changed at 0.
+    """
+
+    def preprocess(dispatcher: Any, routing_map: Tensor) -> Any:
+        """Of an all-to-all: the numbers are known, where Megatron counts them."""
+        each, local = share_of(routed, routing_map.shape[0]), dispatcher.num_local_experts
+        dispatcher.num_out_tokens = each * dispatcher.num_experts
+        if dispatcher.ep_size > 1 or dispatcher.tp_size > 1:
+            dispatcher.input_splits = dispatcher.output_splits = [each * local] * dispatcher.ep_size
+            dispatcher.output_splits_tp = np.full(dispatcher.tp_size, each * dispatcher.num_experts)
+        groups = dispatcher.tp_size * dispatcher.ep_size
+        dispatcher.num_global_tokens_per_local_expert = np.full((groups, local), each)
+        return np.full(local, each * groups)
+
+    if not routed:
+        yield
+        return
+    with (
+        cpu.replaced(token_dispatcher.MoEAlltoAllTokenDispatcher, preprocess=preprocess),
+        # Which is made of the first loss, and stays.
+        cpu.replaced(MoEAuxLossAutoScaler, main_loss_backward_scale=None),
+    ):
+        yield

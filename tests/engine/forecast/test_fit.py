@@ -44,7 +44,8 @@ def machine(free: float) -> Machine:
 
 
 DENSE = {**CONFIG, "optimizer": {"type": "AdamW", "params": {"lr": 0.005}}, "activation_offload": None}
-KINDS = {"dense": DENSE, "grass": CONFIG}
+MEGATRON = {**DENSE, "engine": "megatron", "zero_optimization": None}
+KINDS = {"dense": DENSE, "grass": CONFIG, "megatron": MEGATRON}
 # Of the model with each optimizer.
 TRACES = {kind: Traces(of_many=True) for kind in KINDS}
 
@@ -64,7 +65,7 @@ def everything(kind: str) -> tuple[list[Found], Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_finds_what_trying_everything_finds(kind: str, objective: Any, share: float) -> None:
     tried, described = everything(kind)
-    assert len(tried) == {"dense": 3 * 2 * 4, "grass": 3 * 4 * 5 * 4}[kind]
+    assert len(tried) == {"dense": 3 * 2 * 4, "grass": 3 * 4 * 5 * 4, "megatron": 2 * 4}[kind]
     peaks = sorted(found.forecast.peak.total for found in tried)
     room = peaks[int(share * len(peaks))]
     best = max((found for found in tried if found.forecast.peak.total <= room), key=order(objective))

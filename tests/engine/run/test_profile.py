@@ -67,5 +67,6 @@ def test_steps_that_are_not_of_the_run_are_refused(call: Call, corpus: Path, tmp
         ("[4, 3]", "training.profile.steps: expected the first step and the last, such as [10, 12], got [4, 3]"),
         ("[4]", "training.profile.steps: list should have at least 2 items"),
     ):
-        done = call("train", config, "--set", f"training.profile.steps={steps}")
-        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+        for words in (["train", config], ["train", config, "--validate"]):
+            done = call(*words, "--set", f"training.profile.steps={steps}")
+            assert (done.returncode, message in done.stderr) == (2, True), done.stderr

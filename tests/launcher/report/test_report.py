@@ -186,6 +186,7 @@ def _replace(name: str, text: str) -> Callable[[Path], Any]:
         (_replace("config.json", "[]"), "config.json: expected an object, got list"),
         (_replace("config.json", "{}"), "config.json: expected the configuration of a run, got none"),
         (_replace("summary.json", '{"schema_version": 7}'), "summary.json: expected schema_version 1, got 7"),
+        (_replace("summary.json", '{"schema_version": 1, "bytes": null}'), "summary.json: bytes: expected an object, got"),
         (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl: expected records of training steps, got"),
         (_replace("metrics.jsonl", "x\n"), "metrics.jsonl: expected records of training steps, got none"),
     ],
@@ -214,3 +215,21 @@ def test_what_is_no_run_or_cannot_be_written_is_named(tmp_path: Path, call: Call
     ):
         done = call("report", *words)
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
+    """A page was not made at all where a step was below 0, a time beyond the calendar's end, or a value NaN."""
+    folder = write_run(tmp_path / "run", restarted_after=8)
+    whole = read_runs([folder])
+    blocks = {"bytes": {}, "seconds": {}}
+    odd = [{"step": -1, "eval_loss": 2.0}, {"step": 3, "eval_loss": "x"}, {"step": 21, "loss": float("nan"), **blocks}]
+    odd.append({"step": 21, "loss": 1.0, "tokens": None, **blocks})
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in odd)
+    with (folder / "starts.jsonl").open("a") as file:
+        file.writelines(['{"after_step": "x"}\n', '{"after_step": 9, "time": 1e300}\n', '{"after_step": null}\n'])
+    assert read_runs([folder]) == whole
+    lines = (folder / "metrics.jsonl").read_text().replace('"grad_norm": 0.5', '"grad_norm": NaN')
+    (folder / "metrics.jsonl").write_text(lines)
+    (norms,) = [chart for chart in charts_over("steps", read_runs([folder])) if chart.title == "gradient norm"]
+    assert [x for x, _ in norms.curves[0].points] == [1.0, *map(float, range(3, 21))]
