@@ -1,6 +1,7 @@
 """``narrowgauge plan``: a configuration's memory, traffic, time and cost, without a GPU."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,20 @@ def test_it_writes_what_fits(call: Call, tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["fits"]
     assert "expected a file that is not there yet" in call(*words).stderr
+
+
+def test_the_life_of_the_drives(call: Call) -> None:
+    """Eight micro-batches of each of eight GPUs, all that layers save."""
+    block = '{"path": "/tmp", "keep_resident": 0.0, "rated_tbw": 600}'
+    result = call("plan", SEVEN, "--set", f"activation_offload={block}")
+    assert result.returncode == 0, result.stderr
+    words = " ".join(result.stdout.split())
+    (on_drive,) = re.findall(r"of it on the drive │ ([\d,.]+)", words)
+    ((written, daily, years),) = re.findall(
+        r"drives of a node: ([\d,.]+) GB written per step, ([\d,.]+) TB a day; ([\d.]+) years of 600 TB", words
+    )
+    written, daily, years = (float(text.replace(",", "")) for text in (written, daily, years))
+    assert written == pytest.approx(8 * 8 * float(on_drive.replace(",", "")) * 2**20 / 1e9, rel=0.01)
+    assert years == pytest.approx(600 / daily / 365.25, abs=0.06)
+    seconds = float(re.findall(r"│ all │ ([\d.,]+) │ [\d,]+ tokens/s", words)[0].replace(",", ""))
+    assert daily == pytest.approx(written / seconds * 86400 / 1e3, rel=0.02)
