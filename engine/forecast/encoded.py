@@ -3,8 +3,7 @@
 import weakref
 from typing import Any
 
-import torch
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, nn
 
 from narrowgauge.offload.codecs import Decoder, make_codec
 from narrowgauge.offload.options import OffloadOptions
@@ -24,28 +23,20 @@ class Codes:
     def __init__(self, tensor: Tensor, decoder: Decoder) -> None:
         self.tensor, self._decoder = tensor, decoder
         self.nbytes = tensor.nbytes + decoder.nbytes
-        self._decoded: weakref.ref[Any] | None = None
 
-    def decode(self) -> UntypedStorage:
-        """The storage, once for as long as somebody holds it."""
-        found = self._decoded() if self._decoded is not None else None
-        if found is None:
-            found = self._decoder.decode(self.tensor.untyped_storage())
-            self._decoded = weakref.ref(found)
-        return found
+    def decode(self) -> Tensor:
+        """The whole tensor."""
+        return self._decoder.tensor_of(self.tensor)
 
 
 class EncodedView:
     """What autograd holds in the place of a tensor."""
 
     def __init__(self, codes: Codes, tensor: Tensor) -> None:
-        self.codes, self._dtype, self._device = codes, tensor.dtype, tensor.device
-        self._place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        self.codes, self._place = codes, (tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def unpack(self) -> Tensor:
-        found = torch.empty(0, dtype=self._dtype, device=self._device)
-        found.set_(self.codes.decode(), *self._place)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        return found
+        return self.codes.decode().as_strided(*self._place)
 
 
 class Encoder:

@@ -7,11 +7,14 @@ from contextlib import contextmanager, suppress
 from functools import cache
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 # Seconds between looks; each takes some ten microseconds.
 _INTERVAL = 0.001
 # Of a product that uses its buffers as large products do; some ten milliseconds.
 _BLAS_SIZE = 1024
+# Of attention, one in a block of queries and several.
+_ATTENTION_LENGTHS = (64, 256)
 
 
 class _Info(ctypes.Structure):
@@ -42,13 +45,17 @@ def heap_bytes() -> int | None:
 
 class HeapMeter:
     """The most that was given out while it watched, beyond what there was when it was made, and beyond what the BLAS
-    keeps from its first product on to pack matrices: some MB, which depend on the processor.
+    keeps from its first product and its first attention in bf16 on to pack matrices: some MB each, which depend on the
+    processor.
     """
 
     def __init__(self) -> None:
         square = torch.zeros(_BLAS_SIZE, _BLAS_SIZE)
         square.mm(square)
-        del square
+        for length in _ATTENTION_LENGTHS:
+            heads = torch.zeros(1, 1, length, 64, dtype=torch.bfloat16)
+            scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        del square, heads
         self._before, self._peak = heap_bytes(), 0
 
     @property

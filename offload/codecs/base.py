@@ -20,6 +20,10 @@ class Decoder(Protocol):
         """The bytes of the tensor, laid out as it was saved, in new memory on the codes' device."""
         ...
 
+    def tensor_of(self, codes: Tensor) -> Tensor:
+        """The tensor itself, from :meth:`Codec.encode`'s codes: what :meth:`decode` returns the bytes of."""
+        ...
+
 
 class Codec(Protocol):
     """Holds saved tensors in fewer bytes: encoded when forward saves them, decoded when backward asks for them.

@@ -91,10 +91,13 @@ class MesaDecoder:
     def decode(self, codes: UntypedStorage) -> UntypedStorage:
         levels = torch.empty(0, dtype=torch.uint8, device=self.ranges.device)
         levels.set_(codes, 0, self.shape, self.stride)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return self.tensor_of(levels).untyped_storage()
+
+    def tensor_of(self, codes: Tensor) -> Tensor:
         values = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.ranges.device)
         alpha, beta = self.ranges
-        _rounding_on(values).decode(values, levels, alpha / LEVELS, beta, *_groups_of(self.shape))
-        return values.untyped_storage()
+        _rounding_on(values).decode(values, codes, alpha / LEVELS, beta, *_groups_of(self.shape))
+        return values
 
 
 def _ranges_of(tensor: Tensor) -> Tensor:

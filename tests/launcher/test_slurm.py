@@ -128,7 +128,7 @@ def test_a_sweep_is_over_the_values_of_any_key(call: Call, corpus: Path, tmp_pat
 @pytest.mark.parametrize(
     ("sweep", "options", "message"),
     [
-        ({"key": "optimizer.params.densty", "values": [1]}, {}, "unknown key 'densty'; did you mean 'density'?"),
+        ({"key": "optimizer.params.densty", "values": [1]}, {}, "densty: unknown key; did you mean 'density'?"),
         ({"key": "optimizer.params.density", "values": [0.5, 2]}, {}, "density: expected"),
         ({"values": [0.1, 0.2, 0.1]}, {}, "sweep.values: expected each value once, got 0.1 twice"),
         ({"values": [0.1]}, {"array": "0-9"}, "array: expected none beside sweep, which has a job for each value, got '0-9'"),

@@ -119,6 +119,9 @@ class _Stage:
         moved = [offloaded_of(config, found) for found in passes]
         schedule = schedule_of(layout, model.place, batches.accumulation_steps)
         step = 2 * _FP32 * min(largest, round(shares))
+        if self._block.distributed_optimizer and not self._on_gpu:
+            # gloo gathers into memory of its own.
+            step = max(step, round(element * trained))
         rank = Rank(
             process_ranks=process_ranks,
             what=what_of(model),

@@ -51,7 +51,7 @@ def look(text: str, tmp_path: Path, *, width: int, dark: bool) -> dict[str, Any]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on PATH")
-@pytest.mark.parametrize(("width", "dark"), [(1300, False), pytest.param(390, True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("width", "dark"), [(1300, False), (390, True)])
 def test_every_curve_is_seen(tmp_path: Path, width: int, dark: bool) -> None:
     runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", lr=0.25, restarted_after=8)])
     seen = look(page(runs), tmp_path, width=width, dark=dark)
