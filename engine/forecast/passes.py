@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from math import ceil
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ _KINDS = {
 OTHER = "between them"
 # Of a stretch, what is no whole number of bytes or elements.
 _GROUPED = torch.ops.aten._grouped_mm.default
-_SELECTED = torch.ops.aten.masked_select.default
 _WORK = ("flops", "moved", "sent")
 
 
@@ -157,7 +155,6 @@ def trace(
     only_layer_inputs: bool,
     encoder: Encoder | None = None,
     scatter_factor: float = 1.0,
-    routed: float = 0.0,
 ) -> Passes:
     """Take a model through forward and backward, inside :func:`without_contents`.
 
@@ -171,9 +168,8 @@ def trace(
         only_layer_inputs: of these, what goes into layers.
         encoder: what encodes saved tensors; None where all are kept as they are.
         scatter_factor: of :func:`narrowgauge.engine.report.dense_traffic.reduce_scatter_factor`.
-        routed: of Megatron's mixtures, the share of the tokens that each expert takes.
     """
-    operations = _Operations(scatter_factor, routed)
+    operations = _Operations(scatter_factor)
     watch = _Watch(model, list(layers or ()), present, units, min_offloaded, only_layer_inputs, encoder, operations)
     with watch.watching():
         output = run()
@@ -491,11 +487,11 @@ class _Operations(TorchDispatchMode):
         flops, moved, sent: since someone last set them to zero.
     """
 
-    def __init__(self, scatter_factor: float, routed: float) -> None:
+    def __init__(self, scatter_factor: float) -> None:
         super().__init__()
         self.now = self._peak = 0
         self.flops = self.moved = self.sent = 0.0
-        self._factor, self._routed, self._of_each = scatter_factor, routed, 1
+        self._factor = scatter_factor
 
     def leave_out(self, known: Sequence[Tensor]) -> None:
         """These are there anyway."""
@@ -512,12 +508,12 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         self.sent += bytes_sent(func, args, scatter_factor=self._factor)[0]
         try:
-            result = self._done(func, args, kwargs)
+            result = _grouped(*args, **kwargs) if func is _GROUPED else func(*args, **kwargs)
         except DataDependentOutputException:
             if func is not torch.ops.aten._local_scalar_dense.default:
                 raise
             # Some value that is asked for; shapes that followed from it would be wrong, and are refused elsewhere.
-            return _some(args[0].dtype, self._of_each)
+            return _some(args[0].dtype)
         packet = func._overloadpacket
         outputs = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
         for tensor in outputs:
@@ -533,16 +529,6 @@ class _Operations(TorchDispatchMode):
             self.moved += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
         return result
 
-    def _done(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is _GROUPED:
-            return _grouped(*args, **kwargs)
-        if func is _SELECTED and self._routed:
-            # Of (experts, tokens), those that were chosen.
-            values, mask = args
-            self._of_each = share_of(self._routed, mask.shape[-1])
-            return values.new_empty(mask.shape[0] * self._of_each)
-        return func(*args, **kwargs)
-
     def _add(self, storage: Any) -> None:
         if storage in self._known:
             return
@@ -556,15 +542,10 @@ class _Operations(TorchDispatchMode):
         self.now -= nbytes
 
 
-def share_of(routed: float, tokens: int) -> int:
-    """Tokens of an expert, where all have as many."""
-    return ceil(round(routed * tokens, 6))
-
-
-def _some(dtype: torch.dtype, number: int) -> bool | int | float:
+def _some(dtype: torch.dtype) -> bool | int | float:
     if dtype is torch.bool:
         return True
-    return 1.0 if dtype.is_floating_point else number
+    return 1.0 if dtype.is_floating_point else 1
 
 
 def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> float:

@@ -57,7 +57,8 @@ def _of_optimizer(config: Config) -> list[str]:
     block, zero = config.parsed.optimizer, config.parsed.zero_optimization
     if block is None or config.optimizer_options is not None or block.params.get("torch_adam"):
         return []
-    offloaded: Any = zero.offload_optimizer if zero is not None else None
+    # The megatron engine's block has none.
+    offloaded: Any = getattr(zero, "offload_optimizer", None)
     on_cpu = offloaded is not None and offloaded.device != "none"
     kernels = {"adam": "Adam", "adamw": "Adam", "lion": "Lion", "lamb": "Lamb"}
     kernel = kernels.get(block.type.lower())

@@ -1,14 +1,10 @@
 """What process ranks hold and send under Megatron: one of each stage of the pipeline, in a group of its own."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from megatron.core.transformer.moe import token_dispatcher
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -19,7 +15,7 @@ from ...config.config import Batches, Config
 from ...config.optimizer_params import make_optimizer
 from ...errors import UserError, first_line
 from ...forecast.held import COMPACT, GRADIENTS, MASTERS, MOMENTS, SUBSPACES, WEIGHTS, Gradients, Rank
-from ...forecast.passes import Passes, share_of, shorten, trace, without_contents
+from ...forecast.passes import Passes, shorten, trace, without_contents
 from ...forecast.sent import Sent
 from ...forecast.subject import Subject, groups_of, on_meta, sharded_moments
 from ...forecast.whole_model import offloaded_of
@@ -113,6 +109,8 @@ class _Stage:
             SUBSPACES: self._own.subspace_bytes() if self._own is not None else 0,
         }
         summed_once = self._summed_once()
+        if config.zero_stage == 3:
+            raise config.error("zero_optimization.stage: what the megatron engine gathers at stage 3 is not told ahead")
         subject = self._subject(counts) if config.zero_stage else None
         # These leave a few of the layers.
         passes = [self._passes(number, batches.micro) for number in range(layout.chunks)]
@@ -179,7 +177,7 @@ class _Stage:
         offload = config.offload()
         chunk.train()
         try:
-            with without_contents(chunk, self._units if number == 0 else [], self._tree), _evenly_routed(self._routed):
+            with without_contents(chunk, self._units if number == 0 else [], self._tree):
                 tokens = torch.zeros(micro, length, dtype=torch.long)
 
                 def run() -> Tensor:
@@ -200,20 +198,10 @@ class _Stage:
                     min_offloaded=offload.min_tensor_bytes if offload is not None else None,
                     only_layer_inputs=offload is not None and offload.granularity == "layer_inputs",
                     scatter_factor=self._scatter_factor,
-                    routed=self._routed,
                 )
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
             kind = type(error).__name__
             raise UserError(f"model: its passes cannot be told ahead: {kind}: {first_line(error)}") from error
-
-    @property
-    def _routed(self) -> float:
-        """The share of the tokens that each expert takes, where all take as many; 0 without experts."""
-        architecture, capacity = self._model.architecture, self._block.expert_capacity_factor
-        if not architecture.num_experts:
-            return 0.0
-        share = architecture.experts_per_token / architecture.num_experts
-        return share if capacity is None else share * min(1.0, capacity)
 
     def _to_stages(self, batches: Batches) -> float:
         """Bytes per step that forwards and backwards send to the stages before and after this one."""
@@ -238,33 +226,3 @@ class _Stage:
                 if held.name.endswith(("word_embeddings.weight", "output_layer.weight")):
                     found += _FP32 * parameter.numel()
         return found
-
-
-@contextmanager
-def _evenly_routed(routed: float) -> Iterator[None]:
-    """Within it, Megatron's experts are sent as many tokens each, without looking at what was chosen.
-
-    Args:
-        routed: the share of the tokens that each takes; nothing is changed at 0.
-    """
-
-    def preprocess(dispatcher: Any, routing_map: Tensor) -> Any:
-        """Of an all-to-all: the numbers are known, where Megatron counts them."""
-        each, local = share_of(routed, routing_map.shape[0]), dispatcher.num_local_experts
-        dispatcher.num_out_tokens = each * dispatcher.num_experts
-        if dispatcher.ep_size > 1 or dispatcher.tp_size > 1:
-            dispatcher.input_splits = dispatcher.output_splits = [each * local] * dispatcher.ep_size
-            dispatcher.output_splits_tp = np.full(dispatcher.tp_size, each * dispatcher.num_experts)
-        groups = dispatcher.tp_size * dispatcher.ep_size
-        dispatcher.num_global_tokens_per_local_expert = np.full((groups, local), each)
-        return np.full(local, each * groups)
-
-    if not routed:
-        yield
-        return
-    with (
-        cpu.replaced(token_dispatcher.MoEAlltoAllTokenDispatcher, preprocess=preprocess),
-        # Which is made of the first loss, and stays.
-        cpu.replaced(MoEAuxLossAutoScaler, main_loss_backward_scale=None),
-    ):
-        yield

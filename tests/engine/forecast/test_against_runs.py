@@ -32,11 +32,10 @@ GRASS = optimizer("Grass", matrix_lr_scale=0.2, density=0.25, refresh_interval=3
 OFFLOAD = {"path": ".", "min_tensor_bytes": 65536, "keep_resident": 0.0}
 MIXTURE = {"model_type": "mixtral", "num_hidden_layers": 4, "num_local_experts": 4, "num_key_value_heads": 4}
 CODEC = {"codec": "mesa8", "min_tensor_bytes": 65536}
-OF_EXPERTS = {"model": {"config": {**MODEL, **MIXTURE}}}
 RECOMPUTED = {"model": {"config": MODEL, "gradient_checkpointing": "non-reentrant"}}
 
 # Of Megatron's: no two ranks share layers.
-WITHIN_NONE = ("grass-data-parallel", "grass-zero-2", "grass-zero-3")
+WITHIN_NONE = ("grass-data-parallel", "grass-zero-2")
 
 CASES: dict[str, dict[str, Any]] = {
     "dense-1": {**zero(1), **optimizer("AdamW")},
@@ -76,14 +75,8 @@ CASES: dict[str, dict[str, Any]] = {
         **GRASS,
         "activation_offload": {**OFFLOAD, **CODEC, "granularity": "layer_inputs"},
     },
-    "dense-experts-parallel": {**under_megatron(expert_parallel=2), **optimizer("AdamW"), **OF_EXPERTS},
-    "grass-experts-parallel": {
-        **under_megatron(tensor_parallel=2, sequence_parallel=True, expert_dispatcher="allgather"),
-        **OF_EXPERTS,
-    },
     "dense-tensor-zero": {**under_megatron(tensor_parallel=2), **optimizer("AdamW"), **zero(1)},
     "grass-zero-2": {**under_megatron(), **zero(2)},
-    "grass-zero-3": {**under_megatron(), **zero(3)},
 }
 
 
