@@ -44,6 +44,8 @@ def ranks_of(
         UserError: its passes cannot be told ahead.
     """
     layout = layout_of(config, world_size)
+    if config.zero_stage == 3:
+        raise config.error("zero_optimization.stage: what the megatron engine sends at stage 3 is not told ahead")
     cpu.install()
     size = layout.tensor * layout.data
     for stage in range(layout.pipeline):
@@ -80,6 +82,9 @@ class _Stage:
 
     def told(self, process_ranks: str, steps: int) -> tuple[Rank, Sent]:
         model, config = self._model, self._config
+        if model.architecture.num_experts:
+            why = "their routers decide on shapes"
+            raise config.error(f"model: mixtures of experts are not told ahead with the megatron engine: {why}")
         layout, element = model.layout, model.transformer.params_dtype.itemsize
         compact = {id(unit.compact) for unit in self._units}
         counts: dict[str, int] = dict.fromkeys(("total", "dense", "compact", "frozen"), 0)
@@ -109,8 +114,6 @@ class _Stage:
             SUBSPACES: self._own.subspace_bytes() if self._own is not None else 0,
         }
         summed_once = self._summed_once()
-        if config.zero_stage == 3:
-            raise config.error("zero_optimization.stage: what the megatron engine gathers at stage 3 is not told ahead")
         subject = self._subject(counts) if config.zero_stage else None
         # These leave a few of the layers.
         passes = [self._passes(number, batches.micro) for number in range(layout.chunks)]

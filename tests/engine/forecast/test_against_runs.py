@@ -34,9 +34,6 @@ MIXTURE = {"model_type": "mixtral", "num_hidden_layers": 4, "num_local_experts":
 CODEC = {"codec": "mesa8", "min_tensor_bytes": 65536}
 RECOMPUTED = {"model": {"config": MODEL, "gradient_checkpointing": "non-reentrant"}}
 
-# Of Megatron's: no two ranks share layers.
-WITHIN_NONE = ("grass-data-parallel", "grass-zero-2")
-
 CASES: dict[str, dict[str, Any]] = {
     "dense-1": {**zero(1), **optimizer("AdamW")},
     "grass-1": {**zero(1), **GRASS},
@@ -116,8 +113,9 @@ def test_memory_and_traffic(name: str, corpus: Path, tmp_path: Path) -> None:
     assert memory["measured"] > 30 << 20
     assert memory["predicted"] == pytest.approx(memory["measured"], rel=0.1)
     for kind in ("reduced_per_step", "gathered_per_step"):
-        assert found[kind]["predicted"] == pytest.approx(found[kind]["measured"], rel=0.03)
-    if "activations_per_step" in found:
-        sent = found["activations_per_step"]
+        assert found[kind]["predicted"] == pytest.approx(found[kind]["measured"], rel=0.03, abs=100)
+    sent = found.get("activations_per_step")
+    # Under ZeRO they are not counted.
+    if sent is not None and sent["measured"] is not None:
         assert sent["predicted"] == pytest.approx(sent["measured"], rel=0.03)
-        assert (sent["measured"] > 1e5) == (name not in WITHIN_NONE)
+        assert (sent["measured"] > 1e5) == ("data-parallel" not in name)
