@@ -92,7 +92,9 @@ def _check_sweep(sweep: SweepBlock, options: dict[str, Any]) -> None:
         if not re.fullmatch(r"[\w.+-]+", word):
             raise ValueError(f"sweep.values: expected numbers or words, got {value!r}")
         if words.count(word) > 1:
-            raise ValueError(f"sweep.values: expected each value once, got {value!r} twice: they would share a run folder")
+            raise ValueError(
+                f"sweep.values: expected each value once, got {value!r} twice: they would share a run folder"
+            )
     if options.get("array") is not None:
         raise ValueError(f"array: expected none beside sweep, which has a job for each value, got {options['array']!r}")
 

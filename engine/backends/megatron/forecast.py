@@ -159,9 +159,7 @@ class _Stage:
         parsed, size = self._config.parsed, self._model.layout.data
         block = DeepSpeedZeroConfig(**self._config.raw["zero_optimization"])
         config = replace(self._config, parsed=parsed.model_copy(update={"zero_optimization": block}))
-        found = zero.rank_of(
-            config, subject, rank.chunks[0], world_size=size, on_gpu=self._on_gpu, offloaded=moved
-        )
+        found = zero.rank_of(config, subject, rank.chunks[0], world_size=size, on_gpu=self._on_gpu, offloaded=moved)
         told = zero.sent(config, subject, world_size=size, on_gpu=self._on_gpu, steps=steps)
         return (
             replace(rank, held=found.held, gradients=found.gradients, is_cut=True),

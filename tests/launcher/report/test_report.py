@@ -186,7 +186,7 @@ def _replace(name: str, text: str) -> Callable[[Path], Any]:
         (_replace("config.json", "[]"), "config.json: expected an object, got list"),
         (_replace("config.json", "{}"), "config.json: expected the configuration of a run, got none"),
         (_replace("summary.json", '{"schema_version": 7}'), "summary.json: expected schema_version 1, got 7"),
-        (_replace("summary.json", '{"schema_version": 1, "bytes": null}'), "summary.json: bytes: expected an object, got"),
+        (_replace("summary.json", '{"schema_version": 1, "bytes": null}'), "summary.json: bytes: expected an object"),
         (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl: expected records of training steps, got"),
         (_replace("metrics.jsonl", "x\n"), "metrics.jsonl: expected records of training steps, got none"),
     ],
