@@ -55,7 +55,8 @@ class HeapMeter:
         for length in _ATTENTION_LENGTHS:
             heads = torch.zeros(1, 1, length, 64, dtype=torch.bfloat16)
             scaled_dot_product_attention(heads, heads, heads, is_causal=True)
-        del square, heads
+            del heads
+        del square
         self._before, self._peak = heap_bytes(), 0
 
     @property
