@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from narrowgauge.optimizers import CompactOptimizer
@@ -16,6 +17,14 @@ from ...forecast.transient import step_transient
 _FP64 = 8
 # The most elements that are flattened at once without ZeRO.
 _PLAIN_BUCKET = 500_000_000
+
+
+def with_defaults(config: Config) -> Config:
+    """A configuration of the megatron engine, with DeepSpeed's defaults of ``zero_optimization``."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # not where Megatron has no ZeRO
+
+    block = DeepSpeedZeroConfig(**config.raw["zero_optimization"])
+    return replace(config, parsed=config.parsed.model_copy(update={"zero_optimization": block}))
 
 
 def rank_of(

@@ -154,11 +154,7 @@ class _Stage:
         self, rank: Rank, subject: Subject, moved: tuple[int, int], steps: int, activations: float
     ) -> tuple[Rank, Sent]:
         """A rank whose part of the model DeepSpeed cuts over those that share the data."""
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-        parsed, size = self._config.parsed, self._model.layout.data
-        block = DeepSpeedZeroConfig(**self._config.raw["zero_optimization"])
-        config = replace(self._config, parsed=parsed.model_copy(update={"zero_optimization": block}))
+        config, size = zero.with_defaults(self._config), self._model.layout.data
         found = zero.rank_of(config, subject, rank.chunks[0], world_size=size, on_gpu=self._on_gpu, offloaded=moved)
         told = zero.sent(config, subject, world_size=size, on_gpu=self._on_gpu, steps=steps)
         return (
