@@ -133,8 +133,11 @@ def check_same_run(run_dir: Path, raw: dict[str, Any], train_batch_size: int) ->
             counted in it.
 
     Raises:
-        UserError: naming the keys that differ from the folder's ``config.json``.
+        UserError: naming the keys that differ from the folder's ``config.json``, or what of it is not as a run leaves it.
     """
+    checkpoints = run_dir / CHECKPOINTS
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise UserError(f"{checkpoints}: expected a folder, got a file; use --fresh or another logging.run_dir")
     path = run_dir / CONFIG
     if not path.is_file():
         if traces := [name for name in (METRICS, CHECKPOINTS) if (run_dir / name).exists()]:

@@ -92,6 +92,13 @@ def test_a_run_without_its_configuration_is_not_gone_on_with(tmp_path: Path, tra
         run_folder.check_same_run(tmp_path, RAW, 8)
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_found_before_a_step(tmp_path: Path) -> None:
+    """The run started over, cut its records, and failed at its first checkpoint."""
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=r"checkpoints: expected a folder, got a file"):
+        run_folder.check_same_run(tmp_path, RAW, 8)
+
+
 def test_secrets_that_an_older_version_saved_are_no_difference(tmp_path: Path) -> None:
     raw = {**RAW, "data": {"train": ["https://host/x?token=k1"]}}
     (tmp_path / "config.json").write_text(json.dumps({"config": raw, "train_batch_size": 8}))
