@@ -133,7 +133,7 @@ def check_same_run(run_dir: Path, raw: dict[str, Any], train_batch_size: int) ->
             counted in it.
 
     Raises:
-        UserError: naming the keys that differ from the folder's ``config.json``, or what of it is not as a run leaves it.
+        UserError: naming the keys that differ from the folder's ``config.json``, or what of it no run leaves so.
     """
     checkpoints = run_dir / CHECKPOINTS
     if checkpoints.exists() and not checkpoints.is_dir():
