@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import click
 import typer
 
 from narrowgauge.engine.errors import UserError
@@ -56,5 +55,6 @@ def _answer(option: str, given: AnswerT | None, question: str, default: AnswerT)
         return given
     if not sys.stdin.isatty():
         raise UserError(f"{option}: expected it, or a terminal to ask on, got neither")
-    kind = click.IntRange(min=1) if isinstance(default, int) else str
-    return typer.prompt(question, default=default, type=kind)
+    while isinstance(found := typer.prompt(question, default=default, type=type(default)), int) and found < 1:
+        typer.echo(f"expected at least 1, got {found}")
+    return found

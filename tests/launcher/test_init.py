@@ -1,5 +1,6 @@
 """``narrowgauge init``: a first configuration, which fits."""
 
+import io
 import json
 from pathlib import Path
 
@@ -48,3 +49,17 @@ def test_answers_that_do_not_hold(call: Call, tmp_path: Path, words: list[str], 
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "config.json").exists()
+
+
+def test_questions_are_asked_again_until_they_are_answered(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number of GPUs below 1 divided by zero later."""
+    answers = io.StringIO("llama-60m\nstdlib\n0\nmany\n2\nl4-2\n")
+    monkeypatch.setattr(answers, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", answers)
+    result = call("init", "--out", str(tmp_path / "config.json"))
+    assert result.stdout.count("GPUs of each machine") == 3
+    assert "expected at least 1, got 0" in result.stdout
+    assert result.returncode == 2
+    assert "did you mean 'l4-24'?" in result.stderr
