@@ -55,6 +55,8 @@ def _answer(option: str, given: AnswerT | None, question: str, default: AnswerT)
         return given
     if not sys.stdin.isatty():
         raise UserError(f"{option}: expected it, or a terminal to ask on, got neither")
-    while isinstance(found := typer.prompt(question, default=default, type=type(default)), int) and found < 1:
+    while True:
+        found: AnswerT = typer.prompt(question, default=default, type=type(default))
+        if not isinstance(found, int) or found >= 1:
+            return found
         typer.echo(f"expected at least 1, got {found}")
-    return found
