@@ -175,7 +175,7 @@ def _schema_of(engine: str) -> type[RunConfig]:
 
 def _read_options(optimizer: Any) -> tuple[Options | None, list[str]]:
     """The options of an optimizer of ours, and what is wrong with them; of another one only what is wrong."""
-    if not isinstance(optimizer, dict):
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
         return None, []
     if optimizer.get("type") not in OPTIMIZERS:
         return None, problems_of_adam(optimizer)

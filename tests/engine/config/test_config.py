@@ -106,6 +106,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_right_one(misspelt: str, right
         ("optimizer.params.rank=4", "optimizer.params: give exactly one of rank, density and budget, got rank="),
         ("optimizer.params={}", "optimizer.params: give exactly one of rank, density and budget, got rank="),
         ("bf16.enabled=auto", "bf16.enabled: expected a value, got 'auto', which only Hugging Face's Trainer fills in"),
+        ('optimizer.type=["AdamW"]', 'optimizer.type: expected a valid string, got ["AdamW"]'),
         ("optimizer.type=grass", "optimizer.type: 'grass' is not a known optimizer; did you mean 'Grass'?"),
         (
             "optimizer.type=Nothing",
