@@ -52,6 +52,12 @@ def config_of_folder(path: str) -> PretrainedConfig:
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"model.path: {folder} holds a {config.model_type}, which is no causal language model")
+    if quantized := getattr(config, "quantization_config", None):
+        kind = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise UserError(
+            f"model.path: {folder} holds quantized weights (quantization_config, {kind}): expected plain ones; load them"
+            " with transformers, dequantize() and save_pretrained(). lora.base nf4 quantizes plain weights itself"
+        )
     for file in weight_files(folder):
         _check_weights(file)
     return config

@@ -271,6 +271,12 @@ def with_an_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "other"}))
 
 
+def as_quantized(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "someones", "bits": 3}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
 FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pickle": (as_pickle, r"pytorch_model\.bin: expected tensors, got a pickle with other objects"),
     "code": (as_code, r"holds no Hugging Face model that can be used: it needs code of its own"),
@@ -278,6 +284,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut": (lambda f: os.truncate(f / "model.safetensors", 5000), r"model\.safetensors: damaged"),
     "not weights": (lambda f: (f / "model.safetensors").write_text("x"), r"model\.safetensors: damaged"),
     "adapter": (with_an_adapter, r"holds an adapter \(adapter_config\.json\), which transformers would put into"),
+    "quantized": (as_quantized, r"holds quantized weights \(quantization_config, someones\): expected plain ones"),
     "a part": (without_a_part, r"lacks 1 of its 2 files, such as model\.safetensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds no weights"),
 }
