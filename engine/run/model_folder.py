@@ -55,8 +55,8 @@ def config_of_folder(path: str) -> PretrainedConfig:
     if quantized := getattr(config, "quantization_config", None):
         kind = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
         raise UserError(
-            f"model.path: {folder} holds quantized weights (quantization_config, {kind}): expected plain ones; load them"
-            " with transformers, dequantize() and save_pretrained(). lora.base nf4 quantizes plain weights itself"
+            f"model.path: {folder} holds quantized weights (quantization_config, {kind}): expected plain ones; load"
+            " them with transformers, dequantize() and save_pretrained(). lora.base nf4 quantizes plain weights itself"
         )
     for file in weight_files(folder):
         _check_weights(file)
