@@ -89,8 +89,13 @@ def test_asked_to_end_a_job_requeues_itself_and_resumes_bit_equal(
     """Of ``launch.slurm.signal`` every form that is accepted; others ended the job, or did not requeue it."""
     limit = {"time": 2, "signal": how} if "@" in how else {}
     config = config_of(corpus, tmp_path, slurm=limit)
-    number = submit(config, tmp_path, *LONG)
-    run_dir = tmp_path / "run"
+    run_dir, words = tmp_path / "run", LONG
+    if limit:
+        # The signal comes within the first 61 s, and has to find a run that goes on.
+        words, whole = [*LONG, "--set", "training.steps=2000"], tmp_path / "whole"
+        alone = run("train", str(config), *words, "--set", f"logging.run_dir={whole}", ranks=2)
+        assert alone.returncode == 0, alone.stderr
+    number = submit(config, tmp_path, *words)
     if how == "scancel --signal":
         wait_for_step(run_dir, 20)
         assert slurm.run("scancel", "--signal=USR1", "--batch", number).returncode == 0
