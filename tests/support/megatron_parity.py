@@ -16,12 +16,16 @@ def run_of_ddp(ranks: MegatronPool, family: str, optimizer: dict[str, Any], *, l
     return found
 
 
-def assert_equal_runs(found: Sequence[Run], expected: Run) -> None:
-    """Losses and norms of each rank, and the weights, which the first has, are those expected."""
+def assert_equal_runs(found: Sequence[Run], expected: Run, **bound: Any) -> None:
+    """Losses and norms of each rank, and the weights, which the first has, are those expected.
+
+    Args:
+        bound: of losses, ``rel`` or ``abs`` of :func:`pytest.approx`.
+    """
     steps, evaluated, weights = expected
     for number, (own, evaluation, whole) in enumerate(found):
-        assert [loss for loss, _ in own] == pytest.approx([loss for loss, _ in steps], rel=1e-6)
+        assert [loss for loss, _ in own] == pytest.approx([loss for loss, _ in steps], **bound)
         assert [norm for _, norm in own] == pytest.approx([norm for _, norm in steps], rel=5e-5)
-        assert evaluation == pytest.approx(evaluated, rel=1e-6)
+        assert evaluation == pytest.approx(evaluated, **bound)
         if number == 0:
             assert worst(whole, weights) < 2e-5

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.cases import cases
+from tests.support.megatron_parity import assert_equal_runs
 from tests.support.megatron_ranks import MegatronPool
 from tests.support.megatron_runs import Run, make_engine, micro_batches, run_config, run_steps
 from tests.support.ranks import RankPool
@@ -76,14 +77,8 @@ def test_a_stage_equals_one_process_of_ddp(
     family: str,
 ) -> None:
     """With accumulation, clipping, decay and a schedule; the norm sees each parameter once."""
-    steps, evaluated, weights = expected(optimizer, family)
     results = megatron_ranks.run(run_steps, "megatron", family, layout, ranks=ranks, **more(optimizer, stage))
-    for number, (found, evaluation, whole) in enumerate(results):
-        assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in steps], abs=1e-6)
-        assert [norm for _, norm in found] == pytest.approx([norm for _, norm in steps], rel=5e-5)
-        assert evaluation == pytest.approx(evaluated, abs=1e-6)
-        if number == 0:
-            assert worst(whole, weights) < 2e-5
+    assert_equal_runs(results, expected(optimizer, family), abs=1e-6)
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.megatron_parity import assert_equal_runs
 from tests.support.megatron_ranks import MegatronPool
 from tests.support.megatron_runs import Run, run_steps
-from tests.support.zero import worst
 
 STEPS = 8
 # A larger epsilon than usual: Adam divides gradients that are all rounding by their own size.
@@ -103,17 +103,11 @@ def expected(megatron_ranks: MegatronPool) -> Any:
 def test_a_layout_equals_one_process_of_ddp(
     megatron_ranks: MegatronPool, expected: Any, optimizer: str, layout: str
 ) -> None:
-    steps, evaluated, weights = expected(optimizer)
     ranks, block = LAYOUTS[layout]
     results = megatron_ranks.run(
         run_steps, "megatron", "llama", block, ranks=ranks, last=STEPS, optimizer=OPTIMIZERS[optimizer]
     )
-    for number, (found, evaluation, whole) in enumerate(results):
-        assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in steps], abs=1e-6)
-        assert [norm for _, norm in found] == pytest.approx([norm for _, norm in steps], rel=5e-5)
-        assert evaluation == pytest.approx(evaluated, abs=1e-6)
-        if number == 0:
-            assert worst(whole, weights) < 2e-5
+    assert_equal_runs(results, expected(optimizer), abs=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["TP2-SP", pytest.param("TP2-SP-DP2-overlap", marks=pytest.mark.slow)])
