@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .saving.graph import ForwardGraph
+from .transfer.lanes import Transfer
 from .transfer.memory_only import MemoryOnly
 from .transfer.record import Record
 from .transfer.transport import Transport
@@ -51,7 +52,7 @@ class DebugState:
     Attributes:
         graphs: of the latest four forwards, or a step's, those of which autograd still holds something.
         records: storages that it holds of them.
-        writes_pending: writes of these that are queued or under way.
+        writes_pending, reads_pending: writes and reads of these that are queued or under way.
         lanes_alive: threads that have not ended.
         lanes_busy: threads that are not at rest.
         saved, resident, offered: bytes as in :class:`~.stats.OffloadStats`; ``offered``: given to the lanes to write.
@@ -63,6 +64,7 @@ class DebugState:
     graphs: int
     records: int
     writes_pending: int
+    reads_pending: int
     lanes_alive: int
     lanes_busy: int
     saved: int
@@ -88,13 +90,13 @@ def debug_state(transport: Transport | MemoryOnly, graphs: Sequence[ForwardGraph
     transport.settle()
     counters, store = transport.counters, transport.store
     records = [graph.living_records() for graph in graphs]
-    pending = [
-        record.write_transfer is not None and not record.write_transfer.is_done for graph in records for record in graph
-    ]
+    writes = [record.write_transfer for graph in records for record in graph]
+    reads = [record.read_transfer for graph in records for record in graph]
     return DebugState(
         graphs=sum(map(bool, records)),
         records=sum(map(len, records)),
-        writes_pending=sum(pending),
+        writes_pending=_pending(writes),
+        reads_pending=_pending(reads),
         lanes_alive=transport.lanes_alive,
         lanes_busy=transport.lanes_busy,
         saved=counters.saved.now,
@@ -109,6 +111,10 @@ def debug_state(transport: Transport | MemoryOnly, graphs: Sequence[ForwardGraph
         else (),
         stored=tuple(filter(None, map(_stored, records[-1]))) if records else (),
     )
+
+
+def _pending(transfers: Sequence[Transfer | None]) -> int:
+    return sum(transfer is not None and not transfer.is_done for transfer in transfers)
 
 
 def _stored(record: Record) -> StoredTensor | None:

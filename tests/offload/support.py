@@ -61,8 +61,16 @@ def settle(offload: ActivationOffload) -> None:
 
 
 def rest(offload: ActivationOffload) -> None:
-    """Wait until no lane is at work: what one works on is still held, and counted, although autograd let go of it."""
-    wait_until(lambda: offload.debug_state().lanes_busy == 0, "a lane is at work")
+    """Wait until no lane is at work nor about to begin a read.
+
+    What a lane works on is still held, and counted, although autograd let go of it.
+    """
+
+    def at_rest() -> bool:
+        state = offload.debug_state()
+        return state.reads_pending == state.lanes_busy == 0
+
+    wait_until(at_rest, "a lane is at work")
 
 
 def level(offload: ActivationOffload) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def one_f_one_b(count: int, ahead: int) -> list[Pass]:
     return passes
 
 
-def model_of() -> nn.Module:
+def model_of() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())))
 
@@ -78,6 +79,13 @@ def test_what_the_next_backward_asks_for_is_read_before(tmp_path: Path) -> None:
     schedule, model = Schedule(one_f_one_b(4, 2)), model_of()
     window = 3 * (NBYTES + 8192)
     offload = new_offload(tmp_path, model=model, buffer_bytes=window)
+
+    def rest_before_its_backward(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+        # A lane lets go of its buffer a moment after its read; without one nothing is read before it is asked for.
+        output.register_hook(lambda _gradient: rest(offload))
+
+    for layer in model:
+        layer.register_forward_hook(rest_before_its_backward)
     read = {}
     for done in run_step(model, schedule, 0, offload):
         settle(offload)
