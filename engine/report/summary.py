@@ -64,6 +64,11 @@ def tensor_memory(heap: HeapMeter) -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else heap.peak or 0
 
 
+def resident_memory() -> int | None:
+    """What the process holds now, where :func:`peak_memory` is of the process; None on a GPU."""
+    return None if torch.cuda.is_available() else memory_now()
+
+
 def memory_now() -> int:
     """What this rank holds now: allocated on its GPU, or resident of the process where there is none."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss

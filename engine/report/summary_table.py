@@ -1,9 +1,32 @@
 """The table at the end of a run. Light to import."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+# In ``bytes`` of a summary whose ``peak_memory`` is of the process, not of a GPU.
+RESIDENT = "resident_before_model"
+# What ``forecast`` of a summary has, for people.
+FORETOLD = {
+    "peak_tensor_memory": "memory in tensors, peak",
+    # In summaries of earlier versions.
+    "peak_memory": "memory in tensors, peak",
+    "reduced_per_step": "reduced per step",
+    "gathered_per_step": "gathered per step",
+    "activations_per_step": "activations sent per step",
+}
+
+
+def peak_memory(sizes: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What ``bytes.peak_memory`` of a summary is, and its size; None where it has none."""
+    if not isinstance(peak := sizes.get("peak_memory"), int | float):
+        return None
+    before = sizes.get(RESIDENT)
+    if isinstance(before, int | float):
+        return "peak memory of the process, per rank", f"{_mib(peak)} ({_mib(before)} before the model)"
+    return "peak memory, per rank", _mib(peak)
 
 
 def print_summary(summary: dict[str, Any], run_dir: str, console: Console) -> None:
@@ -41,7 +64,8 @@ def print_summary(summary: dict[str, Any], run_dir: str, console: Console) -> No
                 ratio = f"{resident / saved:.2f}" if saved else "-"
                 table.add_row(f"saved activations in memory, {name}", _mib(resident), _mib(saved), ratio)
         table.add_row("activations written per step", _mib(sizes["offload_written"]))
-    table.add_row("peak memory, per rank", _mib(sizes["peak_memory"]))
+    if (memory := peak_memory(sizes)) is not None:
+        table.add_row(*memory)
     table.add_row("step, median", f"{seconds['step_median']:.3f} s")
     console.print(table)
     if told := summary.get("forecast", {}):
@@ -56,14 +80,8 @@ def _told(forecast: dict[str, Any]) -> str:
     """What was told ahead, and how far it was from what was measured."""
     if "unavailable" in forecast:
         return f"not told ahead: {forecast['unavailable']}"
-    names = {
-        "peak_memory": "memory in tensors",
-        "reduced_per_step": "reduced",
-        "gathered_per_step": "gathered",
-        "activations_per_step": "activations",
-    }
     parts = []
-    for key, name in names.items():
+    for key, name in FORETOLD.items():
         if key not in forecast:
             continue
         predicted, measured = forecast[key]["predicted"], forecast[key]["measured"]

@@ -44,7 +44,7 @@ def foretell(plan: Plan) -> Foretold:
     except Exception as error:
         # Nothing of the run rests on it: whatever a model does that cannot be told ahead, it is trained.
         return Foretold({}, f"{type(error).__name__}: {first_line(error)}")
-    values = {"peak_memory": peak, "reduced_per_step": sent.reduced, "gathered_per_step": sent.gathered}
+    values = {"peak_tensor_memory": peak, "reduced_per_step": sent.reduced, "gathered_per_step": sent.gathered}
     if plan.config.parsed.engine == "megatron":
         values["activations_per_step"] = sent.activations
     return Foretold(values)

@@ -47,10 +47,11 @@ from ..report.summary import (
     memory_now,
     optimizer_state_bytes,
     peak_memory,
+    resident_memory,
     tensor_memory,
     traffic_bytes,
 )
-from ..report.summary_table import print_summary
+from ..report.summary_table import RESIDENT, print_summary
 from ..report.timing import PhaseTimer
 from ..run_folder import CHECKPOINTS, METRICS, SUMMARY, RunLock
 from ..sampled_backward import sampling_record
@@ -146,6 +147,8 @@ class _Run:
         # On process rank 0.
         self.foretold = Foretold({})
         self.heap: HeapMeter
+        # The interpreter with PyTorch, DeepSpeed and the data; None on a GPU.
+        self.resident_before_model: int | None = None
         self.trust_region: TrustRegion | None = None
         # Of a run that trains adapters, on process rank 0.
         self.adapters: dict[str, Any] | None = None
@@ -154,6 +157,7 @@ class _Run:
     def execute(self) -> None:
         plan = self.plan
         self.heap = HeapMeter()
+        self.resident_before_model = resident_memory()
         self.engine = self._make_engine()
         self.closing.callback(self.engine.close)
         self.adapters = adapters_record(plan) if self.is_first_rank else None
@@ -410,10 +414,11 @@ class _Run:
         self.watchdog.beat("the end of the run")
         memory = max_over_ranks(peak_memory(), engine.device)
         tensors = max_over_ranks(tensor_memory(self.heap), engine.device)
+        before = max_over_ranks(self.resident_before_model or 0, engine.device)
         summary: dict[str, Any] = {}
         if self.is_first_rank:
             # Before the sample, whose failure shall not cost it.
-            summary = finite(self._summarize(int(memory), int(tensors)))
+            summary = finite(self._summarize(int(memory), int(tensors), int(before)))
             write_json(plan.run_dir / SUMMARY, summary)
         if training.sample_prompt is not None:
             sample = try_sample(
@@ -426,12 +431,13 @@ class _Run:
             print_summary(summary, str(plan.run_dir), self.console)
         dist.barrier()
 
-    def _summarize(self, memory: int, tensors: int) -> dict[str, Any]:
+    def _summarize(self, memory: int, tensors: int, before: int) -> dict[str, Any]:
         """The figures of the whole run, also of parts that other processes trained.
 
         Args:
             memory: see :func:`~narrowgauge.engine.report.summary.peak_memory`.
             tensors: the most in tensors; 0 where that is not known.
+            before: what of ``memory`` the process had before the model; 0 where ``memory`` is of a GPU.
         """
         plan, engine = self.plan, self.engine
         # The first steps build what later ones reuse.
@@ -472,13 +478,14 @@ class _Run:
                 "optimizer_state": state,
                 "optimizer_state_dense": state_dense,
                 "peak_memory": memory,
+                **({RESIDENT: before} if before else {}),
                 **offloaded.pop("bytes"),
             },
             "seconds": {"step_median": median.pop("step"), **median, **offloaded.pop("seconds")},
             **offloaded,
             "forecast": self.foretold.beside(
                 {
-                    "peak_memory": tensors or None,
+                    "peak_tensor_memory": tensors or None,
                     "reduced_per_step": reduced,
                     "gathered_per_step": gathered,
                     "activations_per_step": engine.traffic.activations,

@@ -7,6 +7,7 @@ from typing import Any
 
 import narrowgauge
 from narrowgauge.engine.report.progress import duration
+from narrowgauge.engine.report.summary_table import FORETOLD, RESIDENT, peak_memory
 
 from .curves import AXES, charts_over
 from .runs import Run
@@ -103,7 +104,6 @@ def _facts(run: Run) -> dict[str, str]:
         "optimizer state per rank": "optimizer_state",
         "reduced per step": "reduced_per_step",
         "gathered per step": "gathered_per_step",
-        "peak memory per rank": "peak_memory",
         "saved activations, peak": "saved_activations_peak",
         "of them in memory": "saved_activations_peak_resident",
     }
@@ -112,6 +112,8 @@ def _facts(run: Run) -> dict[str, str]:
             dense = sizes.get(f"{key}_dense")
             beside = f" ({value / dense:.2f} of dense AdamW's)" if isinstance(dense, int | float) and dense else ""
             found[name] = f"{value / 2**20:,.2f} MiB{beside}"
+    if (memory := peak_memory(sizes)) is not None:
+        found |= [memory]
     return {name: text for name, text in found.items() if text}
 
 
@@ -152,11 +154,17 @@ def _forecast(runs: Sequence[Run]) -> str:
                 measured = found if isinstance(found, int | float) else None
                 error = f"{ahead / measured - 1:+.1%}" if measured else ""
                 shown = _number(measured / 2**20, ",.2f") if measured is not None else "not measured"
-                rows.append([run.name, key.replace("_", " "), f"{ahead / 2**20:,.2f}", shown, error])
+                rows.append([run.name, FORETOLD.get(key, key.replace("_", " ")), f"{ahead / 2**20:,.2f}", shown, error])
     if not rows:
         return ""
     head = ["run", "MiB", "predicted", "measured", "error"]
-    return "<h2>Prediction and measurement</h2>" + _table(head, rows)
+    note = ""
+    if any(RESIDENT in (run.summary or {}).get("bytes", {}) for run in runs):
+        note = (
+            '<p class="soft">Memory in tensors is what the run asked for from the model on, touched or not; the peak'
+            " memory of a process, above, is the pages that it has touched, PyTorch and the data with them.</p>"
+        )
+    return "<h2>Prediction and measurement</h2>" + _table(head, rows) + note
 
 
 def _interruptions(runs: Sequence[Run]) -> str:

@@ -109,7 +109,7 @@ def test_memory_and_traffic(name: str, corpus: Path, tmp_path: Path) -> None:
     """Memory is what the C library gave out, of which the interpreter's own is a few MB."""
     found = told(CASES[name], corpus, tmp_path)
     print(name, found)  # noqa: T201 (shown with -s, and where it fails)
-    memory = found["peak_memory"]
+    memory = found["peak_tensor_memory"]
     assert memory["measured"] > 30 << 20
     assert memory["predicted"] == pytest.approx(memory["measured"], rel=0.1)
     for kind in ("reduced_per_step", "gathered_per_step"):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 BEGIN = 1_800_000_000.0
+MEMORY = {"peak_memory": 600 * 2**20, "resident_before_model": 400 * 2**20}
 
 
 def loss_at(step: int, lr: float) -> float:
@@ -53,9 +54,9 @@ def write_run(folder: Path, *, lr: float = 0.5, steps: int = 20, restarted_after
         "schema_version": 1,
         "steps": steps,
         "tokens_per_second": 500.0,
-        "bytes": {"optimizer_state": 2**20, "optimizer_state_dense": 2**22},
+        "bytes": {"optimizer_state": 2**20, "optimizer_state_dense": 2**22, **MEMORY},
         "forecast": {
-            "peak_memory": {"predicted": 110 * 2**20, "measured": 100 * 2**20},
+            "peak_tensor_memory": {"predicted": 110 * 2**20, "measured": 100 * 2**20},
             "reduced_per_step": {"predicted": 0, "measured": None},
         },
     }
