@@ -12,6 +12,7 @@ from . import cpu
 from .architecture import architecture_of
 from .first_values import fill_with_first_values
 from .groups import make_groups
+from .kernels import kernels_of
 from .keys import layout_of, megatron_block
 from .model import StagedModel, transformer_config
 
@@ -29,7 +30,14 @@ def construct(block: ModelBlock, model_config: PretrainedConfig, config: Config)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     transformer = transformer_config(architecture, layout, megatron_block(config), dtype)
     model = StagedModel(
-        model_config, architecture, layout, place, transformer, sequence_length, megatron_block(config).balance_loss
+        model_config,
+        architecture,
+        layout,
+        place,
+        transformer,
+        sequence_length,
+        megatron_block(config).balance_loss,
+        kernels_of(config),
     )
     fill_with_first_values(model, block, config)
     model.train()

@@ -32,12 +32,14 @@ class Patch:
 class _CudaIsCpu(TorchFunctionMode):
     """Tensors for ``"cuda"`` are made on the CPU, and say of their type that they are CUDA's."""
 
-    def __init__(self, *, devices: bool = True, types: bool = True) -> None:
+    def __init__(self, *, devices: bool = False, types: bool = False, pinned: bool = False) -> None:
         super().__init__()
-        self._devices, self._types = devices, types
+        self._devices, self._types, self._pinned = devices, types, pinned
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if self._pinned and kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         if self._types and func is Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if self._devices and func is Tensor.cuda:
@@ -214,8 +216,9 @@ def _padded(tensor: Tensor, rows: int) -> Tensor:
 
 PATCHES: dict[str, Patch] = {
     "current_device": Patch(_current_device, "importing and building anything"),
-    "devices": Patch(lambda: _CudaIsCpu(types=False), "tensors made on the device 'cuda'"),
-    "types": Patch(lambda: _CudaIsCpu(devices=False), "the optimizers, which compare names of tensor types"),
+    "devices": Patch(lambda: _CudaIsCpu(devices=True), "tensors made on the device 'cuda'"),
+    "types": Patch(lambda: _CudaIsCpu(types=True), "the optimizers, which compare names of tensor types"),
+    "pinned": Patch(lambda: _CudaIsCpu(pinned=True), "rotary positions of sequences that ranks share"),
     "waiting": Patch(_waiting, "pipelines, which wait for what was sent"),
     "streams": Patch(_streams, "mixtures of experts"),
     "random_states": Patch(_random_states, "dropout and whatever backward computes again"),
@@ -224,6 +227,8 @@ PATCHES: dict[str, Patch] = {
     "fp8_questions": Patch(_fp8_questions, "norms that backward computes again"),
     "uneven_collectives": Patch(_uneven_collectives, "experts that several ranks share"),
 }
+
+_MODES = ("devices", "types", "pinned")
 
 _installed: ExitStack | None = None
 # The patch that is left out: then nothing is installed beside.
@@ -262,7 +267,7 @@ def install() -> None:
         _installed = ExitStack()
         _installed.enter_context(cpu_support())
     elif not any(isinstance(mode, _CudaIsCpu) for mode in _get_current_function_mode_stack()):
-        for name in ("devices", "types"):
+        for name in _MODES:
             PATCHES[name].applied().__enter__()
 
 

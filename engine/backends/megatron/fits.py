@@ -1,6 +1,7 @@
 """Whether a layout fits a model: in numbers, with the nearest layouts that do."""
 
 from collections.abc import Iterator
+from itertools import product
 
 from .architecture import Architecture
 from .layout import Layout, Sizes
@@ -41,7 +42,13 @@ def _problems(
             "virtual_pipeline: expected gradient_accumulation_steps to be a multiple of pipeline_parallel"
             f" ({layout.pipeline}) with it, got {accumulation_steps}"
         )
-    if layout.sequence_parallel and sequence_length is not None and sequence_length % tensor:
+    if layout.context > 1 and sequence_length is not None and sequence_length % layout.length_divisor:
+        shared = f", which tensor_parallel ({tensor}) shares too" if layout.sequence_parallel else ""
+        yield (
+            f"context_parallel: expected data.sequence_length to be a multiple of {layout.length_divisor}, as each of"
+            f" {layout.context} ranks has two pieces of it{shared}, got {sequence_length}"
+        )
+    elif layout.sequence_parallel and sequence_length is not None and sequence_length % tensor:
         yield (
             f"sequence_parallel: expected tensor_parallel ({tensor}) to divide data.sequence_length, got"
             f" {sequence_length}"
@@ -76,22 +83,20 @@ def nearest_layouts(
     """The layouts on as many process ranks, nearest to one that does not fit, nearest first."""
     divisors = [size for size in range(1, layout.world_size + 1) if layout.world_size % size == 0]
     experts = divisors if architecture.num_experts else [1]
+    contexts = divisors if layout.context > 1 else [1]
     found = []
-    for tensor in divisors:
-        for pipeline in divisors:
-            for expert in experts:
-                for expert_tensor in sorted({tensor, 1}) if architecture.num_experts else [tensor]:
-                    chunks = layout.chunks if pipeline > 1 else 1
-                    is_cut = tensor > 1 and (layout.sequence_parallel or architecture.num_experts > 0)
-                    sizes = Sizes(
-                        tensor=tensor,
-                        pipeline=pipeline,
-                        chunks=chunks,
-                        expert=expert,
-                        expert_tensor=expert_tensor,
-                        sequence_parallel=is_cut,
-                    )
-                    found += _fitting(architecture, layout, sizes, sequence_length, accumulation_steps)
+    for tensor, context, pipeline, expert in product(divisors, contexts, divisors, experts):
+        for expert_tensor in sorted({tensor, 1}) if architecture.num_experts else [tensor]:
+            sizes = Sizes(
+                tensor=tensor,
+                pipeline=pipeline,
+                chunks=layout.chunks if pipeline > 1 else 1,
+                context=context,
+                expert=expert,
+                expert_tensor=expert_tensor,
+                sequence_parallel=tensor > 1 and (layout.sequence_parallel or architecture.num_experts > 0),
+            )
+            found += _fitting(architecture, layout, sizes, sequence_length, accumulation_steps)
     return sorted(found, key=lambda other: _distance(layout, other))[:_NUM_NEAREST]
 
 
@@ -110,6 +115,7 @@ def _fitting(
 def _distance(layout: Layout, other: Layout) -> float:
     pairs = (
         (layout.tensor, other.tensor),
+        (layout.context, other.context),
         (layout.pipeline, other.pipeline),
         (layout.expert, other.expert),
         (layout.expert_tensor, other.expert_tensor),

@@ -25,7 +25,7 @@ from .compact.tree import ModelTree, compact_units_of
 from .globs import options_of_stage
 from .groups import destroy_groups
 from .keys import layout_of, megatron_block
-from .micro_batches import Given
+from .micro_batches import Given, positions_at
 from .model import StagedModel
 from .passes import schedule_of
 from .rehearse import build_abstract, group_of, what_of
@@ -47,7 +47,7 @@ def ranks_of(
     if config.zero_stage == 3:
         raise config.error("zero_optimization.stage: what the megatron engine sends at stage 3 is not told ahead")
     cpu.install()
-    size = layout.tensor * layout.data
+    size = layout.tensor * layout.replicas
     for stage in range(layout.pipeline):
         first = stage * size
         with group_of(first, world_size):
@@ -96,7 +96,7 @@ class _Stage:
             counts["total"] += 0 if is_compact else numel
             if not parameter.requires_grad:
                 continue
-            copies = layout.data if getattr(parameter, "allreduce", True) else layout.expert_data
+            copies = layout.replicas if getattr(parameter, "allreduce", True) else layout.expert_data
             trained, share = trained + numel, (copies - 1) / copies
             if self._block.distributed_optimizer:
                 shares += -(-numel // copies)
@@ -179,11 +179,12 @@ class _Stage:
 
                 def run() -> Tensor:
                     if not layout.is_first(place, number):
-                        size = length // (layout.tensor if layout.sequence_parallel else 1)
+                        size = length // layout.length_shares
                         shape = (size, micro, transformer.hidden_size)
                         found.set_input_tensor(torch.empty(shape, dtype=transformer.params_dtype, requires_grad=True))
-                    output = found(**Given(tokens).inputs())
-                    return Given(tokens).loss(output) if layout.is_last(place, number) else output
+                    given = Given(tokens, positions=positions_at(layout, place, tokens))
+                    output = found(**given.inputs())
+                    return given.loss(output) if layout.is_last(place, number) else output
 
                 return trace(
                     chunk,
@@ -208,7 +209,7 @@ class _Stage:
         hidden *= model.transformer.params_dtype.itemsize
         # Forward to the next chunk, and its gradient to the one before.
         ends = sum(layout.is_last(place, n) + layout.is_first(place, n) for n in range(layout.chunks))
-        sent = (2 * layout.chunks - ends) * hidden / (layout.tensor if layout.sequence_parallel else 1)
+        sent = (2 * layout.chunks - ends) * hidden / layout.length_shares
         return batches.accumulation_steps * sent
 
     def _summed_once(self) -> float:

@@ -63,7 +63,7 @@ def problems_of_globs(options: Options, architecture: Architecture, layout: Layo
         if not _any_match(group["params"], parameters)
     ]
     # A stage's tensor-parallel ranks hold parts of the same weights.
-    places = [place for place in layout.places() if place.tensor == place.data == 0]
+    places = [place for place in layout.places() if place.tensor == place.replica == 0]
     for place in places if not problems else ():
         try:
             options_of_stage(options, architecture, layout, place)

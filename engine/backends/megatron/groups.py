@@ -19,6 +19,7 @@ def make_groups(layout: Layout, seed: int) -> Place:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None,
+        context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=False,
@@ -28,13 +29,16 @@ def make_groups(layout: Layout, seed: int) -> Place:
     place = layout.place_of(dist.get_rank())
     found = (
         parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_expert_tensor_parallel_rank(),
         parallel_state.get_expert_model_parallel_rank(),
         parallel_state.get_expert_data_parallel_rank(),
     )
-    own = (place.tensor, place.data, place.pipeline, place.expert_tensor, place.expert, place.expert_data)
+    dense = (place.tensor, place.context, place.data, place.replica, place.pipeline)
+    own = (*dense, place.expert_tensor, place.expert, place.expert_data)
     assert found == own, f"Megatron's place {found}, ours {own}"
     return place
 

@@ -56,7 +56,7 @@ class MegatronBlock(StrictBlock):
     virtual_pipeline: Count = 1
     """Pieces of layers on each of the latter, in turn; more than 1 is the interleaved schedule."""
     context_parallel: Count = 1
-    """Process ranks that share each sequence; more than 1 needs Transformer Engine."""
+    """Process ranks that share each sequence."""
     expert_parallel: Count = 1
     """Process ranks that hold different experts."""
     expert_tensor_parallel: Count | None = None
@@ -84,15 +84,16 @@ class MegatronBlock(StrictBlock):
     """Tokens that an expert takes of a micro-batch on a process rank, over those of an even share; further ones are
     dropped, the least weighted first. None drops none."""
     grouped_experts: Flag = False
-    """All experts of a layer in one grouped product; needs Transformer Engine."""
+    """All experts of a layer in one grouped product; needs Transformer Engine and a GPU."""
     fp8: Flag = False
-    """Needs Transformer Engine."""
+    """Refused: it needs linear layers of Transformer Engine's."""
 
     def sizes(self) -> Sizes:
         return Sizes(
             tensor=self.tensor_parallel,
             pipeline=self.pipeline_parallel,
             chunks=self.virtual_pipeline,
+            context=self.context_parallel,
             expert=self.expert_parallel,
             expert_tensor=self.expert_tensor_parallel or self.tensor_parallel,
             sequence_parallel=self.sequence_parallel,

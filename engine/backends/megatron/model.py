@@ -1,25 +1,23 @@
 """A process rank's part of a model: Megatron's ``GPTModel``, one for each chunk of layers."""
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes, vocab_parallel_cross_entropy
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .architecture import Architecture
-from .attention import CausalAttention
+from .kernels import PLAIN, Kernels
 from .keys import BalanceLoss, MegatronBlock
 from .layout import Layout, Place
 from .parts import LocalParameter, local_parameters
 from .router import CountingRouter
+from .specification import block_specification
 
 
 class StagedModel(nn.Module):
@@ -40,17 +38,18 @@ class StagedModel(nn.Module):
         transformer: TransformerConfig,
         sequence_length: int,
         balance: BalanceLoss = "none",
+        kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
         self.config, self.architecture, self.layout, self.place = config, architecture, layout, place
-        self.transformer = transformer
+        self.transformer, self.kernels = transformer, kernels
         self.chunks = nn.ModuleList(
-            _Chunk(architecture, layout, place, transformer, sequence_length, number, balance)
+            _Chunk(architecture, layout, place, transformer, sequence_length, number, balance, kernels)
             for number in range(layout.chunks)
         )
         self.held: list[dict[str, LocalParameter]] = []
         for number, chunk in enumerate(self.chunks):
-            held = {p.name: p for p in local_parameters(architecture, layout, place, number)}
+            held = {p.name: p for p in local_parameters(architecture, layout, place, number, kernels)}
             found = {name: tuple(tensor.shape) for name, tensor in chunk.named_parameters()}
             expected = {name: parameter.shape for name, parameter in held.items()}
             assert found == expected, f"Megatron's parameters {found.items() ^ expected.items()}"
@@ -97,12 +96,10 @@ class _Chunk(GPTModel):
         sequence_length: int,
         number: int,
         balance: BalanceLoss,
+        kernels: Kernels,
     ) -> None:
         num_layers = len(layout.layers_of(place, number, architecture.num_layers))
-        norm: Any = _Norm
-        block: Any = TransformerBlockSubmodules(
-            layer_specs=[_layer_spec(architecture, balance)] * num_layers, layer_norm=norm
-        )
+        block: Any = block_specification(architecture, num_layers, balance, kernels)
         super().__init__(
             transformer,
             block,
@@ -139,31 +136,6 @@ class _Chunk(GPTModel):
         return vocab_parallel_cross_entropy(logits, labels.t().contiguous()).t().contiguous()
 
 
-class _Norm:
-    """torch's RMSNorm, whose weight says that it sees only a part of the sequence."""
-
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> Any:
-        norm = nn.RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
-        norm.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
-        return norm
-
-
-def _layer_spec(architecture: Architecture, balance: BalanceLoss) -> Any:
-    spec = get_gpt_layer_local_spec(
-        num_experts=architecture.num_experts or None, qk_layernorm=architecture.qk_norm, normalization="RMSNorm"
-    )
-    parts: Any = spec.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = _Norm
-    attention = parts.self_attention.submodules
-    attention.core_attention = CausalAttention
-    if architecture.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = _Norm
-    if architecture.num_experts:
-        router = partial(CountingRouter, balance=balance, coefficient=architecture.balance_coefficient)
-        parts.mlp.submodules.router = router
-    return spec
-
-
 def transformer_config(
     architecture: Architecture, layout: Layout, block: MegatronBlock, dtype: torch.dtype
 ) -> TransformerConfig:
@@ -193,6 +165,7 @@ def transformer_config(
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.chunks if layout.chunks > 1 else None,
+        "context_parallel_size": layout.context,
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.expert_tensor,
         "sequence_parallel": layout.sequence_parallel,
@@ -249,5 +222,5 @@ def _experts(architecture: Architecture, block: MegatronBlock) -> dict[str, Any]
         "moe_aux_loss_coeff": 0.0,
         "moe_token_dispatcher_type": block.expert_dispatcher,
         "moe_expert_capacity_factor": block.expert_capacity_factor,
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": block.grouped_experts,
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 from narrowgauge.optimizers.sharding.box import Box
 
 from .architecture import Architecture
+from .kernels import PLAIN, Kernels
 from .layout import Layout, Place
 
 
@@ -66,7 +67,7 @@ class LocalParameter:
     is_second: bool = False
 
     def is_counted_by(self, place: Place) -> bool:
-        """Of a stage's tensor-parallel ranks with the same values, one stands for all; data-parallel ones are not
+        """Of a stage's tensor-parallel ranks with the same values, one stands for all; replicas are not
         seen.
         """
         across = place.expert_tensor if self.is_expert else place.tensor
@@ -77,8 +78,8 @@ class LocalParameter:
         return not self.is_second and self.is_counted_by(place)
 
     def copy_on(self, place: Place) -> int:
-        """Number of the copy among the data-parallel ranks."""
-        return place.expert_data if self.is_expert else place.data
+        """Number of the copy among the ranks that average gradients."""
+        return place.expert_data if self.is_expert else place.replica
 
     @torch.no_grad()
     def fill(self, tensor: Tensor, name: str, weight: Tensor) -> None:
@@ -88,9 +89,11 @@ class LocalParameter:
                 part.of_tensor(tensor).copy_(part.of_weight(weight))
 
 
-def local_parameters(architecture: Architecture, layout: Layout, place: Place, chunk: int) -> Iterator[LocalParameter]:
-    """The parameters of a chunk on a process rank."""
-    cut = _Cut(architecture, layout, place)
+def local_parameters(
+    architecture: Architecture, layout: Layout, place: Place, chunk: int, kernels: Kernels = PLAIN
+) -> Iterator[LocalParameter]:
+    """The parameters of a chunk on a process rank; kernels change names at most."""
+    cut = _Cut(architecture, layout, place, kernels)
     if layout.is_first(place, chunk):
         yield cut.vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")
     for number, layer in enumerate(layout.layers_of(place, chunk, architecture.num_layers)):
@@ -107,8 +110,8 @@ def local_parameters(architecture: Architecture, layout: Layout, place: Place, c
 class _Cut:
     """The cuts of one model on one process rank."""
 
-    def __init__(self, architecture: Architecture, layout: Layout, place: Place) -> None:
-        self.model, self.layout, self.place = architecture, layout, place
+    def __init__(self, architecture: Architecture, layout: Layout, place: Place, kernels: Kernels) -> None:
+        self.model, self.layout, self.place, self.kernels = architecture, layout, place, kernels
 
     def layer(self, prefix: str) -> Iterator[LocalParameter]:
         model = self.model
@@ -173,6 +176,12 @@ class _Cut:
         yield LocalParameter(f"{prefix}linear_fc1.weight", (2 * size, hidden), _in_a_row(boxes), cut=0)
         yield self.columns(f"{prefix}linear_fc2.weight", f"{hf_prefix}down_proj.weight", (hidden, width))
 
+    def _names_of_expert(self, number: int) -> tuple[str, str]:
+        if self.kernels.grouped:
+            return f"mlp.experts.linear_fc1.weight{number}", f"mlp.experts.linear_fc2.weight{number}"
+        prefix = f"mlp.experts.local_experts.{number}."
+        return f"{prefix}linear_fc1.weight", f"{prefix}linear_fc2.weight"
+
     def experts(self, hf_prefix: str) -> Iterator[LocalParameter]:
         """The router, this process's experts, and the one that every token takes."""
         model, layout, place = self.model, self.layout, self.place
@@ -182,7 +191,7 @@ class _Cut:
         up = (model.num_experts, 2 * model.expert_width, model.hidden)
         down = (model.num_experts, model.hidden, model.expert_width)
         for number in range(count):
-            expert, prefix = place.expert * count + number, f"mlp.experts.local_experts.{number}."
+            expert, up_name, down_name = place.expert * count + number, *self._names_of_expert(number)
             boxes = [
                 (
                     f"{hf_prefix}experts.gate_up_proj",
@@ -190,12 +199,10 @@ class _Cut:
                 )
                 for half in range(2)
             ]
-            yield LocalParameter(
-                f"{prefix}linear_fc1.weight", (2 * size, model.hidden), _in_a_row(boxes), is_expert=True, cut=0
-            )
+            yield LocalParameter(up_name, (2 * size, model.hidden), _in_a_row(boxes), is_expert=True, cut=0)
             box = Box(down, (expert, 0, first), (1, model.hidden, size))
             yield LocalParameter(
-                f"{prefix}linear_fc2.weight",
+                down_name,
                 (model.hidden, size),
                 (Part(f"{hf_prefix}experts.down_proj", box),),
                 is_expert=True,

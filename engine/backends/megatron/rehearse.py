@@ -24,7 +24,7 @@ def rehearse(config: Config, model_config: PretrainedConfig, world_size: int) ->
     layout = layout_of(config, world_size)
     cpu.install()
     found = []
-    size = layout.tensor * layout.data
+    size = layout.tensor * layout.replicas
     for stage in range(layout.pipeline):
         first = stage * size
         with group_of(first, world_size):
@@ -60,7 +60,7 @@ def _held(model: StagedModel, config: Config, process_ranks: str) -> HeldByRank:
     distributed = stage > 0 or megatron_block(config).distributed_optimizer
     parameters = shares = size = 0
     for parameter, tensor in model.local_parameters():
-        copies = layout.expert_data if parameter.is_expert and layout.splits_experts else layout.data
+        copies = layout.expert_data if parameter.is_expert and layout.splits_experts else layout.replicas
         parameters, size = parameters + tensor.numel(), size + tensor.nbytes
         shares += -(-tensor.numel() // copies) if distributed else tensor.numel()
     if stage == 3:

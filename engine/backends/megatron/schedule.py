@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from ...protocol import Phase
-from .micro_batches import Given
+from .micro_batches import Given, positions_at
 from .model import StagedModel
 from .offload import ScheduledOffload
 
@@ -27,7 +27,7 @@ def forward_backward(
         offload: around each forward.
 
     Returns:
-        The sum of the mean losses, float64; the same on all stages.
+        The sum of the mean losses, float64; the same on all ranks with the same data.
     """
     first, *others = micro_batches
     assert all(other.shape == first.shape for other in others)
@@ -55,7 +55,7 @@ def forward_backward(
     total = torch.zeros((), dtype=torch.float64, device=first.tokens.device)
     for loss in losses:
         total += loss
-    return from_last_stage(total)
+    return whole_loss(total)
 
 
 @torch.no_grad()
@@ -94,20 +94,27 @@ def _scaled(given: Given, losses: Tensor) -> tuple[Tensor, Tensor]:
     return loss, loss.detach().clone()
 
 
-def from_last_stage(tensor: Tensor) -> Tensor:
-    """The last stage's values, on all stages. Collective."""
+def whole_loss(tensor: Tensor) -> Tensor:
+    """The last stage's values, summed over the ranks that share sequences, on all stages. Collective."""
+    _sum_over_sequence(tensor)
     group: Any = parallel_state.get_pipeline_model_parallel_group()
     if group.size() > 1:
         dist.broadcast(tensor, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     return tensor
 
 
+def _sum_over_sequence(tensor: Tensor) -> None:
+    group: Any = parallel_state.get_context_parallel_group()
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+
+
 @torch.no_grad()
 def forward(model: StagedModel, given: Given) -> Tensor:
-    """The mean loss of a micro-batch; the same on all stages. Collective."""
+    """The mean loss of a micro-batch; the same on all ranks with the same data. Collective."""
     losses, device = _through_the_stages(model, given.inputs()), given.tokens.device
     loss = given.loss(losses) if losses is not None else torch.zeros((), dtype=torch.float32, device=device)
-    return from_last_stage(loss)
+    return whole_loss(loss)
 
 
 @torch.no_grad()
@@ -115,17 +122,20 @@ def next_token_logits(model: StagedModel, tokens: Tensor) -> Tensor:
     """What the model says of the token after ``(batch, sequence)``, of any length: ``(batch, vocabulary)``, fp32; the
     same on all process ranks. Collective.
     """
-    layout, (batch, length) = model.layout, tokens.shape
-    # Sequence-parallel ranks share it evenly; no position sees what is behind it.
-    padded = torch.nn.functional.pad(tokens, (0, -length % layout.tensor if layout.sequence_parallel else 0))
-    inputs = {**Given(padded).inputs(), "labels": None, "runtime_gather_output": True}
+    layout, place, (batch, length) = model.layout, model.place, tokens.shape
+    # Ranks share it evenly; no position sees what is behind it.
+    padded = torch.nn.functional.pad(tokens, (0, -length % layout.length_divisor))
+    given = Given(padded, positions=positions_at(layout, place, padded))
+    inputs = {**given.inputs(), "labels": None, "runtime_gather_output": True}
     found = _through_the_stages(model, inputs)
     vocab = model.architecture.vocab
-    logits = torch.empty(batch, vocab, dtype=torch.float32, device=tokens.device)
+    logits = torch.zeros(batch, vocab, dtype=torch.float32, device=tokens.device)
     if found is not None:
-        logits.copy_(found[:, length - 1, :vocab])
+        own = given.positions if given.positions is not None else torch.arange(padded.shape[1], device=tokens.device)
+        logits += found[:, own == length - 1, :vocab].sum(1)  # of one of the ranks that share a sequence
+    _sum_over_sequence(logits)
     # The last stage's ranks are the last.
-    dist.broadcast(logits, src=layout.world_size - layout.tensor * layout.data)
+    dist.broadcast(logits, src=layout.world_size - layout.tensor * layout.replicas)
     return logits
 
 
@@ -135,7 +145,8 @@ def _through_the_stages(model: StagedModel, inputs: Mapping[str, Any]) -> Tensor
     Megatron's interleaved schedule takes no fewer micro-batches than there are stages, so this is none of them.
     """
     layout, place, transformer, tokens = model.layout, model.place, model.transformer, inputs["input_ids"]
-    length = tokens.shape[1] // (layout.tensor if layout.sequence_parallel else 1)
+    # Tokens are cut over the context ranks already.
+    length = tokens.shape[1] * layout.context // layout.length_shares
     shape = (length, tokens.shape[0], transformer.hidden_size)
     for number, chunk in enumerate(model.chunks):
         chunk: Any

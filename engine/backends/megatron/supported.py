@@ -14,6 +14,7 @@ from .compact.supported import unsupported, unsupported_model
 from .fits import problems_of_layout
 from .globs import problems_of_globs
 from .installed import has_transformer_engine, not_usable_because, other_apex, show_its_warnings_less
+from .kernels import can_use_transformer_engine
 from .keys import layout_of, megatron_block
 from .layout import Layout
 from .zero import supported as zero
@@ -35,18 +36,16 @@ def check(config: Config) -> None:
 
 def _settings(config: Config) -> Iterator[str]:
     block, parsed = megatron_block(config), config.parsed
-    te = "Transformer Engine" if has_transformer_engine() else "Transformer Engine (not installed)"
-    if block.context_parallel > 1:
-        yield (
-            f"megatron.context_parallel: expected 1, got {block.context_parallel}: attention over cut sequences needs"
-            f" {te}, and this engine builds its layers without it"
-        )
     if block.fp8:
-        yield f"megatron.fp8: expected false, got true: it needs {te}, and this engine builds its layers without it"
-    if block.grouped_experts:
         yield (
-            "megatron.grouped_experts: expected false, got true: grouped products need Transformer Engine or the"
-            " package grouped_gemm; experts run one after the other"
+            "megatron.fp8: expected false, got true: it needs linear layers of Transformer Engine's, and this engine's"
+            " are Megatron's own, which compact parameters and checkpoints of any layout can be made of"
+        )
+    if block.grouped_experts and not can_use_transformer_engine():
+        missing = "a GPU" if has_transformer_engine() else "Transformer Engine, which is not installed"
+        yield (
+            "megatron.grouped_experts: expected false, got true: one product of all experts of a layer needs"
+            f" {missing}; without it they run one after the other"
         )
     if block.overlap_param_gather and not (block.distributed_optimizer and block.overlap_grad_reduce):
         yield (
@@ -153,7 +152,7 @@ def _of_experts(config: Config, architecture: Architecture) -> Iterator[str]:
                     " to one length, too, and that would count"
                 )
     if not architecture.num_experts:
-        for key in ("balance_loss", "expert_dispatcher", "expert_capacity_factor"):
+        for key in ("balance_loss", "expert_dispatcher", "expert_capacity_factor", "grouped_experts"):
             found, default = getattr(block, key), type(block).model_fields[key].default
             if found != default:
                 yield f"megatron.{key}: expected {default!r} for a model without experts, got {found!r}"

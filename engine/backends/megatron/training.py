@@ -140,7 +140,7 @@ class MegatronTraining:
 
     def train_step(self, batches: Iterator[Batch], phase: Phase) -> Tensor:
         own = [next(batches) for _ in range(self.accumulation_steps)]
-        micro_batches = given_of(own, self._model.layout, self._device)
+        micro_batches = given_of(own, self._model.layout, self._model.place, self._device)
         self._masters.forget_gradients()
         self._balance.begin_step()
         with self._traffic.passes():
@@ -186,7 +186,7 @@ class MegatronTraining:
             self._model.eval()
             # At the end of the samples some ranks have fewer than others, with which they may share experts.
             own = micro_batch_of(batch) if self._model.layout.splits_experts else batch
-            (given,) = given_of([own], self._model.layout, self._device)
+            (given,) = given_of([own], self._model.layout, self._model.place, self._device)
             loss = forward(self._model, given)
             self._model.train()
         return loss
@@ -279,7 +279,7 @@ class MegatronTraining:
         layout = self._model.layout
         if not self._distributed:
             return 1
-        return layout.expert_data if _is_expert(parameter) else layout.data
+        return layout.expert_data if _is_expert(parameter) else layout.replicas
 
     def dense_traffic(self, *, gathered: float) -> tuple[float, float]:
         trained, dense = Counter[bool](), Counter[bool]()

@@ -27,6 +27,11 @@ def unsupported(config: Config) -> Iterator[str]:
             " over which DeepSpeed does not cut it; use megatron.distributed_optimizer"
         )
         return
+    if megatron_block(config).grouped_experts and issubclass(cls, CompactOptimizer):
+        yield (
+            f"megatron.grouped_experts: expected false with {optimizer.type}, got true: Transformer Engine's grouped"
+            " products make gradients of whole matrices; experts with compact parameters run one after the other"
+        )
     problems = list(cls.unsupported_in_engine(options, sharded=True))
     if (base := getattr(options, "base", "AdamW")) in ("AdamW8bit", "Muon", "NorMuon"):
         why = (

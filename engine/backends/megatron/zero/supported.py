@@ -20,6 +20,11 @@ def unsupported_settings(config: Config) -> Iterator[str]:
             " and backward of each micro-batch itself, and cannot take them from the schedule of a pipeline; use"
             " megatron.distributed_optimizer"
         )
+    if block.context_parallel > 1:
+        yield (
+            f"megatron.context_parallel: expected 1 with {own}, got {block.context_parallel}: DeepSpeed would average"
+            " what ranks that share a sequence must sum; use megatron.distributed_optimizer"
+        )
     if given.get("distributed_optimizer"):
         yield (
             f"megatron.distributed_optimizer: expected none or false with {own}, got true: one of them shards masters"

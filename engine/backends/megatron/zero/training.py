@@ -76,7 +76,7 @@ class ZeroTraining(MegatronTraining):
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         self._offload.begin_step()
         for number in range(self.accumulation_steps):
-            (given,) = given_of([next(batches)], self._model.layout, self._device)
+            (given,) = given_of([next(batches)], self._model.layout, self._model.place, self._device)
             with phase("forward"), self._offload.forward(number, 0):
                 loss = given.loss(self._zero.engine(**given.inputs()))
             with phase("backward"):

@@ -16,6 +16,7 @@ NEEDED_BY: dict[str, tuple[str, int, dict[str, Any]]] = {
     "current_device": ("llama", 1, {}),
     "devices": ("llama", 1, {}),
     "types": ("llama", 1, {}),
+    "pinned": ("llama", 2, {"context_parallel": 2}),
     "waiting": ("llama", 2, {"pipeline_parallel": 2}),
     "streams": ("mixtral", 1, {}),
     "random_states": ("llama", 1, {"recompute": "full"}),

@@ -11,7 +11,7 @@ from tests.support.zero import worst
 
 TP2, PP2 = {"tensor_parallel": 2}, {"pipeline_parallel": 2}
 SP, EP2 = {"sequence_parallel": True}, {"expert_parallel": 2}
-PLAIN = {"distributed_optimizer": False}
+CP2, PLAIN = {"context_parallel": 2}, {"distributed_optimizer": False}
 SELECTIVE = {"recompute": "selective", "recompute_modules": ["core_attn", "layernorm", "mlp"]}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
@@ -23,6 +23,16 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "DP2-overlap": ("llama", 2, OVERLAP),
     "TP2": ("llama", 2, TP2),
     "TP2-SP": ("llama", 2, {**TP2, **SP}),
+    "CP2": ("llama", 2, CP2),
+    "CP2-plain": ("llama", 2, {**CP2, **PLAIN}),
+    "CP4": ("llama", 4, {"context_parallel": 4}),
+    "CP2-DP2-overlap": ("llama", 4, {**CP2, **OVERLAP}),
+    "CP2-TP2-SP": ("llama", 4, {**CP2, **TP2, **SP}),
+    "CP2-VPP": ("llama", 4, {**CP2, **PP2, "virtual_pipeline": 2}),
+    "CP2-full": ("llama", 2, {**CP2, "recompute": "full"}),
+    "CP2-selective": ("qwen3", 2, {**CP2, **SELECTIVE}),
+    "CP2-EP2": ("mixtral", 4, {**CP2, **EP2}),
+    "CP2-EP2-ETP1-TP2-SP": ("mixtral", 4, {**CP2, **TP2, **SP, **EP2, "expert_tensor_parallel": 1}),
     "PP2": ("llama", 2, PP2),
     "PP2-plain": ("llama", 2, {**PP2, **PLAIN}),
     "PP4": ("llama", 4, {"pipeline_parallel": 4}),
@@ -60,7 +70,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "shared-expert-EP2": ("qwen2_moe", 2, EP2),
     "shared-expert-TP2-SP-EP2-ETP1": ("qwen2_moe", 2, {**TP2, **SP, **EP2, "expert_tensor_parallel": 1}),
 }
-QUICK = {"one", "VPP", "TP2-PP2-SP", "EP2"}
+QUICK = {"one", "CP2", "VPP", "TP2-PP2-SP", "EP2"}
 
 
 @pytest.fixture(scope="module")
