@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from .sequence_pieces import in_order
 
@@ -52,8 +51,8 @@ class CausalAttention(nn.Module):
         rank, size, found = self._ranks.rank(), q.shape[2] // 2, []
         for part, piece in zip(q.split(size, dim=2), (rank, 2 * self._ranks.size() - 1 - rank), strict=True):
             end = (piece + 1) * size
-            # Query i of the piece is position end - size + i.
-            mask: Any = causal_lower_right(size, end)
+            # Query i of the piece is position end - size + i. torch's own bias for that cannot be looked at while it runs.
+            mask = torch.ones(size, end, dtype=torch.bool, device=q.device).tril(end - size)
             found.append(self._attend(part, k[:, :, :end], v[:, :, :end], mask))
         return torch.cat(found, dim=2)
 

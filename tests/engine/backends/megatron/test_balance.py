@@ -26,7 +26,7 @@ from tests.support.megatron_runs import (
 COEFFICIENT = 0.5
 PLAIN = {"distributed_optimizer": False}
 TP2, PP2, SP = {"tensor_parallel": 2}, {"pipeline_parallel": 2}, {"sequence_parallel": True}
-EP2 = {"expert_parallel": 2}
+EP2, CP2 = {"expert_parallel": 2}, {"context_parallel": 2}
 
 Statement = tuple[float, dict[str, Any], dict[str, Tensor]]
 
@@ -144,6 +144,7 @@ GLOBAL: dict[str, tuple[str, int, dict[str, Any]]] = {
     "4x1": ("mixtral", 4, {}),
     "EP4": ("mixtral", 4, {"expert_parallel": 4}),
     "EP2-TP2-SP": ("mixtral", 4, {**TP2, **SP, **EP2}),
+    "CP2-EP4": ("mixtral", 4, {**CP2, "expert_parallel": 4}),
     "4x1-full": ("mixtral", 4, {**EP2, "recompute": "full"}),
     "EP2-PP2-full": ("mixtral", 4, {**PP2, **EP2, "recompute": "full"}),
     "VPP-moe": (
@@ -170,7 +171,7 @@ def test_the_global_balance_loss_is_that_of_the_whole_batch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "layout"), [(2, EP2), (4, {**TP2, **SP})])
+@pytest.mark.parametrize(("ranks", "layout"), [(2, EP2), (4, {**TP2, **SP}), (4, CP2)])
 def test_the_balance_loss_of_micro_batches(
     megatron_ranks: MegatronPool, statement: Any, ranks: int, layout: dict[str, Any]
 ) -> None:

@@ -33,6 +33,11 @@ CASES: dict[str, tuple[str, Layout, list[Layout]]] = {
         ("megatron", 4, {"tensor_parallel": 2, "distributed_optimizer": False}),
         [("megatron", 1, {}), ("megatron", 4, ALL)],
     ),
+    "context": (
+        "llama",
+        ("megatron", 4, {"context_parallel": 2}),
+        [("megatron", 4, {"context_parallel": 2, "tensor_parallel": 2}), ("ddp", 1, None)],
+    ),
     "tied": (
         "qwen2",
         ("megatron", 4, {"pipeline_parallel": 2}),
@@ -57,7 +62,7 @@ def go_on(pool: Any, where: Layout, family: str, folder: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("family", "saved_by", "loaded_by"), cases(CASES, slow=["dense", "from-ddp", "plain", "tied", "experts-plain"])
+    ("family", "saved_by", "loaded_by"), cases(CASES, slow=["dense", "from-ddp", "plain", "context", "tied", "experts-plain"])
 )
 def test_a_run_goes_on_in_another_layout(
     megatron_ranks: MegatronPool, tmp_path: Path, family: str, saved_by: Layout, loaded_by: list[Layout]

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2, "virtual_pipeline": 2},
     ),
     "TP2-SP": ("llama", 2, {"tensor_parallel": 2, "sequence_parallel": True}),
+    "CP2-PP2": ("llama", 4, {"context_parallel": 2, "pipeline_parallel": 2}),
     "VPP": ("llama", 2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
     "DP2-overlap": ("llama", 2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
     "tied-TP2": ("qwen2", 2, {"tensor_parallel": 2}),

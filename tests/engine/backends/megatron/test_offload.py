@@ -36,6 +36,7 @@ STEPS = 3
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one": (1, {}, {}),
     "one-selective": (1, SELECTIVE, {}),
+    "CP2-selective": (2, {"context_parallel": 2, **SELECTIVE}, {}),
     "PP2": (2, PP2, {}),
     "PP2-grass-full": (2, {**PP2, **FULL}, GRASS),
     "VPP": (2, VPP, {}),

@@ -13,6 +13,7 @@ LAYOUTS = {
     "whole": Sizes(),
     "stages": Sizes(pipeline=2, chunks=2),
     "all axes": Sizes(tensor=2, expert_tensor=2, pipeline=2, chunks=2, expert=2),
+    "context": Sizes(tensor=2, expert_tensor=2, context=2),
     "folded": Sizes(tensor=2, expert_tensor=1, expert=4),
 }
 
@@ -27,7 +28,7 @@ def test_they_cover_every_weight_once(family: str) -> None:
         for place in layout.places():
             for chunk in range(layout.chunks):
                 for parameter in local_parameters(architecture, layout, place, chunk):
-                    copy = place.expert_data if parameter.is_expert else place.data
+                    copy = place.expert_data if parameter.is_expert else place.replica
                     if copy == 0 and parameter.is_held_first_by(place):
                         for part in parameter.parts:
                             part.of_weight(count[part.name]).add_(1)

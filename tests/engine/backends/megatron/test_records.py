@@ -105,12 +105,14 @@ def expected(megatron_ranks: MegatronPool, folder: Path) -> Any:
 TP2, PP2 = {"tensor_parallel": 2}, {"pipeline_parallel": 2}
 SP = {**TP2, "sequence_parallel": True}
 SELECTIVE = {"recompute": "selective", "recompute_modules": ["core_attn"]}
-EP2 = {"expert_parallel": 2}
+EP2, CP2 = {"expert_parallel": 2}, {"context_parallel": 2}
 LAYOUTS: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "one": (1, "llama", {}, {}),
     "TP2": (2, "llama", TP2, {}),
     "TP2-SP-DP2": (4, "llama", SP, {}),
     "DP2": (2, "llama", {}, {}),
+    "TP2-SP-CP2": (4, "llama", {**SP, **CP2}, {}),
+    "CP2-DP2-EP2": (4, "mixtral", {**CP2, **EP2}, {}),
     "PP2-DP2": (4, "llama", PP2, {}),
     "VPP": (2, "llama", {**PP2, "virtual_pipeline": 2}, {}),
     "TP2-PP2-full": (4, "llama", {**TP2, **PP2, "recompute": "full"}, {}),

@@ -72,6 +72,8 @@ CASES: dict[str, tuple[int, dict[str, Any], str, list[float]]] = {
         ],
     ),
     "DP2": (2, {}, "AdamW", [0, 0]),
+    # Keys and values, as wide together as hidden states, and their gradients.
+    "CP2": (2, {"context_parallel": 2}, "AdamW", [STEP * LAYERS * (GATHER + REDUCE)] * 2),
 }
 
 

@@ -60,6 +60,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2-DP2": (4, TP2),
     "TP2-DP2-plain": (4, {**TP2, **PLAIN}),
     "TP2-SP-DP2-overlap": (4, {**TP2, **SP, **OVERLAP}),
+    "TP2-SP-CP2": (4, {**TP2, **SP, "context_parallel": 2}),
     "PP2": (2, PP2),
     "PP2-DP2-overlap": (4, {**PP2, **OVERLAP}),
     "VPP": (2, {**PP2, "virtual_pipeline": 2}),
