@@ -13,7 +13,12 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from narrowgauge.engine.backends.megatron.installed import fused_by, not_usable_because, other_apex
+from narrowgauge.engine.backends.megatron.installed import (
+    fused_by,
+    has_transformer_engine,
+    not_usable_because,
+    other_apex,
+)
 
 from .finding import Finding, first_line
 
@@ -111,8 +116,10 @@ def check_fused() -> list[Finding]:
     if not_usable_because() is not None:
         return []
     kernels = fused_by()
-    text = f"norms of gradients, and AdamW on GPUs, by {kernels}" if kernels is not None else "PyTorch's kernels alone"
-    return [Finding("ok", "megatron", text)]
+    if kernels is None:
+        return [Finding("ok", "megatron", "PyTorch's kernels alone")]
+    layers = ", norms and attention" if has_transformer_engine() else ""
+    return [Finding("ok", "megatron", f"norms of gradients, and AdamW{layers} on GPUs, by {kernels}")]
 
 
 def _removal(place: Path) -> str:

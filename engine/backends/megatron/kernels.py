@@ -49,7 +49,7 @@ def kernels_of(config: Config) -> Kernels:
     """For a run on this machine."""
     data = config.parsed.data
     return choose(
-        can_use_te=can_use_transformer_engine(),
+        can_use_te=megatron_block(config).transformer_engine and can_use_transformer_engine(),
         bf16=config.bf16,
         packed=data is not None and data.packing,
         grouped=megatron_block(config).grouped_experts,

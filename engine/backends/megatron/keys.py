@@ -83,6 +83,8 @@ class MegatronBlock(StrictBlock):
     expert_capacity_factor: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)] | None = None
     """Tokens that an expert takes of a micro-batch on a process rank, over those of an even share; further ones are
     dropped, the least weighted first. None drops none."""
+    transformer_engine: Flag = True
+    """Norms and attention are Transformer Engine's, on GPUs where it is installed."""
     grouped_experts: Flag = False
     """All experts of a layer in one grouped product; needs Transformer Engine and a GPU."""
     fp8: Flag = False

@@ -45,10 +45,12 @@ def block_specification(
 
 
 def _grouped_experts() -> ModuleSpec:
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+    from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
 
-    module, submodules = TESpecProvider().grouped_mlp_modules(True, False)
-    return ModuleSpec(module=module, submodules=submodules)
+    linears: Any = (TEColumnParallelGroupedLinear, TERowParallelGroupedLinear)
+    return ModuleSpec(module=TEGroupedMLP, submodules=MLPSubmodules(*linears))
 
 
 class _Norm:

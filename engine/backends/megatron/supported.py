@@ -41,8 +41,9 @@ def _settings(config: Config) -> Iterator[str]:
             "megatron.fp8: expected false, got true: it needs linear layers of Transformer Engine's, and this engine's"
             " are Megatron's own, which compact parameters and checkpoints of any layout can be made of"
         )
-    if block.grouped_experts and not can_use_transformer_engine():
-        missing = "a GPU" if has_transformer_engine() else "Transformer Engine, which is not installed"
+    if block.grouped_experts and not (block.transformer_engine and can_use_transformer_engine()):
+        off = "megatron.transformer_engine" if can_use_transformer_engine() else "a GPU"
+        missing = off if has_transformer_engine() else "Transformer Engine, which is not installed"
         yield (
             "megatron.grouped_experts: expected false, got true: one product of all experts of a layer needs"
             f" {missing}; without it they run one after the other"

@@ -123,7 +123,9 @@ class MegatronTraining:
         layout = self._model.layout.describe()
         # What Transformer Engine and apex have in the place of AdamW is called after the class.
         is_fused = type(self._optimizer).__name__ == "FusedAdam"
-        return f"{layout}, with the FusedAdam of {fused_by()}" if is_fused else layout
+        parts = [f"the FusedAdam of {fused_by()}"] if is_fused else []
+        parts += [kernels] if (kernels := self._model.kernels.describe()) is not None else []
+        return f"{layout}, with {' and '.join(parts)}" if parts else layout
 
     @property
     def zero_stage(self) -> int:

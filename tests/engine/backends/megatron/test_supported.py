@@ -30,9 +30,8 @@ def refused(
 @pytest.mark.parametrize(
     ("layout", "reason"),
     [
-        ({"context_parallel": 2}, "Transformer Engine"),
-        ({"fp8": True}, "Transformer Engine"),
-        ({"grouped_experts": True}, "grouped_gemm"),
+        ({"fp8": True}, "linear layers of Transformer Engine's"),
+        ({"grouped_experts": True}, "Transformer Engine, which is not installed"),
         ({"overlap_param_gather": True}, "overlap_grad_reduce"),
         ({"virtual_pipeline": 2}, "no stages"),
         ({"sequence_parallel": True}, "nothing shares"),
@@ -97,6 +96,7 @@ def test_keys_of_other_engines(more: dict[str, Any], key: str) -> None:
             "expected 1 with zero_optimization.stage 2, got 2: DeepSpeed runs",
         ),
         ({"distributed_optimizer": True}, "distributed_optimizer", "expected none or false"),
+        ({"context_parallel": 2}, "context_parallel", "DeepSpeed would average"),
         ({"overlap_grad_reduce": True}, "overlap_grad_reduce", "use zero_optimization.overlap_comm"),
     ],
 )
@@ -121,6 +121,12 @@ def test_zero_takes_no_experts() -> None:
             "pipeline_parallel: expected pipeline_parallel (3) x virtual_pipeline (1) to divide the model's 4 layers",
         ),
         ({"tensor_parallel": 2}, 3, "tensor_parallel: expected tensor_parallel (2) x pipeline_parallel (1) to divide"),
+        (
+            {"tensor_parallel": 2, "context_parallel": 3},
+            8,
+            "tensor_parallel: expected tensor_parallel (2) x context_parallel (3) x pipeline_parallel (1) to divide the"
+            " number of process ranks, got 8; nearest that fit: 2 x 4 x 1, 2 x 2 x 1, 2 x 1 x 1",
+        ),
         ({"expert_parallel": 2}, 2, "expert_parallel: expected 1 for a model without experts, got 2"),
     ],
 )
@@ -158,6 +164,17 @@ def test_interleaving_takes_whole_rounds_of_micro_batches() -> None:
 def test_a_sequence_is_cut_evenly() -> None:
     problems = refused({"tensor_parallel": 2, "sequence_parallel": True}, ranks=2, data={"sequence_length": 15})
     assert "sequence_parallel: expected tensor_parallel (2) to divide data.sequence_length, got 15" in problems[0]
+
+
+def test_a_sequence_is_shared_in_pieces() -> None:
+    layout = {"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2}
+    assert refused(layout, ranks=4) == []
+    (problem,) = refused(layout, ranks=4, data={"sequence_length": 18})
+    assert problem == (
+        "megatron.context_parallel: expected data.sequence_length to be a multiple of 4, as each of 2 ranks has two"
+        " pieces of it, which tensor_parallel (2) shares too, got 18; nearest that fit 4 process ranks: TP2 DP2 SP, TP2"
+        " PP2 DP1 SP, DP4"
+    )
 
 
 @pytest.mark.parametrize(
