@@ -51,7 +51,7 @@ class CausalAttention(nn.Module):
         rank, size, found = self._ranks.rank(), q.shape[2] // 2, []
         for part, piece in zip(q.split(size, dim=2), (rank, 2 * self._ranks.size() - 1 - rank), strict=True):
             end = (piece + 1) * size
-            # Query i of the piece is position end - size + i. torch's own bias for that cannot be looked at while it runs.
+            # Query i of the piece is position end - size + i. torch's own bias for that is not for dispatch modes.
             mask = torch.ones(size, end, dtype=torch.bool, device=q.device).tril(end - size)
             found.append(self._attend(part, k[:, :, :end], v[:, :, :end], mask))
         return torch.cat(found, dim=2)

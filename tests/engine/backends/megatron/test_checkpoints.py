@@ -62,7 +62,8 @@ def go_on(pool: Any, where: Layout, family: str, folder: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("family", "saved_by", "loaded_by"), cases(CASES, slow=["dense", "from-ddp", "plain", "context", "tied", "experts-plain"])
+    ("family", "saved_by", "loaded_by"),
+    cases(CASES, slow=["dense", "from-ddp", "plain", "context", "tied", "experts-plain"]),
 )
 def test_a_run_goes_on_in_another_layout(
     megatron_ranks: MegatronPool, tmp_path: Path, family: str, saved_by: Layout, loaded_by: list[Layout]

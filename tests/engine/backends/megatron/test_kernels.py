@@ -32,7 +32,7 @@ ALL = Kernels(norm=True, attention=True, grouped=True)
     ],
 )
 def test_what_is_chosen(asked: dict[str, bool], expected: Kernels) -> None:
-    """Nothing of Transformer Engine's without it; its causal attention neither where examples are packed nor in fp32."""
+    """Nothing of Transformer Engine's without it; its attention neither where examples are packed nor in fp32."""
     assert choose(**{"can_use_te": True, "bf16": True, "packed": False, "grouped": False, **asked}) == expected
 
 
