@@ -66,5 +66,5 @@ class CausalAttention(nn.Module):
 def _whole(key: Tensor, value: Tensor, ranks: Any) -> tuple[Tensor, Tensor]:
     """Keys and values of the whole sequence, from those of all ranks' pieces."""
     both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=ranks)
-    whole = in_order(both, ranks.size())
-    return whole.split([key.shape[-1], value.shape[-1]], dim=-1)
+    whole, size = in_order(both, ranks.size()), key.shape[-1]
+    return whole[..., :size], whole[..., size:]

@@ -91,7 +91,7 @@ def test_a_run_with_transformer_engine_is_near_to_one_without(corpus: Path, tmp_
     """In bf16: its norms and attention on one GPU, on two with a sequence that both share."""
     if not can_use_transformer_engine() or torch.cuda.device_count() < num_gpus:
         pytest.skip(f"not {num_gpus} GPUs with Transformer Engine")
-    found: list[list[float]] = []
+    found: list[dict[int, float]] = []
     for block in ({"transformer_engine": False}, {"context_parallel": num_gpus}):
         folder = tmp_path / str(len(found))
         folder.mkdir()
