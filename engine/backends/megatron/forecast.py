@@ -1,5 +1,6 @@
 """What process ranks hold and send under Megatron: one of each stage of the pipeline, in a group of its own."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from ...forecast.whole_model import offloaded_of
 from ..deepspeed import forecast as zero
 from . import cpu
 from .compact.tree import ModelTree, compact_units_of
+from .even_experts import even_shares
 from .globs import options_of_stage
 from .groups import destroy_groups
 from .keys import layout_of, megatron_block
@@ -53,7 +55,7 @@ def ranks_of(
         with group_of(first, world_size):
             try:
                 name = f"{first}-{first + size - 1}" if size > 1 else str(first)
-                yield _Stage(config, build_abstract(config, model_config, world_size), on_gpu).told(name, steps)
+                yield _Stage(config, build_abstract(config, model_config, world_size, even=True), on_gpu).told(name, steps)
             finally:
                 destroy_groups()
 
@@ -82,13 +84,16 @@ class _Stage:
 
     def told(self, process_ranks: str, steps: int) -> tuple[Rank, Sent]:
         model, config = self._model, self._config
-        if model.architecture.num_experts:
-            why = "their routers decide on shapes"
-            raise config.error(f"model: mixtures of experts are not told ahead with the megatron engine: {why}")
+        if model.architecture.num_experts and self._block.expert_dispatcher != "alltoall":
+            raise config.error(
+                "megatron.expert_dispatcher: expected 'alltoall' to be told ahead, got"
+                f" {self._block.expert_dispatcher!r}: routers decide on its shapes"
+            )
         layout, element = model.layout, model.transformer.params_dtype.itemsize
         compact = {id(unit.compact) for unit in self._units}
         counts: dict[str, int] = dict.fromkeys(("total", "dense", "compact", "frozen"), 0)
-        trained = shares = reduced = gathered = 0.0
+        shares = reduced = gathered = 0.0
+        trained_by: Counter[bool] = Counter()
         rings = self._scatter_factor
         for parameter in model.parameters():
             numel, is_compact = parameter.numel(), id(parameter) in compact
@@ -96,14 +101,16 @@ class _Stage:
             counts["total"] += 0 if is_compact else numel
             if not parameter.requires_grad:
                 continue
-            copies = layout.replicas if getattr(parameter, "allreduce", True) else layout.expert_data
-            trained, share = trained + numel, (copies - 1) / copies
+            is_expert = not getattr(parameter, "allreduce", True)
+            copies = layout.expert_data if is_expert else layout.replicas
+            trained_by[is_expert] += numel
+            share = (copies - 1) / copies
             if self._block.distributed_optimizer:
                 shares += -(-numel // copies)
                 reduced, gathered = reduced + rings * share * _FP32 * numel, gathered + share * element * numel
             else:
                 shares, reduced = shares + numel, reduced + 2 * share * _FP32 * numel
-        batches = config.batches(layout.data)
+        batches, trained = config.batches(layout.data), trained_by.total()
         largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
         held = {
             WEIGHTS: element * (counts["dense"] + counts["frozen"]),
@@ -121,8 +128,8 @@ class _Stage:
         schedule = schedule_of(layout, model.place, batches.accumulation_steps)
         step = 2 * _FP32 * min(largest, round(shares))
         if self._block.distributed_optimizer and not self._on_gpu:
-            # gloo gathers into memory of its own.
-            step = max(step, round(element * trained))
+            # gloo scatters from, and gathers into, memory of its own; what is of experts goes by itself.
+            step = max(step, _FP32 * max(trained_by.values(), default=0))
         rank = Rank(
             process_ranks=process_ranks,
             what=what_of(model),
@@ -174,7 +181,7 @@ class _Stage:
         offload = config.offload()
         chunk.train()
         try:
-            with without_contents(chunk, self._units if number == 0 else [], self._tree):
+            with even_shares(chunk), without_contents(chunk, self._units if number == 0 else [], self._tree):
                 tokens = torch.zeros(micro, length, dtype=torch.long)
 
                 def run() -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from ...config.config import Config
 from ...protocol import HeldByRank
 from . import cpu
 from .architecture import architecture_of
+from .even_experts import even_settings
 from .groups import destroy_groups, make_groups
 from .keys import layout_of, megatron_block
 from .model import StagedModel, transformer_config
@@ -44,15 +46,27 @@ def group_of(process_rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def build_abstract(config: Config, model_config: PretrainedConfig, world_size: int) -> StagedModel:
+def build_abstract(
+    config: Config, model_config: PretrainedConfig, world_size: int, *, even: bool = False
+) -> StagedModel:
+    """A process rank's part of a model, without storage.
+
+    Args:
+        even: experts take equal shares, see :mod:`.even_experts`.
+    """
     layout, data = layout_of(config, world_size), config.parsed.data
     sequence_length = data.sequence_length if data is not None else model_config.max_position_embeddings
     place = make_groups(layout, seed=0)
     architecture = architecture_of(model_config, sequence_length)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    transformer = transformer_config(architecture, layout, megatron_block(config), dtype)
+    block = megatron_block(config)
+    transformer = transformer_config(architecture, layout, block, dtype)
+    if even and architecture.num_experts:
+        transformer = replace(transformer, **even_settings(block))
     with torch.device("meta"):
-        return StagedModel(model_config, architecture, layout, place, transformer, sequence_length)
+        return StagedModel(
+            model_config, architecture, layout, place, transformer, sequence_length, block.balance_loss
+        )
 
 
 def _held(model: StagedModel, config: Config, process_ranks: str) -> HeldByRank:

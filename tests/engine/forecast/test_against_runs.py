@@ -61,6 +61,28 @@ CASES: dict[str, dict[str, Any]] = {
         **optimizer("AdamW"),
     },
     "dense-bf16-parallel": {**under_megatron(tensor_parallel=2), **optimizer("AdamW"), "bf16": {"enabled": True}},
+    "dense-bf16-recomputed-parallel": {
+        **under_megatron(tensor_parallel=2, sequence_parallel=True, recompute="full"),
+        **optimizer("AdamW"),
+        "bf16": {"enabled": True},
+    },
+    # Of these each process rank has as many tokens, however its experts share them; of the first the experts' capacity
+    # is so small that all are full.
+    "dense-experts-parallel": {
+        **under_megatron(expert_parallel=2, expert_capacity_factor=0.5),
+        **optimizer("AdamW"),
+        "model": {"config": {**MODEL, **MIXTURE}},
+    },
+    "dense-experts-data-parallel": {
+        **under_megatron(balance_loss="global"),
+        **optimizer("AdamW"),
+        "model": {"config": {**MODEL, **MIXTURE}},
+    },
+    "grass-experts-sequence-parallel": {
+        **under_megatron(tensor_parallel=2, sequence_parallel=True),
+        "model": {"config": {**MODEL, **MIXTURE}},
+    },
+    "dense-context-parallel": {**under_megatron(context_parallel=2), **optimizer("AdamW")},
     "grass-interleaved": {
         **under_megatron(pipeline_parallel=2, virtual_pipeline=3),
         "gradient_accumulation_steps": 2,
@@ -92,7 +114,7 @@ def told(changes: dict[str, Any], corpus: Path, folder: Path) -> dict[str, dict[
         "gradient_accumulation_steps": 1,
         **changes,
     }
-    if {"tensor_parallel", "pipeline_parallel"} & changes.get("megatron", {}).keys():
+    if {"tensor_parallel", "pipeline_parallel", "context_parallel"} & changes.get("megatron", {}).keys():
         # One rank's share of the data.
         settings["train_batch_size"] //= 2
     path = tiny_config(corpus, folder, **settings)

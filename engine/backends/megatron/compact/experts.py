@@ -324,8 +324,8 @@ class SelectedParallelExperts(StackedParallelWeight):
         cut, (m, n), (_, a, b) = self.cut, self.cut.local, self.cut.shape
         self.side = side
         device: Any = owner.held[key][0][0].weight.device
-        self.index = index.to(device)
-        self.local = self._local()
+        # Looked at where it was drawn: the weights may have no values.
+        self.index, self.local = index.to(device), self._local(index).to(device)
         kept, rank = self.local.numel(), index.numel()
         if side == "columns":
             height, width, local, rows = a, rank, (m, kept), cut.rows
@@ -334,7 +334,7 @@ class SelectedParallelExperts(StackedParallelWeight):
         boxes = [box for expert in cut.experts for box in cut.boxes(expert, height, width, rows)]
         self._become(side, height, local, parts_of(key, boxes))
 
-    def _local(self) -> Tensor:
+    def _local(self, index: Tensor) -> Tensor:
         """Of the index, what lies here.
 
         Raises:
@@ -342,15 +342,15 @@ class SelectedParallelExperts(StackedParallelWeight):
         """
         cut, dim = self.cut, self.dim
         if cut.split == dim:
-            rank, whole = self.index.numel(), cut.shape[1 + dim]
+            rank, whole = index.numel(), cut.shape[1 + dim]
             for first, size in cut.ranges(dim):
-                found = int(((self.index >= first) & (self.index < first + size)).sum())
+                found = int(((index >= first) & (index < first + size)).sum())
                 if found * whole != rank * size:
                     raise ValueError(
                         f"strata: expected a multiple of {whole // size}, into which the {self.side} of experts'"
                         f" {self.weight_key} are cut, got {found} of {rank} selected ones in {size} of {whole}"
                     )
-        return cut.local_of(dim, self.index)
+        return cut.local_of(dim, index)
 
     def _selected_rows(self) -> list[tuple[int, int]]:
         """Which of the selected rows lie here, as ranges of their numbers among the selected ones."""
@@ -369,7 +369,7 @@ class SelectedParallelExperts(StackedParallelWeight):
 
     def set_subspace(self, tensors: dict[str, Tensor]) -> None:
         super().set_subspace(tensors)
-        self.local = self._local()
+        self.local = self._local(self.index)
 
     def _compact_of(self, matrix: _Matrix) -> Tensor:
         return matrix.linear.weight.detach().index_select(self.dim, self.local)
