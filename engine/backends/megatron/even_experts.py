@@ -30,8 +30,8 @@ class _Even:
 
 @contextmanager
 def even_shares(model: nn.Module) -> Iterator[None]:
-    """Within it, experts that run one after the other ask no tensor for the numbers of their tokens; what Megatron keeps
-    of a balance loss's scale does not outlive it.
+    """Within it, experts that run one after the other ask no tensor for the numbers of their tokens; what Megatron
+    keeps of a balance loss's scale does not outlive it.
     """
     with ExitStack() as stack:
         before = MoEAuxLossAutoScaler.main_loss_backward_scale

@@ -55,7 +55,9 @@ def ranks_of(
         with group_of(first, world_size):
             try:
                 name = f"{first}-{first + size - 1}" if size > 1 else str(first)
-                yield _Stage(config, build_abstract(config, model_config, world_size, even=True), on_gpu).told(name, steps)
+                yield _Stage(config, build_abstract(config, model_config, world_size, even=True), on_gpu).told(
+                    name, steps
+                )
             finally:
                 destroy_groups()
 

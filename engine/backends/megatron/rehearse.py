@@ -64,9 +64,7 @@ def build_abstract(
     if even and architecture.num_experts:
         transformer = replace(transformer, **even_settings(block))
     with torch.device("meta"):
-        return StagedModel(
-            model_config, architecture, layout, place, transformer, sequence_length, block.balance_loss
-        )
+        return StagedModel(model_config, architecture, layout, place, transformer, sequence_length, block.balance_loss)
 
 
 def _held(model: StagedModel, config: Config, process_ranks: str) -> HeldByRank:
