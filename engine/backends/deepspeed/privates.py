@@ -4,6 +4,7 @@ ZeRO-3 puts ``ds_*`` attributes on parameters; ZeRO-1 and 2 link each parameter 
 ``_hp_mapping``; the optimizer wrappers name their flat groups each in its own way.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -13,7 +14,9 @@ import torch
 from deepspeed import comm
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as process_groups
@@ -262,6 +265,15 @@ def release_destroyed_groups() -> None:
 def forget_model_parallel() -> None:
     """After an engine with an ``mpu``: DeepSpeed keeps it for every later one of the process."""
     process_groups.mpu = None
+
+
+def forget_model(module: torch.nn.Module) -> None:
+    """After an engine of ZeRO-3 was destroyed: its model stays the outermost one that forwards go through, and in a cache
+    of what its modules let go, for as long as the process, with the engine and its process groups.
+    """
+    FWD_MODULE_STACK[:] = [other for other in FWD_MODULE_STACK if other is not module]
+    wrapped: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(wrapped).nonlocals["func"].cache_clear()
 
 
 def configure_python_gc(engine: DeepSpeedEngine) -> None:

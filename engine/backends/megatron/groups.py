@@ -2,6 +2,7 @@
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from .layout import Layout, Place
 
@@ -45,5 +46,7 @@ def make_groups(layout: Layout, seed: int) -> Place:
 
 def destroy_groups() -> None:
     """Let go of Megatron's process groups, if there are any."""
+    # Megatron remembers what rotary embeddings have told, and with it them: with hooks on them, whole models.
+    RotaryEmbedding.forward.cache_clear()  # pyright: ignore[reportFunctionMemberAccess]
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()

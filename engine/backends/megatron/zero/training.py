@@ -12,7 +12,7 @@ from ....config.config import Batches
 from ....micro_batch import Batch
 from ....protocol import MemoryLayout, Phase, WeightSource
 from ...deepspeed.model_parallel import take_values, whole
-from ...deepspeed.privates import forget_model_parallel
+from ...deepspeed.privates import forget_model, forget_model_parallel
 from ...deepspeed.training import DeepSpeedTraining
 from ..micro_batches import given_of
 from ..model import StagedModel
@@ -162,6 +162,7 @@ class ZeroTraining(MegatronTraining):
         # Its hooks hold the model, and with it process groups and their threads.
         self._zero.engine.destroy()
         forget_model_parallel()
+        forget_model(self._zero.engine.module)
         super().close()
 
 
