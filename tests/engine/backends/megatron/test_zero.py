@@ -179,6 +179,7 @@ def num_threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_closed_run(megatron_ranks: MegatronPool) -> None:
     """Each process group has threads. DeepSpeed kept models of ZeRO-3, on a stack of modules and in a cache, and with
     them 48 threads of a run; Megatron, in a cache of rotary embeddings, three.
