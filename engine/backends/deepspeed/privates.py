@@ -268,8 +268,8 @@ def forget_model_parallel() -> None:
 
 
 def forget_model(module: torch.nn.Module) -> None:
-    """After an engine of ZeRO-3 was destroyed: its model stays the outermost one that forwards go through, and in a cache
-    of what its modules let go, for as long as the process, with the engine and its process groups.
+    """After an engine of ZeRO-3 was destroyed: its model stays the outermost one that forwards go through, and in a
+    cache of what its modules let go, for as long as the process, with the engine and its process groups.
     """
     FWD_MODULE_STACK[:] = [other for other in FWD_MODULE_STACK if other is not module]
     wrapped: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
