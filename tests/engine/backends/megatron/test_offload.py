@@ -122,7 +122,7 @@ def test_training_is_bit_equal(
                 assert stats.read > stats.written / 2
                 # Whatever is in flight is on disk once its forward is through, but for what is read ahead: two tensors,
                 # a larger part where little is saved.
-                assert resident < saved / (3 if saved > 160_000 or layout.get("tensor_parallel") else 2)
+                assert resident < saved / (3 if saved > 200_000 or layout.get("tensor_parallel") else 2)
     assert not list(tmp_path.iterdir())
 
 
