@@ -14,17 +14,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small, and two run side by side
 prefer_own_ninja()
 
-# Hosts, SLURM and launchers of a whole machine, signals that must arrive in time.
-_ALONE = [Path(__file__).parent / name for name in ("cluster", "engine/ranks", "launcher/launch")]
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_the_rest_slow(items)
     mark_others_slow(items)
-    for item in items:
-        if any(item.path.is_relative_to(folder) for folder in _ALONE):
-            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ def odd_network(tmp_path_factory: pytest.TempPathFactory, unseen: Path) -> Itera
         yield made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """Two nodes; submitting tests find this environment's commands."""
     with pytest.MonkeyPatch.context() as patch, Slurm(tmp_path_factory.mktemp("slurm"), 2) as made:

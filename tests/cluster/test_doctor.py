@@ -10,7 +10,8 @@ from tests.cluster.conftest import MEGABITS
 from tests.cluster.network import Network, missing
 from tests.support.command import ROOT, environment
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+# The rate of a link is measured.
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 DOWN = "10.255.255.1"
 

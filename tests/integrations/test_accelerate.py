@@ -71,7 +71,7 @@ def foreign_with_offload(folder: str) -> tuple[int, int]:
     deepspeed.initialize = counted
     try:
         block = {"path": folder, "keep_resident": 0, "min_tensor_bytes": 0}
-        config = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+        config = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
         with narrowgauge_initializes({"activation_offload": block}):
             engine, *_ = deepspeed.initialize(model=tiny(), config=config)
     finally:

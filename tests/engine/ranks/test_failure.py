@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from narrowgauge.engine.data.tokens import write_tokens
 from tests.support.command import ROOT, arguments, environment, records, start, tiny_config, wait_for_step
 
 SECONDS = 15
+# Seconds are measured.
+pytestmark = pytest.mark.alone
 
 
 def start_ranks(*words: str) -> "subprocess.Popen[str]":

@@ -78,7 +78,7 @@ def test_one_rank_is_asked_and_all_save_and_end(
     asked[1].send_signal(number)
     asked[1].send_signal(number)
     assert process.wait(60) != 0
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
     reached = max(losses(run_dir))
     assert reached < 120
@@ -160,5 +160,5 @@ def test_before_the_first_step_a_signal_ends_at_once(corpus: Path, tmp_path: Pat
         assert process.stderr is not None
         assert any("waiting for another process" in line for line in process.stdout)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == EXIT_PREEMPTED
+        assert process.wait(30) == EXIT_PREEMPTED
         assert "asked to end (SIGTERM) before the first step: nothing to save" in process.stderr.read()

@@ -14,7 +14,7 @@ from tests.support.command import losses, start, tiny_config, wait_for_step
 from tests.support.forked import run
 
 # Seconds; a loaded machine must make its engine and evaluate within it.
-LIMIT = 12
+LIMIT = 20
 FEW = ["--set", f"training.hang_timeout={LIMIT}", "--set", "training.steps=200"]
 TWO_HERE = ["--set", "launch.processes_per_node=2", "--set", "launch.threads_per_process=1"]
 
