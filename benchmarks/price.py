@@ -75,6 +75,7 @@ class Method:
 
 
 _COLUMNS: dict[str, Any] = {"density": 1 / 8, "rates": (1e-3, 2e-3, 4e-3)}
+_TERNARY: dict[str, Any] = {"rates": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
 _SAMPLED = partial(WtaCrs, 0.3)
 METHODS = {
     "adamw": Method(),
@@ -82,8 +83,8 @@ METHODS = {
     "power": Method(schedule="power"),
     "trust-region-10": Method(cycle=10, rates=(5e-4, 1e-3, 2e-3)),
     "short-first": Method(short_first=True),
-    "bitnet-mean": Method(ternary="mean"),
-    "bitnet-median": Method(ternary="median"),
+    "bitnet-mean": Method(**_TERNARY, ternary="mean"),
+    "bitnet-median": Method(**_TERNARY, ternary="median"),
     "recompute": Method(recompute=True),
     "disk": Method(to_disk=True),
     "mesa8": Method(codec="mesa8"),
