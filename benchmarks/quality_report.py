@@ -42,8 +42,8 @@ _COLUMNS = (
 
 
 def best_results(search: Search, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Of each method with a result, the one of lowest loss, with ``runs``, ``finished`` and ``repeated`` added: the
-    losses at its rates with other seeds.
+    """Of each method with a result, the one of lowest loss, with ``runs``, ``finished``, ``matrix_rates`` (those tried)
+    and ``repeated`` added: the losses at its rates with other seeds.
     """
     found = {}
     for method in methods:
@@ -56,7 +56,9 @@ def best_results(search: Search, methods: Sequence[str]) -> dict[str, dict[str, 
             finished = search.progress(method).best is not None
             repeated = [search.loss_of(run) for run in search.repeated(method, Rates(**best["settings"]["rates"]))]
             losses = [loss for loss in repeated if loss is not None]
-            found[method] = {**best, "runs": len(results), "finished": finished, "repeated": losses}
+            rates = sorted({result["settings"]["rates"]["matrix_lr"] for result in results})
+            more = {"runs": len(results), "finished": finished, "matrix_rates": rates, "repeated": losses}
+            found[method] = {**best, **more}
     return found
 
 
@@ -69,7 +71,7 @@ def rows_of(search: Search, found: dict[str, dict[str, Any]]) -> list[Row]:
     rows, times = [], read_times(search.folder)
     base, frozen = (found[name]["loss"] if name in found else None for name in (BASELINE, FROZEN))
     for method, result in found.items():
-        size, rates = result["bytes"], result["settings"]["rates"]
+        size, rates, tried = result["bytes"], result["settings"]["rates"], result["matrix_rates"]
         losses = [result["loss"], *result["repeated"]]
         seeds = [statistics.fmean(losses), min(losses), max(losses)] if len(losses) > 1 else [None] * 3
         step, optimizer_step = (times.get(method, {}).get(phase, {}).get("ratio") for phase in ("step", "optimizer"))
@@ -81,6 +83,8 @@ def rows_of(search: Search, found: dict[str, dict[str, Any]]) -> list[Row]:
                 **dict(zip(("loss_mean", "loss_low", "loss_high"), seeds, strict=True)),
                 "lr": rates["lr"],
                 "matrix_lr": rates["matrix_lr"],
+                "rates_tried": len(tried),
+                "at_edge": "yes" if method != FROZEN and rates["matrix_lr"] in (tried[0], tried[-1]) else "no",
                 "optimizer_mib": size["optimizer"] / _MIB,
                 "above_formula_percent": 100 * (size["optimizer"] / size["optimizer_formula"] - 1),
                 "gradients_mib": size["gradients"] / _MIB,

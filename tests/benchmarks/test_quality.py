@@ -21,6 +21,7 @@ from benchmarks.quality_run import Rates, Run, read_result, train
 from benchmarks.quality_search import BETA2, Progress, search_baseline, search_rates
 from benchmarks.quality_sweep import Search
 from benchmarks.quality_time import MAIN, read_times
+from benchmarks.results_file import read_rows
 
 NAMES = ["adamw", "grass-columns-1/4", "grass-rows-1/4"]
 
@@ -160,6 +161,10 @@ def test_bytes_are_those_of_the_formula(out: Path) -> None:
         assert found[name]["parameters"] == {"trained": trained, "model": matrices + dense}
 
 
+def _records(out: Path, method: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in out.glob(f"{method.replace('/', '_')}-*.json")]
+
+
 def test_reports_are_written(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, picture = tmp_path / "table.md", tmp_path / "loss.png"
     before = written(out)
@@ -175,6 +180,11 @@ def test_reports_are_written(out: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert name in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
+    sweep(out, "--csv", str(tmp_path / "rows.csv"))
+    for row in read_rows(tmp_path / "rows.csv"):
+        rates = {record["settings"]["rates"]["matrix_lr"] for record in _records(out, row["method"])}
+        assert row["rates_tried"] == len(rates)
+        assert (row["at_edge"] == "yes") == (row["matrix_lr"] in (min(rates), max(rates)))
 
 
 def test_the_best_run_is_the_one_of_lowest_loss(out: Path) -> None:
