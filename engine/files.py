@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,14 @@ def write_text(path: Path, text: str) -> None:
     """
     aside = path.with_name(path.name + ".tmp")
     with naming(path):
-        aside.write_text(text)
-        _sync(aside)
-        aside.replace(path)
+        try:
+            aside.write_text(text)
+            _sync(aside)
+            aside.replace(path)
+        except OSError:
+            with suppress(OSError):
+                aside.unlink()
+            raise
         _sync(path.parent)
 
 

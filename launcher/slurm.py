@@ -16,7 +16,7 @@ from narrowgauge.engine.config.launch_block import LaunchBlock
 from narrowgauge.engine.config.slurm_block import SweepBlock
 from narrowgauge.engine.errors import UserError, did_you_mean
 from narrowgauge.engine.files import local_path, read_json
-from narrowgauge.engine.report.metrics import evaluation_records, start_records, step_records
+from narrowgauge.engine.report.metrics import read_metrics, start_records
 from narrowgauge.engine.report.progress import duration
 from narrowgauge.engine.run_folder import CONFIG, SUMMARY
 
@@ -112,7 +112,7 @@ def show_status(config: Path, overrides: Sequence[str], console: Console) -> Non
     starts = start_records(run_dir)
     if not starts:
         raise UserError(f"{run_dir}: no run has begun there")
-    records = step_records(run_dir)
+    records, evaluations = read_metrics(run_dir)
     assert checked.parsed.training is not None
     table = Table(show_header=False)
     last = records[-1] if records else None
@@ -121,7 +121,7 @@ def show_status(config: Path, overrides: Sequence[str], console: Console) -> Non
     table.add_row("step", f"{step} of {num_steps}")
     if last is not None:
         table.add_row("loss", f"{last['loss']:.4f}")
-    if evaluations := evaluation_records(run_dir):
+    if evaluations:
         found = evaluations[-1]
         value = found["eval_loss"]
         table.add_row(

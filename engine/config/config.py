@@ -116,6 +116,14 @@ class Config:
             steps = 1 if total is None else total // (micro * world_size) if micro else 0
         if total is None:
             total = micro * steps * world_size
+        if not micro or not steps:
+            # As the one of them that was derived.
+            micro, steps = micro or 1, steps or 1
+            raise self.error(
+                f"train_batch_size: expected at least {micro * steps * world_size}, a sequence"
+                f" for each of {world_size} data-parallel ranks"
+                f" with train_micro_batch_size_per_gpu {micro} and gradient_accumulation_steps {steps}, got {total}"
+            )
         if micro * steps * world_size != total or not total:
             raise self.error(
                 f"train_batch_size: expected train_micro_batch_size_per_gpu ({micro}) x gradient_accumulation_steps"

@@ -77,6 +77,10 @@ def _describe(item: Any, schema: type[BaseModel]) -> str:
     if item["type"] == "missing":
         return f"{path}: expected this key, got none"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "enum":
+        # Two names of DeepSpeed's stages have the same value.
+        *others, last = dict.fromkeys(re.split(", | or ", item["ctx"]["expected"]))
+        message = f"Input should be {', '.join(others)} or {last}"
     found = item["input"]
     is_secret = HIDDEN in str(redact(found, tuple(map(str, keys))))
     if message.startswith("Input should be "):

@@ -87,6 +87,16 @@ class SlurmBlock(StrictBlock):
 
 
 def _check_sweep(sweep: SweepBlock, options: dict[str, Any]) -> None:
+    if sweep.key == "logging.run_dir":
+        raise ValueError(
+            "sweep.key: expected another than logging.run_dir, which the script sets for each job: all jobs would train"
+            " the same configuration"
+        )
+    if sweep.key.startswith("launch.slurm"):
+        raise ValueError(
+            f"sweep.key: expected none of launch.slurm, which is read before the jobs begin, got {sweep.key}: all jobs"
+            " would train the same configuration"
+        )
     words = [str(value) for value in sweep.values]
     for value, word in zip(sweep.values, words, strict=True):
         if not re.fullmatch(r"[\w.+-]+", word):

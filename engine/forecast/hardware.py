@@ -1,5 +1,6 @@
 """Graphics processors, links and drives by their makers' figures. Light to import."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -79,6 +80,6 @@ def bytes_per_second(text: str, option: str) -> float:
         value = float(found[1]) * _PREFIXES[found[2]] * _UNITS[found[3]] if found else 0.0
     except ValueError:
         value = 0.0
-    if value <= 0.0:
+    if not 0.0 < value < math.inf:
         raise UserError(f"{option}: expected a speed such as 400gbit or 6GB/s, got {text!r}")
     return value

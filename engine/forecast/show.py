@@ -1,5 +1,6 @@
 """A forecast as tables for people. Light to import."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,14 +42,23 @@ def show(found: "Forecast", console: Console) -> None:
     for ranks in _in_width(found.ranks, console.width):
         console.print(_saved(ranks))
     console.print(_sent(found))
-    console.print(f"checkpoint: {found.checkpoint / _GB:,.1f} GB", highlight=False)
+    console.print(f"checkpoint: {figure(found.checkpoint / _GB, 1)} GB", highlight=False)
     if found.machine is not None:
         _time(found, console)
 
 
+def figure(value: float, places: int) -> str:
+    """A number with ``places`` decimals, and more where they would show fewer than two digits of it."""
+    if value and math.isfinite(value):
+        places = max(places, 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{places}f}"
+
+
 def _millions(counts: Mapping[str, int]) -> str:
-    parts = ", ".join(f"{key} {counts[key] / 1e6:,.1f}" for key in ("dense", "compact", "frozen") if counts.get(key))
-    return f"{counts['total'] / 1e6:,.1f} ({parts})"
+    parts = ", ".join(
+        f"{key} {figure(counts[key] / 1e6, 1)}" for key in ("dense", "compact", "frozen") if counts.get(key)
+    )
+    return f"{figure(counts['total'] / 1e6, 1)} ({parts})"
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -73,11 +83,11 @@ def _memory(found: "Forecast", ranks: "Ranks") -> Table:
         table.add_row("of the model", *(rank.what for rank, _ in ranks))
     for kind in peaks[0].bytes:
         if any(peak.bytes[kind] for peak in peaks):
-            table.add_row(kind, *(f"{peak.bytes[kind] / _GIB:,.2f}" for peak in peaks))
+            table.add_row(kind, *(figure(peak.bytes[kind] / _GIB, 2) for peak in peaks))
     table.add_section()
-    table.add_row("all", *(f"{peak.total / _GIB:,.2f}" for peak in peaks))
+    table.add_row("all", *(figure(peak.total / _GIB, 2) for peak in peaks))
     if found.machine is not None:
-        table.add_row("a GPU has", *[f"{found.machine.gpu.usable / _GIB:,.2f}"] * len(peaks))
+        table.add_row("a GPU has", *[figure(found.machine.gpu.usable / _GIB, 2)] * len(peaks))
     return table
 
 
@@ -86,9 +96,9 @@ def _saved(ranks: "Ranks") -> Table:
     kinds = dict.fromkeys(kind for rank, _ in ranks for passes in rank.chunks for kind in passes.saved_by)
     for kind in kinds:
         row = [sum(passes.saved_by.get(kind, 0) for passes in rank.chunks) for rank, _ in ranks]
-        table.add_row(kind, *(f"{nbytes / 2**20:,.1f}" for nbytes in row))
+        table.add_row(kind, *(figure(nbytes / 2**20, 1) for nbytes in row))
     if any(rank.offloaded for rank, _ in ranks):
-        table.add_row("of it on the drive", *(f"{sum(rank.offloaded) / 2**20:,.1f}" for rank, _ in ranks))
+        table.add_row("of it on the drive", *(figure(sum(rank.offloaded) / 2**20, 1) for rank, _ in ranks))
     return table
 
 
@@ -103,7 +113,7 @@ def _sent(found: "Forecast") -> Table:
         # all of them may have their next stage in another.
         out = nbytes if name != "activations" else found.sent.stages * per_node
         out = out if nodes > 1 else 0.0
-        table.add_row(name, *(f"{n / 1e6:,.1f}" for n in (nbytes, nbytes * per_node - out, out)))
+        table.add_row(name, *(figure(n / 1e6, 1) for n in (nbytes, nbytes * per_node - out, out)))
     return table
 
 
@@ -115,16 +125,18 @@ def _time(found: "Forecast", console: Console) -> None:
     table = _table(f"seconds per step on {machine.described()}", "", "s", "share")
     for name, value in parts.items():
         if value:
-            table.add_row(name, f"{value:,.3f}", f"{value / seconds.step:.0%}")
+            table.add_row(name, figure(value, 3), f"{value / seconds.step:.0%}")
     table.add_section()
-    table.add_row("all", f"{seconds.step:,.3f}", f"{found.tokens_per_step / seconds.step:,.0f} tokens/s")
+    table.add_row("all", figure(seconds.step, 3), f"{figure(found.tokens_per_step / seconds.step, 0)} tokens/s")
     console.print(table)
     for line in machine.assumptions(offloads=found.written > 0):
         console.print(f"stated, not measured: {line}", highlight=False)
     if found.days is not None:
         hours = 24 * found.days * machine.world_size
-        cost = f", {hours * machine.price:,.0f} at {machine.price:g} an hour" if machine.price is not None else ""
-        console.print(f"{found.steps:,} steps: {found.days:,.2f} days, {hours:,.0f} GPU-hours{cost}", highlight=False)
+        cost = f", {figure(hours * machine.price, 0)} at {machine.price:g} an hour" if machine.price is not None else ""
+        console.print(
+            f"{found.steps:,} steps: {figure(found.days, 2)} days, {figure(hours, 0)} GPU-hours{cost}", highlight=False
+        )
     if found.written:
         _wear(found, console)
 
@@ -136,12 +148,12 @@ def _wear(found: "Forecast", console: Console) -> None:
     assert options is not None
     daily = found.written * machine.gpus / found.seconds.step * 86400
     life = (
-        f"; {options.rated_tbw * 1e12 / daily / 365.25:,.1f} years of {options.rated_tbw:g} TB"
+        f"; {figure(options.rated_tbw * 1e12 / daily / 365.25, 1)} years of {options.rated_tbw:g} TB"
         if options.rated_tbw
         else ""
     )
     console.print(
-        f"drives of a node: {found.written * machine.gpus / _GB:,.1f} GB written per step, {daily / 1e12:,.1f} TB a"
-        f" day{life}",
+        f"drives of a node: {figure(found.written * machine.gpus / _GB, 1)} GB written per step,"
+        f" {figure(daily / 1e12, 1)} TB a day{life}",
         highlight=False,
     )

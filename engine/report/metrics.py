@@ -52,12 +52,14 @@ class MetricsLog:
 
 def step_records(run_dir: Path) -> list[dict[str, Any]]:
     """The records of training steps that a run has written so far, in order."""
-    return [record for record in _records(run_dir / METRICS) if record.keys() >= {"loss", "bytes", "seconds"}]
+    return read_metrics(run_dir)[0]
 
 
-def evaluation_records(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of evaluations, in order."""
-    return [record for record in _records(run_dir / METRICS) if "eval_loss" in record]
+def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The records of training steps and those of evaluations, in order."""
+    found = _records(run_dir / METRICS)
+    steps = [record for record in found if record.keys() >= {"loss", "bytes", "seconds"}]
+    return steps, [record for record in found if "eval_loss" in record]
 
 
 def start_records(run_dir: Path) -> list[dict[str, Any]]:

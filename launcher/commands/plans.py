@@ -1,5 +1,6 @@
 """``plan``: what a run would take, before there is one."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ def plan(
     ] = "h100-80",
     link: Annotated[str, typer.Option(help="Between machines.")] = "400gbit",
     disk: Annotated[str, typer.Option(help="A machine's drives, for activation offload.")] = "6GB/s",
-    price: Annotated[float | None, typer.Option(min=0.0, help="Of a GPU for an hour.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of a GPU for an hour.")] = None,
     fit: Annotated[
         str | None,
         typer.Option(metavar="fastest|largest", help="Search stage, density, micro-batch, recompute and offload."),
@@ -36,6 +37,8 @@ def plan(
     from narrowgauge.engine.forecast.hardware import bytes_per_second, gpu_named
     from narrowgauge.engine.forecast.machine import Machine
 
+    if price is not None and not 0.0 <= price < math.inf:
+        raise UserError(f"--price: expected a finite number of at least 0, got {price}")
     machine = Machine(
         nodes=nodes,
         gpus=gpus,

@@ -1,12 +1,13 @@
 """``init``: a first configuration from a few questions or flags."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
-from narrowgauge.engine.errors import UserError
+from narrowgauge.engine.errors import UserError, did_you_mean
 
 from ..configurations import packaged_models
 from ..output import make_console, show_libraries_less
@@ -35,7 +36,11 @@ def init(
     # Before anyone answers questions.
     check_new(out, "--out")
     model = _answer("--model", model, f"Model: {', '.join(packaged_models())}, or a folder", "llama-1b")
+    _check_model(model)
     files = data or [_answer("--data", None, "Data: files, or stdlib", "stdlib")]
+    _check_data(files)
+    if tokenizer == "":
+        raise UserError("--tokenizer: expected a folder, got ''")
     gpus = _answer("--gpus", gpus, "GPUs of each machine", 8)
     kind = gpu_named(_answer("--gpu", gpu, f"GPU: {', '.join(GPUS)}", "h100-80"))
     show_libraries_less()
@@ -43,6 +48,30 @@ def init(
 
     answers = Answers(model=model, data=files, tokenizer=tokenizer, sequence_length=sequence_length, steps=steps)
     write_first(answers, Machine(nodes=nodes, gpus=gpus, gpu=kind), out, make_console())
+
+
+def _check_model(model: str) -> None:
+    """
+    Raises:
+        UserError: it is no folder and no preset.
+    """
+    names = packaged_models()
+    if model not in names and (not model or not Path(model).is_dir()):
+        raise UserError(
+            f"--model: expected a Hugging Face folder or one of {', '.join(names)}, got {model!r}"
+            f"{did_you_mean(model, names)}"
+        )
+
+
+def _check_data(files: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: one has no name, or stdlib has others beside it.
+    """
+    if "" in files:
+        raise UserError("--data: expected files, globs or stdlib, got ''")
+    if "stdlib" in files and len(files) > 1:
+        raise UserError(f"--data: expected stdlib alone or files, got {', '.join(files)}")
 
 
 def _answer(option: str, given: AnswerT | None, question: str, default: AnswerT) -> AnswerT:

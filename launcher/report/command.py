@@ -18,6 +18,8 @@ def report(folders: list[Path], *, output: Path, png: Path | None, console: Cons
     Raises:
         UserError: a run folder does not hold, or a file cannot be written.
     """
+    if output.is_dir():
+        raise UserError(f"--output: expected a file, got the folder {output}")
     runs = read_runs(folders)
     text = page(runs)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 from narrowgauge.engine.config.json_file import flatten
 from narrowgauge.engine.errors import UserError
 from narrowgauge.engine.files import read_json
-from narrowgauge.engine.report.metrics import end_records, evaluation_records, start_records, step_records
+from narrowgauge.engine.report.metrics import end_records, read_metrics, start_records
 from narrowgauge.engine.report.summary import SCHEMA_VERSION
 from narrowgauge.engine.run_folder import CONFIG, METRICS, SUMMARY
 
@@ -98,8 +98,8 @@ def read_run(folder: Path, name: str) -> Run:
         if summary is not None and not isinstance(found := summary.get(key, {}), dict):
             raise UserError(f"{folder / SUMMARY}: {key}: expected an object, got {type(found).__name__}: broken")
     try:
-        records = step_records(folder)
-        evaluations, starts, ends = evaluation_records(folder), start_records(folder), end_records(folder)
+        records, evaluations = read_metrics(folder)
+        starts, ends = start_records(folder), end_records(folder)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from error
     if not records:

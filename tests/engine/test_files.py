@@ -20,6 +20,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
         with pytest.raises(OSError, match="No space"):
             write_json(path, {"steps": 2})
     assert json.loads(path.read_text()) == {"steps": 1}
+    assert [found.name for found in tmp_path.iterdir()] == ["summary.json"]
     write_json(path, {"steps": 2})
     assert json.loads(path.read_text()) == {"steps": 2}
     assert [found.name for found in tmp_path.iterdir()] == ["summary.json"]

@@ -27,8 +27,8 @@ def test_flags_make_a_configuration_that_fits(call: Call, tmp_path: Path) -> Non
     told = call("plan", str(out), "--gpus", "2", "--gpu", "l4-24", "--json")
     assert json.loads(told.stdout)["fits"]
     assert "expected a file that is not there yet" in call(*words).stderr
-    elsewhere = [*words, "--data", "no/*.txt", "--tokenizer", "no/tokenizer"]
-    elsewhere[elsewhere.index(str(out))] = str(tmp_path / "elsewhere.json")
+    changed = {str(out): str(tmp_path / "elsewhere.json"), "stdlib": "no/*.txt"}
+    elsewhere = [*(changed.get(word, word) for word in words), "--tokenizer", "no/tokenizer"]
     said = call(*elsewhere).stdout
     assert "warning: --data: 'no/*.txt' names no file on this machine" in said
     assert "warning: --tokenizer: nothing is at no/tokenizer on this machine" in said
@@ -40,6 +40,11 @@ def test_flags_make_a_configuration_that_fits(call: Call, tmp_path: Path) -> Non
         (["--data", "stdlib", "--gpus", "2"], "--model: expected it, or a terminal to ask on, got neither"),
         (["--model", "llama-8b", "--data", "stdlib", "--gpus", "2", "--gpu", "l4-24"], "'llama-8b'; did you mean"),
         (["--model", "llama-60m", "--data", "stdlib", "--gpus", "2", "--gpu", "l4-2"], "did you mean 'l4-24'?"),
+        (["--model", ""], "--model: expected a Hugging Face folder or one of llama-130m, llama-13b, "),
+        (["--model", "/no/such"], "llama-7b, got '/no/such'"),
+        (["--model", "llama-60m", "--data", ""], "--data: expected files, globs or stdlib, got ''"),
+        (["--model", "llama-60m", "--data", "stdlib", "--data", "a"], "--data: expected stdlib alone or files, got st"),
+        (["--model", "llama-60m", "--data", "a", "--tokenizer", ""], "--tokenizer: expected a folder, got ''"),
         (["--out", "/no/such/folder/config.json"], "--out: expected a file in a folder that is there, got /no/such"),
     ],
 )

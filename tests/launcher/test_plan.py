@@ -51,6 +51,10 @@ def test_tables_for_people(call: Call) -> None:
     [
         (["--gpu", "h100-08"], "--gpu: expected one of b200-180, "),
         (["--gpu", "h100-08"], "got 'h100-08'; did you mean 'h100-80'?"),
+        (["--price", "inf"], "--price: expected a finite number of at least 0, got inf"),
+        (["--price", "nan"], "--price: expected a finite number of at least 0, got nan"),
+        (["--price", "-1"], "--price: expected a finite number of at least 0, got -1.0"),
+        (["--link", "9" * 400 + "GB/s"], "--link: expected a speed such as 400gbit"),
         (["--link", "fast"], "--link: expected a speed such as 400gbit or 6GB/s, got 'fast'"),
         (["--gpus", "7"], "train_batch_size: expected train_micro_batch_size_per_gpu (16) x"),
         (["--gpu", "rtx3090-24"], "expected at most 21.0 GiB a process rank on rtx3090-24, got 3"),

@@ -132,6 +132,8 @@ def test_a_sweep_is_over_the_values_of_any_key(call: Call, corpus: Path, tmp_pat
         ({"key": "optimizer.params.density", "values": [0.5, 2]}, {}, "density: expected"),
         ({"values": [0.1, 0.2, 0.1]}, {}, "sweep.values: expected each value once, got 0.1 twice"),
         ({"values": [0.1]}, {"array": "0-9"}, "array: expected none beside sweep"),
+        ({"key": "logging.run_dir", "values": ["a", "b"]}, {}, "sweep.key: expected another than logging.run_dir"),
+        ({"key": "launch.slurm.mem", "values": [1, 2]}, {}, "sweep.key: expected none of launch.slurm, which"),
     ],
 )  # fmt: skip
 def test_a_sweep_that_a_job_would_refuse_is_refused_before(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,8 @@ def test_a_misspelt_key_is_named_with_the_nearest_right_one(misspelt: str, right
         ("train_batch_size=true", "train_batch_size: expected a valid integer, got true"),
         ("train_batch_size=0", "train_batch_size: expected greater than 0, got 0"),
         ("gradient_clipping=a", 'gradient_clipping: expected a valid number, got "a"'),
-        ("zero_optimization.stage=two", 'zero_optimization.stage: expected 0, 1, 2, 3 or 3, got "two"'),
-        ("zero_optimization.stage=4", "zero_optimization.stage: expected 0, 1, 2, 3 or 3, got 4"),
+        ("zero_optimization.stage=two", 'zero_optimization.stage: expected 0, 1, 2 or 3, got "two"'),
+        ("zero_optimization.stage=4", "zero_optimization.stage: expected 0, 1, 2 or 3, got 4"),
         ("optimizer.params.density=2", "optimizer.params.density: expected a number in (0, 1] or None, got 2"),
         ("optimizer.params.density=0", "optimizer.params.density: expected a number in (0, 1] or None, got 0"),
         ("optimizer.params.rank=4", "optimizer.params: give exactly one of rank, density and budget, got rank="),
@@ -222,17 +223,24 @@ def test_overrides_are_json_or_bare_strings() -> None:
         ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1}, 2, (8, 1, 4)),
         ({"train_batch_size": 8, "gradient_accumulation_steps": 2}, 2, (8, 2, 2)),
         ({"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2}, 4, (24, 3, 2)),
-        ({"train_batch_size": 8}, 3, None),
-        ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 3}, 2, None),
-        ({}, 2, None),
+        ({"train_batch_size": 8}, 3, "expected train_micro_batch_size_per_gpu (2) x"),
+        (
+            {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 3},
+            2,
+            "expected train_micro_batch_size_per_gpu (3)",
+        ),
+        ({"train_batch_size": 8}, 16, "expected at least 16, "),
+        ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 3}, 4, "expected at least 12, "),
+        ({"train_batch_size": 8, "gradient_accumulation_steps": 3}, 4, "expected at least 12, "),
+        ({}, 2, "expected it or"),
     ],
 )
 def test_batch_sizes_are_derived_as_deepspeed_derives_them(
     given: dict[str, int], world_size: int, expected: Any
 ) -> None:
     config = load_config({**{k: v for k, v in BASE.items() if k != "train_batch_size"}, **given})
-    if expected is None:
-        with pytest.raises(ConfigError, match="train_batch_size"):
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=re.escape(f"train_batch_size: {expected}")):
             config.batches(world_size)
     else:
         batches = config.batches(world_size)

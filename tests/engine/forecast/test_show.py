@@ -11,7 +11,7 @@ from narrowgauge.engine.config.config import load_config
 from narrowgauge.engine.forecast.forecast import forecast
 from narrowgauge.engine.forecast.hardware import GIB, gpu_named
 from narrowgauge.engine.forecast.machine import Machine
-from narrowgauge.engine.forecast.show import show
+from narrowgauge.engine.forecast.show import figure, show
 from narrowgauge.engine.run.validate import check_for
 
 STAGES = 8
@@ -37,6 +37,14 @@ CONFIG: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("value", "places", "shown"),
+    [(0.0, 1, "0.0"), (1234.56, 1, "1,234.6"), (0.00123, 3, "0.0012"), (0.4, 0, "0.40"), (12.0, 0, "12")],
+)
+def test_small_numbers_keep_their_digits(value: float, places: int, shown: str) -> None:
+    assert figure(value, places) == shown
+
+
 @pytest.mark.slow
 def test_all_stages_of_a_long_pipeline_are_readable() -> None:
     config, machine = load_config(CONFIG), Machine(gpus=STAGES, gpu=gpu_named("h100-80"))
@@ -47,6 +55,6 @@ def test_all_stages_of_a_long_pipeline_are_readable() -> None:
     tables = [line for line in lines if line.startswith("│ all ")]
     assert len(tables) == 4
     totals = [cell for line in tables[:3] for cell in re.findall(r"[\d.]+", line)]
-    assert totals == [f"{rank.peak.total / GIB:.2f}" for rank, _ in found.ranks]
+    assert totals == [figure(rank.peak.total / GIB, 2) for rank, _ in found.ranks]
     assert len(set(totals)) > 2
     assert all(len(line) <= 80 for line in lines if line.startswith(("│", "┃", "┏", "└")))

@@ -213,12 +213,15 @@ def test_what_is_no_run_or_cannot_be_written_is_named(tmp_path: Path, call: Call
             [run, "--output", f"{tmp_path}/no/page.html"],
             f"--output {tmp_path}/no/page.html: cannot be written: No such",
         ),
+        ([run, "--output", ""], "--output: expected a file, got the folder ."),
+        ([run, "--output", run], f"--output: expected a file, got the folder {run}"),
     ):
         done = call("report", *words)
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
+def test_lines_that_are_no_records_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A page was not made at all where a step was below 0, a time beyond the calendar's end, or a value NaN."""
     folder = write_run(tmp_path / "run", restarted_after=8)
     whole = read_runs([folder])
@@ -229,7 +232,12 @@ def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
         file.writelines(json.dumps(line) + "\n" for line in odd)
     with (folder / "starts.jsonl").open("a") as file:
         file.writelines(['{"after_step": "x"}\n', '{"after_step": 9, "time": 1e300}\n', '{"after_step": null}\n'])
+    caplog.clear()
     assert read_runs([folder]) == whole
+    assert [record.message.split(": ")[1] for record in caplog.records] == [
+        "no record in line 23, 24, 25, 26; dropped",
+        "no record in line 3, 4, 5; dropped",
+    ]
     lines = (folder / "metrics.jsonl").read_text().replace('"grad_norm": 0.5', '"grad_norm": NaN')
     (folder / "metrics.jsonl").write_text(lines)
     (norms,) = [chart for chart in charts_over("steps", read_runs([folder])) if chart.title == "gradient norm"]
