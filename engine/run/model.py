@@ -18,6 +18,7 @@ from ..ranks.environment import process_rank
 from .model_folder import config_of_folder, none_alone, text_config_of
 from .model_keys import ROPE_KEYS, keys_of
 from .released_keys import is_left_out
+from .said import said_of
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def _known(model_type: Any, where: str) -> PretrainedConfig:
         raise UserError(f"{where}.model_type: {model_type!r} is not a model type of transformers") from error
     except Exception as error:
         # Of types whose own defaults do not hold, or need another package.
-        raise UserError(f"{where}: {model_type}: {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(said_of(error, f"{where}: {model_type}")) from error
 
 
 def _make(known: PretrainedConfig, settings: dict[str, Any], vocab_size: int | None, where: str) -> PretrainedConfig:
@@ -115,7 +116,7 @@ def _make(known: PretrainedConfig, settings: dict[str, Any], vocab_size: int | N
         config = AutoConfig.for_model(known.model_type, **settings)
     except Exception as error:
         # Model types raise what comes: a strict dataclass's error, a KeyError for an unknown activation.
-        raise UserError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(said_of(error, where)) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{where}.model_type: {known.model_type!r} is not a causal language model of transformers")
     return config
@@ -162,8 +163,9 @@ def abstract_model(config: PretrainedConfig) -> nn.Module:
     """The model without storage, to check options and count parameters before anything is allocated.
 
     Raises:
-        UserError: transformers cannot build it, or it would see the tokens that it has to predict.
+        UserError: it is out of bounds, transformers cannot build it, or it would see the tokens that it has to predict.
     """
+    _check_bounds(config)
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -190,6 +192,16 @@ def abstract_model(config: PretrainedConfig) -> nn.Module:
                 f" {config.model_type} would see the tokens that it has to predict"
             )
     return model
+
+
+# Some ten times the largest models'. What is built for a layer, and indices of a column, are real without storage, too.
+_MOST = {"num_hidden_layers": 2_000, "hidden_size": 1 << 20, "intermediate_size": 1 << 20}
+
+
+def _check_bounds(config: PretrainedConfig) -> None:
+    for key, most in _MOST.items():
+        if isinstance(found := getattr(config, key, None), int) and found > most:
+            raise UserError(f"model.config.{key}: expected at most {most}, got {found}")
 
 
 def _check_sizes(config: PretrainedConfig) -> None:
