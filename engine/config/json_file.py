@@ -11,6 +11,7 @@ import hjson
 from ..errors import ConfigError
 
 _TOO_DEEP = "it is nested too deeply"
+_DEEPEST = 100
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,9 +62,13 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
+        except ValueError as error:
+            raise ConfigError("--set", [f"{path}: expected a number of fewer digits, got {len(text):,}"]) from error
         except RecursionError as error:
             raise ConfigError("--set", [f"{path}: {_TOO_DEEP}"]) from error
         *parents, last = path.split(".")
+        if len(parents) > _DEEPEST:
+            raise ConfigError("--set", [f"{path[:40]}...: {_TOO_DEEP}"])
         node = raw
         for key in parents:
             node = node.setdefault(key, {})

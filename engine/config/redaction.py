@@ -2,6 +2,7 @@
 
 import re
 from typing import Any
+from urllib.parse import unquote
 
 HIDDEN = "***"
 
@@ -11,10 +12,11 @@ _SECRET_KEY = re.compile(
 )
 # To the last @ before the path: a password may hold one.
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s\"']+@")
-# A secret among the parameters after a URL's ``?`` (or ``#``): ``?token=...``, ``&X-Amz-Signature=...``.
-_URL_PARAMETER = re.compile(
-    r"([?&;#](?:[\w.-]*(?:(?:api|access|private|secret)[_-]?keys?|token|secrets?|passwords?|passwd|credentials?"
-    r"|signature|AccessKeyId)|(?:[\w.-]*[_-])?(?:key|auth|authorization|bearer|jwt|pwd|sas|sig))=)[^&;#\s\"']+",
+# A parameter after a URL's ``?`` (or ``#``): ``?token=...``, ``&X-Amz-Signature=...``, ``&%74oken[]=...``.
+_URL_PARAMETER = re.compile(r"([?&;#])([^=?&;#\s\"']+)=([^&;#\s\"']+)")
+_SECRET_PARAMETER = re.compile(
+    r"[\w.-]*((api|access|private|secret)[_-]?keys?|token|secrets?|passwords?|passwd|credentials?|signature|AccessKeyId)"
+    r"|([\w.-]*[_-])?(key|auth|authorization|bearer|jwt|pwd|sas|sig|code|session|session_?id|sid)",
     re.IGNORECASE,
 )
 # Its values are environment variables, of which nobody knows what they hold.
@@ -36,4 +38,10 @@ def redact(value: Any, path: tuple[str, ...] = ()) -> Any:
 
 def redact_text(text: str) -> str:
     """The text with ``***`` for user and password in URLs, and for the secrets among their parameters."""
-    return _URL_PARAMETER.sub(rf"\1{HIDDEN}", _URL_CREDENTIALS.sub(f"{HIDDEN}@", text))
+    return _URL_PARAMETER.sub(_hide, _URL_CREDENTIALS.sub(f"{HIDDEN}@", text))
+
+
+def _hide(parameter: re.Match[str]) -> str:
+    before, name, _ = parameter.groups()
+    is_secret = _SECRET_PARAMETER.fullmatch(unquote(name).partition("[")[0])
+    return f"{before}{name}={HIDDEN}" if is_secret else parameter[0]

@@ -38,6 +38,11 @@ def test_configurations(value: Any, expected: Any) -> None:
         ("https://h/x?sig=a%2Fb#key=c", "https://h/x?sig=***#key=***"),
         ("https://h/x?accessToken=k1&apiSecret=k2&part=2", "https://h/x?accessToken=***&apiSecret=***&part=2"),
         ("https://h/x?jwt=k1&monkey=2", "https://h/x?jwt=***&monkey=2"),
+        (
+            "https://h/x?code=k1&session=k2&%74oken=k3&token[]=k4",
+            "https://h/x?code=***&session=***&%74oken=***&token[]=***",
+        ),
+        ("https://h/x?q=token=a&barcode=b&decode=c", "https://h/x?q=token=a&barcode=b&decode=c"),
         ("https://h/x?tokenizer=a&keys_of=b", "https://h/x?tokenizer=a&keys_of=b"),
     ],
 )

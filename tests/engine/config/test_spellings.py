@@ -32,6 +32,9 @@ def problem(config: Any, *overrides: str) -> str:
         ("log_level=loud", "expected one of debug, info, warning, error, critical, got 'loud'"),
         ("gradient_clipping=1e400", "gradient_clipping: expected a finite number, got inf"),
         (f"gradient_clipping={'[' * 5000}{']' * 5000}", "--set: gradient_clipping: it is nested too deeply"),
+        (f"model.config.{'a.' * 3000}b=1", "--set: model.config.a.a.a"),
+        (f"training.steps={'9' * 5001}", "--set: training.steps: expected a number of fewer digits, got 5,001"),
+        (f"training.steps={'9' * 500}", "training.steps: expected less than 9223372036854775808, got 999"),
         ("optimizer.params.max_grad_norm=1.0", "gradients are clipped by the top-level key gradient_clipping"),
     ],
 )
