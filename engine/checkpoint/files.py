@@ -53,6 +53,12 @@ def whole_folder(folder: Path) -> Path:
     return replaced if not folder.exists() and replaced.is_dir() else folder
 
 
+def versions_of(folder: Path) -> list[Path]:
+    """A checkpoint's folder and, where the machine stopped before it was deleted, the one that it has replaced."""
+    replaced = folder.with_name(folder.name + ".old")
+    return [folder, replaced] if replaced.is_dir() and not folder.name.endswith(".old") else [folder]
+
+
 def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write what :func:`verify_files` checks: every file's :func:`checksum`, and a digest of the manifest itself."""
     content = {"format": FORMAT_VERSION, "files": dict(sorted(entries.items()))}

@@ -56,6 +56,10 @@ _STRING = r'"(?:[^"\\\n]|\\.)*"'
 # An object with a key; a list of objects, of lists or of several strings.
 _JSON_START = re.compile(rf"\ufeff?\s*(?:\{{\s*{_STRING}\s*:|\[\s*(?:\{{\s*{_STRING}\s*:|\[\s*[\[\"\d]|{_STRING}\s*,))")
 
+# What a page or a document of another name than that of source code begins with.
+_MARKUP_START = re.compile(r"\ufeff?\s*<(?:!doctype\s+html|html[\s>]|\?xml\s)", re.IGNORECASE)
+_MARKUP = (".htm", ".html", ".svg", ".xhtml", ".xml", ".xsd", ".xsl", ".xslt", ".vue", ".php", ".jsp")
+
 
 def check_plain_text(path: Path, key: str) -> None:
     """Refuse a file that is not plain text, by its name and by how it begins.
@@ -88,4 +92,7 @@ def _kind_of(path: Path) -> str | None:
         return "text in UTF-16"
     if b"\0" in start:
         return "bytes that are no text"
-    return "JSON" if _JSON_START.match(start.decode(errors="ignore")) else None
+    text = start.decode(errors="ignore")
+    if path.suffix.lower() not in _MARKUP and _MARKUP_START.match(text):
+        return f"HTML or XML (which is taken as source code by the names {', '.join(_MARKUP)})"
+    return "JSON" if _JSON_START.match(text) else None

@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..checkpoint.checkpoint import load_checkpoint
-from ..checkpoint.files import find_checkpoints
+from ..checkpoint.files import find_checkpoints, versions_of
 from ..errors import CheckpointError, UserError
 from ..protocol import TrainingEngine
 from ..ranks.environment import process_rank
@@ -45,12 +45,13 @@ def resume(engine: TrainingEngine, plan: Plan, adapters: dict[str, Any] | None) 
     if not checkpoints:
         _say_what_is_lost(plan.run_dir)
         return 0, {}
-    for step, folder in reversed(checkpoints):
+    candidates = [(step, path) for step, folder in reversed(checkpoints) for path in versions_of(folder)]
+    for step, folder in candidates:
         try:
             state = load_checkpoint(engine, folder)
             check_step(state, step, folder)
         except CheckpointError as error:
-            if step == checkpoints[0][0]:
+            if (step, folder) == candidates[-1]:
                 raise
             if process_rank() == 0:
                 logger.warning(f"{error}; trying the checkpoint before it")

@@ -27,6 +27,8 @@ STRUCTURED = {
     "pretty.txt": (json.dumps({"a": [1, 2]}, indent=2).encode(), "JSON"),
     "list.txt": (json.dumps([{"a": 1}]).encode(), "JSON"),
     "nested.txt": (b"[[1, 2], [3]]", "JSON"),
+    "page.txt": (b"\n<!DOCTYPE html>\n<html><body>Text</body></html>", "HTML"),
+    "feed": (b'<?xml version="1.0"?><a>Text</a>', "XML"),
     "zipped": (gzip.compress(b"text"), "gzip"),
     "bz": (bz2.compress(b"text"), "bzip2"),
     "xz": (lzma.compress(b"text"), "xz"),
@@ -42,6 +44,8 @@ PLAIN = {
     "markdown.md": "[a link](x)\n",
     "csv.txt": "a,b\n",
     "poem": '"Tyger, tyger"\n',
+    "page.html": "<!DOCTYPE html>\n",
+    "tags.txt": "<html_parser> is a module\n",
     "notes.txt": "[1] A. Author\n",
     "empty": "",
 }

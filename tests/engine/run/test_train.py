@@ -201,24 +201,34 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_longer(finished: Path, t
     assert rates == pytest.approx([0.0025 * (1 + math.cos(math.pi * (step - 3) / 14)) for step in range(13, 17)])
 
 
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
 def test_missing_summary_and_damaged_checkpoint(finished: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(finished / "run", tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
-    # Killed between the last checkpoint and the summary: nothing is left to train, the summary is written.
+    # Killed between the last checkpoint and the summary: nothing is left to train, the summary is written. The checkpoint
+    # was replaced, and what it replaced is not deleted yet.
+    newest = tmp_path / "run" / "checkpoints" / "step-12"
+    shutil.copytree(newest, newest.with_name("step-12.old"))
+    flip_last_byte(newest / "model.safetensors")
     words = ["--set", f"logging.run_dir={tmp_path}/run", "--set", "training.keep_checkpoints=3"]
     again = forked.run("train", str(finished / "config.json"), *words)
     assert again.returncode == 0, again.stderr
+    assert "resumed after step 12 from" in again.stdout
+    shutil.rmtree(newest)
+    newest.with_name("step-12.old").rename(newest)
     summaries = [json.loads((d / "run" / "summary.json").read_text()) for d in (finished, tmp_path)]
     assert summaries[0]["eval_loss"] == summaries[1]["eval_loss"]
     assert summaries[0]["seconds"] == summaries[1]["seconds"]
     assert summaries[0]["bytes"]["reduced_per_step"] == summaries[1]["bytes"]["reduced_per_step"]
     (tmp_path / "run" / "summary.json").unlink()
-    path = tmp_path / "run" / "checkpoints" / "step-12" / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
+    flip_last_byte(newest / "model.safetensors")
     result = forked.run("train", str(finished / "config.json"), "--set", f"logging.run_dir={tmp_path}/run", ranks=2)
     assert result.returncode == 0, result.stderr
     assert "model.safetensors: damaged" in result.stdout.replace("\n", "")
