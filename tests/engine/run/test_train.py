@@ -212,8 +212,8 @@ def test_missing_summary_and_damaged_checkpoint(finished: Path, tmp_path: Path) 
 
     shutil.copytree(finished / "run", tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
-    # Killed between the last checkpoint and the summary: nothing is left to train, the summary is written. The checkpoint
-    # was replaced, and what it replaced is not deleted yet.
+    # Killed between the last checkpoint and the summary: nothing is left to train, the summary is written. What the
+    # checkpoint has replaced is not deleted yet.
     newest = tmp_path / "run" / "checkpoints" / "step-12"
     shutil.copytree(newest, newest.with_name("step-12.old"))
     flip_last_byte(newest / "model.safetensors")
