@@ -41,7 +41,7 @@ types: $(VENV)/.installed-dev
 lint: format types
 
 quick: $(VENV)/.installed-dev
-	$(PYTEST) -m 'not slow and not alone' --numprocesses 2 --dist worksteal
+	$(PYTEST) -m 'not slow and not alone' --numprocesses 3 --dist worksteal
 
 # Pyright takes one processor for a minute.
 test: format
@@ -49,7 +49,7 @@ test: format
 	$(PYTEST) -m 'not slow and alone'
 
 test-all: lint
-	$(PYTEST) -m 'not alone' --numprocesses 2 --dist worksteal
+	$(PYTEST) -m 'not alone' --numprocesses 3 --dist worksteal
 	$(PYTEST) -m alone
 
 docs: $(VENV)/.installed-dev

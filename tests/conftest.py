@@ -11,7 +11,7 @@ from tests.support.cases import mark_others_slow, mark_the_rest_slow
 from tests.support.ranks import RankPool
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small, and two run side by side
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small, and some run side by side
 prefer_own_ninja()
 
 

@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path) -> Any:
     """A Hugging Face tokenizer from a local folder.
 
     Raises:
-        DataError: the folder holds none, or it has no end-of-sequence token.
+        DataError: the folder holds none, or one without a vocabulary or an end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
@@ -54,6 +54,13 @@ def load_tokenizer(folder: Path) -> Any:
         raise DataError(f"data.tokenizer: {folder} holds no Hugging Face tokenizer: {one_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise DataError(f"data.tokenizer: {folder} has no end-of-sequence token to put between documents")
+    # transformers makes tokenizers of nothing, which read nothing of any text; T5's knows the mark of a word's begin.
+    special = set(tokenizer.all_special_tokens)
+    if len(set(tokenizer.get_vocab()) - special) < 2:
+        raise DataError(
+            f"data.tokenizer: {folder}: expected a vocabulary (tokenizer.json, tokenizer.model, or vocab.json and"
+            f" merges.txt), got {type(tokenizer).__name__} with nothing but {len(special)} special tokens"
+        )
     return tokenizer
 
 

@@ -1,9 +1,13 @@
-"""Training a tokenizer."""
+"""Training a tokenizer, and reading one."""
 
+import json
 import random
 from pathlib import Path
 
+import pytest
+
 from narrowgauge.engine.data.tokenizer import load_tokenizer, train_tokenizer
+from narrowgauge.engine.errors import DataError
 
 RANDOM = random.Random(0)
 WORDS = ["".join(RANDOM.choices("abcdefghijklm", k=6)) for _ in range(200)]
@@ -37,3 +41,11 @@ def test_a_line_without_spaces_is_cut_between_characters(tmp_path: Path) -> None
     found = vocabulary(tmp_path / "a", [line])
     assert "\ufffd" not in "".join(found)
     assert {"\u4e00", "\u4e01", "\u4e02", "\u4e03", "\u4e04"} < found
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GPT2Tokenizer", "T5Tokenizer"])
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path, name: str) -> None:
+    """transformers makes a tokenizer of it that drops all text; the tokens' file was said to be too short."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    with pytest.raises(DataError, match=rf": expected a vocabulary .*, got {name} with nothing but \d+ special"):
+        load_tokenizer(tmp_path)
