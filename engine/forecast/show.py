@@ -146,14 +146,13 @@ def _wear(found: "Forecast", console: Console) -> None:
     assert machine is not None
     assert found.seconds is not None
     assert options is not None
-    daily = found.written * machine.gpus / found.seconds.step * 86400
-    life = (
-        f"; {figure(options.rated_tbw * 1e12 / daily / 365.25, 1)} years of {options.rated_tbw:g} TB"
-        if options.rated_tbw
-        else ""
-    )
-    console.print(
-        f"drives of a node: {figure(found.written * machine.gpus / _GB, 1)} GB written per step,"
-        f" {figure(daily / 1e12, 1)} TB a day{life}",
-        highlight=False,
-    )
+    per_step, rated = found.written * machine.gpus, options.rated_tbw
+    if found.steps is not None and found.days is not None and found.days < 1.0:
+        total = per_step * found.steps
+        worn = f", {figure(100 * total / (rated * 1e12), 1)}% of {rated:g} TB" if rated else ""
+        rest = f"{figure(total / _GB, 1)} GB in the run{worn}"
+    else:
+        daily = per_step / found.seconds.step * 86400
+        life = f"; {figure(rated * 1e12 / daily / 365.25, 1)} years of {rated:g} TB" if rated else ""
+        rest = f"{figure(daily / 1e12, 1)} TB a day{life}"
+    console.print(f"drives of a node: {figure(per_step / _GB, 1)} GB written per step, {rest}", highlight=False)

@@ -97,3 +97,17 @@ def test_the_life_of_the_drives(call: Call) -> None:
     assert years == pytest.approx(600 / daily / 365.25, abs=0.06)
     seconds = float(re.findall(r"│ all │ ([\d.,]+) │ [\d,]+ tokens/s", words)[0].replace(",", ""))
     assert daily == pytest.approx(written / seconds * 86400 / 1e3, rel=0.02)
+
+
+def test_a_run_of_less_than_a_day_tells_what_it_writes_in_all(call: Call) -> None:
+    """It told of 0.0 GB a step in 0.000 s, and of 240 TB a day."""
+    result = call("plan", "quickstart", "--gpus", "2", "--set", "activation_offload.rated_tbw=600")
+    assert result.returncode == 0, result.stderr
+    words = " ".join(result.stdout.split())
+    found = re.search(r"([\d.]+) GB written per step, ([\d.]+) GB in the run, ([\d.]+)% of 600 TB", words)
+    assert found is not None, words
+    per_step, total, share = map(float, found.groups())
+    # Two digits of each.
+    assert total == pytest.approx(150 * per_step, rel=0.1)
+    assert share == pytest.approx(total / 6000, rel=0.1)
+    assert not re.search(r"[ ~]0\.0+ (s|GB|days|GPU-hours)", words)
