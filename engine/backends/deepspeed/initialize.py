@@ -24,6 +24,7 @@ from ...offload.attach import make_offload_together
 from ...ranks.agreement import make_process_group
 from ...ranks.environment import ensure_environment, process_rank
 from .call import ConfigLike, args_of, check_trained, config_of, group_by
+from .curriculum import check_curriculum, keep_curriculum
 from .engine import Engine
 from .extensions import ensure_extensions
 from .fp32 import warn_of_fp32
@@ -96,6 +97,8 @@ def initialize(
         warnings.warn(note, stacklevel=2)
     if distributed_port is not None:
         os.environ.setdefault("MASTER_PORT", str(distributed_port))
+    if training_data is not None:
+        check_curriculum(checked)
     ensure_environment()
     client = optimizer if isinstance(optimizer, EngineOptimizer) else None
     ours = client is not None or checked.optimizer_options is not None
@@ -137,6 +140,7 @@ def initialize(
             keep_autocast(made[0])
             mend_updates(made[0])
             follow_loads(made[0])
+            keep_curriculum(made[0])
             warn_of_fp32(checked, made[0])
             return attach(made)
     check_supported(checked, model, mpu, client=client)
@@ -224,4 +228,5 @@ def _make_engine(
     keep_autocast(engine)
     mend_updates(engine)
     follow_loads(engine)
+    keep_curriculum(engine)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
