@@ -7,6 +7,7 @@ clusters, whose files it shuffles in place. Both follow from the seed: the batch
 from typing import Any
 
 from deepspeed.runtime.data_pipeline.data_sampling.data_sampler import DeepSpeedDataSampler
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ...config.config import Config
 from ...ranks.together import together
@@ -30,10 +31,11 @@ def check_curriculum(config: Config) -> None:
         )
 
 
-def keep_curriculum(engine: Any) -> None:
+def keep_curriculum(engine: DeepSpeedEngine) -> None:
     """Make a checkpoint of the engine hold its curriculum's place."""
-    if engine.training_dataloader is not None and engine.curriculum_learning_enabled():
-        engine.training_dataloader.data_sampler.__class__ = _Sampler
+    loader: Any = engine.training_dataloader
+    if loader is not None and engine.curriculum_learning_enabled():
+        loader.data_sampler.__class__ = _Sampler
 
 
 class _Sampler(DeepSpeedDataSampler):
