@@ -41,6 +41,8 @@ class FailureWatch:
 
     def __init__(self) -> None:
         self._store, self._told, self._ended = _own_connection(), False, threading.Event()
+        # Of another rank's failure; the store may be gone by the time that its consequences are met here.
+        self._heard: str | None = None
         self._thread = threading.Thread(target=self._listen, name="narrowgauge-failures", daemon=True)
 
     def __enter__(self) -> "FailureWatch":
@@ -69,7 +71,9 @@ class FailureWatch:
             first = self._post(f"{process_rank()}|{say_where()}: {say_what(error)}")
         except Exception:
             # Who keeps the store is gone: nobody can be told.
-            return
+            first = self._heard
+            if first is None:
+                return
         if first is not None:
             raise RankFailed(f"ended, as {first}") from error
         if process_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -89,8 +93,9 @@ class FailureWatch:
                 return
             if heard is None or heard.partition("|")[0] == str(process_rank()):
                 continue
+            self._heard = heard.partition("|")[2]
             if not self._ended.wait(_GRACE) and not self._told:
-                _leave(f"ended, as {heard.partition('|')[2]}")
+                _leave(f"ended, as {self._heard}")
             return
 
     def _end_later(self, error: BaseException) -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from narrowgauge.engine.data.tokens import write_tokens
+from tests.support import forked
 from tests.support.command import ROOT, arguments, environment, records, start, tiny_config, wait_for_step
 
 SECONDS = 15
@@ -110,3 +111,24 @@ def test_a_run_folder_that_is_deleted_is_noticed(corpus: Path, tmp_path: Path) -
     assert not run_dir.exists()
     (line,) = (tmp_path / "stderr").read_text().splitlines()
     assert line == (f"error: logging.run_dir: {run_dir} was deleted or replaced while the run was going on")
+
+
+INTERRUPTED = """
+import os, sys
+from narrowgauge.engine.report.metrics import MetricsLog
+from narrowgauge.launcher.main import main
+def interrupt(*args):
+    raise KeyboardInterrupt
+if os.environ["RANK"] == "0":
+    MetricsLog.write = interrupt
+main()
+"""
+
+
+def test_who_keeps_the_store_is_named_after_it_is_gone(corpus: Path, tmp_path: Path) -> None:
+    """Without torchrun process rank 0 keeps it: the other told of a closed connection, and nobody of the reason."""
+    found = forked.python("-c", INTERRUPTED, "train", str(tiny_config(corpus, tmp_path)), ranks=2)
+    assert found.returncode == 1
+    (line,) = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: process rank 1 on ")
+    assert line.partition(": ended, as process rank 0 on ")[2].endswith(": KeyboardInterrupt: KeyboardInterrupt")
