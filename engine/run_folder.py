@@ -1,5 +1,6 @@
 """The folder of a run: what is in it, whether the run can go on, and where its traces are written. Light to import."""
 
+import errno
 import fcntl
 import os
 import re
@@ -91,9 +92,9 @@ class RunLock:
             found = os.stat(self._run_dir / _LOCK)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        except OSError:
+        except OSError as error:
             # A network's file system that does not answer is no deleted folder; the next write meets what lasts.
-            return True
+            return error.errno != errno.ELOOP
         return os.path.samestat(found, os.fstat(self._file.fileno()))
 
     def release(self) -> None:

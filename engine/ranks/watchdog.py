@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,7 +62,9 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
-        self._stacks_path().unlink(missing_ok=True)
+        # An empty file that stays does no harm; its folder's failure would hide why the run ends.
+        with suppress(OSError):
+            self._stacks_path().unlink()
 
     def beat(self, place: str) -> None:
         """Something was finished; ``place`` is what comes next."""

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,7 @@ import pytest
 
 from narrowgauge.engine.data.tokens import write_tokens
 from tests.support import forked
-from tests.support.command import ROOT, arguments, environment, records, start, tiny_config, wait_for_step
+from tests.support.command import ROOT, arguments, environment, records, tiny_config, wait_for_step
 
 SECONDS = 15
 # Seconds are measured.
@@ -97,19 +98,35 @@ def test_a_file_limit_on_one_rank_ends_all_and_names_the_file(corpus: Path, tmp_
     assert all(reason in line for line in said)
 
 
-def test_a_run_folder_that_is_deleted_is_noticed(corpus: Path, tmp_path: Path) -> None:
+def deleted(run_dir: Path) -> None:
+    shutil.rmtree(run_dir)
+
+
+def a_file_instead(run_dir: Path) -> None:
+    run_dir.rename(run_dir.with_name("moved"))
+    run_dir.write_text("")
+
+
+def a_loop_instead(run_dir: Path) -> None:
+    run_dir.rename(run_dir.with_name("moved"))
+    run_dir.symlink_to(run_dir.name)
+
+
+@pytest.mark.parametrize("change", [deleted, a_file_instead, a_loop_instead])
+def test_a_run_folder_that_is_deleted_or_replaced_is_noticed(
+    corpus: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
     """The run went on, into files without a name, and its next checkpoint made the folder again, without the rest."""
     config, run_dir = str(tiny_config(corpus, tmp_path)), tmp_path / "run"
     more = ["--set", "training.steps=100000", "--set", "training.checkpoint_interval=50000"]
-    with (tmp_path / "stderr").open("w") as stderr:
-        process = start("train", config, *more, stderr=stderr)
-        wait_for_step(run_dir, 3, process)
-        reached = len(records(run_dir))
-        shutil.rmtree(run_dir)
-        assert process.wait(60) == 2
+    process = forked.start("train", config, *more)
+    wait_for_step(run_dir, 3, process)
+    reached = len(records(run_dir))
+    change(run_dir)
+    assert process.wait(60) == 2
     assert reached
-    assert not run_dir.exists()
-    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    assert not run_dir.is_dir()
+    (line,) = process.said()[1].splitlines()
     assert line == (f"error: logging.run_dir: {run_dir} was deleted or replaced while the run was going on")
 
 
