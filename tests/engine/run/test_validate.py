@@ -61,7 +61,7 @@ def test_other_engines_are_checked_too(tmp_path: Path) -> None:
     shutil.copyfile(ROOT / "configs" / "quickstart.json", path)
     code, text = validate(str(path), 4)
     assert code == 2
-    assert "train_batch_size: expected train_micro_batch_size_per_gpu (4)" in " ".join(text.split())
+    assert "train_batch_size: expected at least 16, " in " ".join(text.split())
     code, text = validate(str(path), 2)
     assert code == 0, text
     assert "fits 2 process ranks: 8 sequences per step, in 1 micro-batches of 4" in " ".join(text.split())
