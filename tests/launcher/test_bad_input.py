@@ -60,7 +60,7 @@ def refuse(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         ('model={"preset": "llama-2t"}', "'llama-7b'], got 'llama-2t'; did you mean 'llama-7b'?"),
         ('model={"path": "nowhere"}', "model.path: expected a Hugging Face folder on this machine, got 'nowhere'"),
         ('model.config.hidden_size="x"', "model.config.hidden_size: expected a whole number, got 'x'"),
-        ("model.config.num_attention_heads=5", "model.config.num_attention_heads: expected a divisor of hidden_size, 32, got 5"),
+        ("model.config.num_attention_heads=5", "num_attention_heads: expected a divisor of hidden_size, 32, got 5"),
         ("model.config.num_attention_heads=0", "model.config: ZeroDivisionError"),
         ("model.config.hidden_act=foo", "transformers cannot build this llama: KeyError: 'foo'"),
         (
