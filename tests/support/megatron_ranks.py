@@ -18,7 +18,7 @@ from tests.support.ranks import answers
 
 SIZE = 4
 _TIMEOUT = 240.0
-# A rank's, beyond which its next call is a new process's: three a process group, and each wakes a hundred times a second.
+# Of a rank, beyond which its next call is a new process's: three a process group, each waking a hundred times a second.
 _MOST_THREADS = 120
 
 
