@@ -42,6 +42,7 @@ def redact_text(text: str) -> str:
 
 
 def _hide(parameter: re.Match[str]) -> str:
-    before, name, _ = parameter.groups()
+    before, name, value = parameter.groups()
     is_secret = _SECRET_PARAMETER.fullmatch(unquote(name).partition("[")[0])
-    return f"{before}{name}={HIDDEN}" if is_secret else parameter[0]
+    # Another value may be a URL with parameters of its own.
+    return f"{before}{name}={HIDDEN if is_secret else _URL_PARAMETER.sub(_hide, value)}"

@@ -42,6 +42,8 @@ def test_configurations(value: Any, expected: Any) -> None:
             "https://h/x?code=k1&session=k2&%74oken=k3&token[]=k4",
             "https://h/x?code=***&session=***&%74oken=***&token[]=***",
         ),
+        ("https://h/x?next=https://g/y?token=k1&b=2", "https://h/x?next=https://g/y?token=***&b=2"),
+        ("https://h/x?a=b?sig=k1", "https://h/x?a=b?sig=***"),
         ("https://h/x?q=token=a&barcode=b&decode=c", "https://h/x?q=token=a&barcode=b&decode=c"),
         ("https://h/x?tokenizer=a&keys_of=b", "https://h/x?tokenizer=a&keys_of=b"),
     ],
