@@ -13,7 +13,8 @@ _SECRET_KEY = re.compile(
 # To the last @ before the path: a password may hold one.
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s\"']+@")
 # A parameter after a URL's ``?`` (or ``#``): ``?token=...``, ``&X-Amz-Signature=...``, ``&%74oken[]=...``.
-_URL_PARAMETER = re.compile(r"([?&;#])([^=?&;#\s\"']+)=([^&;#\s\"']+)")
+_URL_PARAMETER = re.compile(r"[?&;#]([^=?&;#\s\"']+)=")
+_URL_VALUE = re.compile(r"[^&;#\s\"']*")
 _SECRET_PARAMETER = re.compile(
     r"[\w.-]*((api|access|private|secret)[_-]?keys?|token|secrets?|passwords?|passwd|credentials?|signature|AccessKeyId)"
     r"|([\w.-]*[_-])?(key|auth|authorization|bearer|jwt|pwd|sas|sig|code|session|session_?id|sid)",
@@ -38,11 +39,13 @@ def redact(value: Any, path: tuple[str, ...] = ()) -> Any:
 
 def redact_text(text: str) -> str:
     """The text with ``***`` for user and password in URLs, and for the secrets among their parameters."""
-    return _URL_PARAMETER.sub(_hide, _URL_CREDENTIALS.sub(f"{HIDDEN}@", text))
-
-
-def _hide(parameter: re.Match[str]) -> str:
-    before, name, value = parameter.groups()
-    is_secret = _SECRET_PARAMETER.fullmatch(unquote(name).partition("[")[0])
-    # Another value may be a URL with parameters of its own.
-    return f"{before}{name}={HIDDEN if is_secret else _URL_PARAMETER.sub(_hide, value)}"
+    text = _URL_CREDENTIALS.sub(f"{HIDDEN}@", text)
+    parts, done = [], 0
+    # Also within the values of others, which may be URLs with parameters of their own.
+    for parameter in _URL_PARAMETER.finditer(text):
+        is_secret = _SECRET_PARAMETER.fullmatch(unquote(parameter[1]).partition("[")[0])
+        value = _URL_VALUE.match(text, parameter.end())
+        if is_secret and value and value[0] and parameter.start() >= done:
+            parts += [text[done : parameter.end()], HIDDEN]
+            done = value.end()
+    return "".join(parts) + text[done:]

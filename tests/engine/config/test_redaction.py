@@ -44,6 +44,8 @@ def test_configurations(value: Any, expected: Any) -> None:
         ),
         ("https://h/x?next=https://g/y?token=k1&b=2", "https://h/x?next=https://g/y?token=***&b=2"),
         ("https://h/x?a=b?sig=k1", "https://h/x?a=b?sig=***"),
+        ("https://h/x?token=k1?sig=k2&b=2", "https://h/x?token=***&b=2"),
+        ("?a=" * 5000, "?a=" * 5000),
         ("https://h/x?q=token=a&barcode=b&decode=c", "https://h/x?q=token=a&barcode=b&decode=c"),
         ("https://h/x?tokenizer=a&keys_of=b", "https://h/x?tokenizer=a&keys_of=b"),
     ],
