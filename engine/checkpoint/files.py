@@ -49,14 +49,14 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def whole_folder(folder: Path) -> Path:
     """The checkpoint's folder, or the one it was replacing when the machine stopped between the two renames."""
-    replaced = folder.with_name(folder.name + ".old")
-    return replaced if not folder.exists() and replaced.is_dir() else folder
+    return next(iter(versions_of(folder)), folder)
 
 
 def versions_of(folder: Path) -> list[Path]:
-    """A checkpoint's folder and, where the machine stopped before it was deleted, the one that it has replaced."""
-    replaced = folder.with_name(folder.name + ".old")
-    return [folder, replaced] if replaced.is_dir() and not folder.name.endswith(".old") else [folder]
+    """Of a checkpoint its folder and the one that it replaces, which a machine that stopped may have left: those that
+    are there.
+    """
+    return [path for path in (folder, folder.with_name(folder.name + ".old")) if path.exists()]
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .files import find_checkpoints, verify_files, whole_folder
+from .files import find_checkpoints, verify_files, versions_of
 
 _Fingerprint = dict[str, tuple[int, int]]
 
@@ -19,9 +19,8 @@ class Retention:
         self._folder, self._keep = folder, keep
         self._good: dict[Path, _Fingerprint] = {}
 
-    def vouch(self, step: int) -> None:
-        """The checkpoint of ``step`` has just been read as a whole, by the run that goes on from it."""
-        folder = whole_folder(self._folder / f"step-{step}")
+    def vouch(self, folder: Path) -> None:
+        """A checkpoint has just been read as a whole, by the run that goes on from it."""
         self._good[folder] = _fingerprint(folder)
 
     def saved(self, step: int) -> None:
@@ -34,12 +33,11 @@ class Retention:
         earlier = [path for number, path in find_checkpoints(self._folder) if number < step]
         num_kept = 1
         while earlier and num_kept < self._keep:
-            num_kept += self._holds(earlier.pop())
+            num_kept += any(map(self._holds, versions_of(earlier.pop())))
         for path in earlier:
-            self._good.pop(path, None)
-            shutil.rmtree(path, ignore_errors=True)
-            if whole_folder(path) != path:
-                shutil.rmtree(whole_folder(path), ignore_errors=True)
+            for version in versions_of(path):
+                self._good.pop(version, None)
+                shutil.rmtree(version, ignore_errors=True)
 
     def _holds(self, folder: Path) -> bool:
         try:

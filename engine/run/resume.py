@@ -29,14 +29,17 @@ def adapters_record(plan: Plan) -> dict[str, Any] | None:
     return {"lora": block.model_dump(), "base": record_of_folder(path)}
 
 
-def resume(engine: TrainingEngine, plan: Plan, adapters: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
+def resume(
+    engine: TrainingEngine, plan: Plan, adapters: dict[str, Any] | None
+) -> tuple[int, Path | None, dict[str, Any]]:
     """Continue from the newest checkpoint that holds. Collective.
 
     Args:
         adapters: :func:`adapters_record`, on process rank 0.
 
     Returns:
-        The step it was written after, and the state it was saved with; 0 and nothing where there is none.
+        The step it was written after, its folder, and the state it was saved with; 0, None and nothing where there is
+        none.
 
     Raises:
         UserError: none of the checkpoints holds, or the run cannot go on from it; the same on every rank.
@@ -44,7 +47,7 @@ def resume(engine: TrainingEngine, plan: Plan, adapters: dict[str, Any] | None) 
     checkpoints = find_checkpoints(plan.run_dir / CHECKPOINTS)
     if not checkpoints:
         _say_what_is_lost(plan.run_dir)
-        return 0, {}
+        return 0, None, {}
     candidates = [(step, path) for step, folder in reversed(checkpoints) for path in versions_of(folder)]
     for step, folder in candidates:
         try:
@@ -62,7 +65,7 @@ def resume(engine: TrainingEngine, plan: Plan, adapters: dict[str, Any] | None) 
         _follow_schedule(engine.lr_scheduler)
         if process_rank() == 0:
             logger.info(f"resumed after step {step} from {folder}")
-        return step, state
+        return step, folder, state
     raise AssertionError("the oldest checkpoint's error was raised")
 
 

@@ -165,15 +165,15 @@ class _Run:
         self.watchdog.beat("loading the checkpoint")
         self.coreset = self._make_coreset()
         self.trust_region = self._make_trust_region()
-        first_step, state = resume(self.engine, plan, self.adapters)
+        first_step, folder, state = resume(self.engine, plan, self.adapters)
         self.history.update(state.get("history", {}))
         if self.trust_region is not None and first_step:
             self.trust_region.load_state(state.get("trust_region", {}))
         if self.coreset is not None and first_step:
             self.coreset.load(state.get("coreset"))
         if self.is_first_rank:
-            if first_step:
-                self.retention.vouch(first_step)
+            if folder is not None:
+                self.retention.vouch(folder)
             write_head(self.engine, plan, first_step, self.tokens_per_step)
             self.utilization = Utilization(self.engine, plan)
         while_it_trains = self.closing.enter_context(ExitStack())

@@ -62,6 +62,26 @@ def test_the_last_good_one_stays_whatever_was_damaged_since(tmp_path: Path) -> N
     assert steps(tmp_path) == [4, 5]
 
 
+def test_what_a_damaged_one_has_replaced_counts_in_its_place(tmp_path: Path) -> None:
+    """The run went on from ``step-10.old``; the damaged folder beside it was counted as good, by its step."""
+    for step in (5, 10, 15):
+        make(tmp_path, step)
+    (tmp_path / "step-10").rename(tmp_path / "step-10.old")
+    damage(make(tmp_path, 10))
+    damage(tmp_path / "step-15")
+    retention = Retention(tmp_path, 2)
+    retention.vouch(tmp_path / "step-10.old")
+    make(tmp_path, 12)
+    retention.saved(12)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-10", "step-10.old", "step-12", "step-15"}
+    damage(tmp_path / "step-10.old")
+    make(tmp_path, 13)
+    retention.saved(13)
+    make(tmp_path, 14)
+    retention.saved(14)
+    assert steps(tmp_path) == [13, 14, 15]
+
+
 def test_what_was_read_once_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading all kept checkpoints at every save would take longer than writing one."""
     read: list[str] = []
