@@ -14,7 +14,7 @@ _SECRET_KEY = re.compile(
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s\"']+@")
 # A parameter after a URL's ``?`` (or ``#``): ``?token=...``, ``&X-Amz-Signature=...``, ``&%74oken[]=...``.
 _URL_PARAMETER = re.compile(r"[?&;#]([^=?&;#\s\"']+)=")
-_URL_VALUE = re.compile(r"[^&;#\s\"']*")
+_URL_VALUE = re.compile(r"[^&;#\s\"']+")
 _SECRET_PARAMETER = re.compile(
     r"[\w.-]*((api|access|private|secret)[_-]?keys?|token|secrets?|passwords?|passwd|credentials?|signature|AccessKeyId)"
     r"|([\w.-]*[_-])?(key|auth|authorization|bearer|jwt|pwd|sas|sig|code|session|session_?id|sid)",
@@ -43,9 +43,10 @@ def redact_text(text: str) -> str:
     parts, done = [], 0
     # Also within the values of others, which may be URLs with parameters of their own.
     for parameter in _URL_PARAMETER.finditer(text):
-        is_secret = _SECRET_PARAMETER.fullmatch(unquote(parameter[1]).partition("[")[0])
-        value = _URL_VALUE.match(text, parameter.end())
-        if is_secret and value and value[0] and parameter.start() >= done:
-            parts += [text[done : parameter.end()], HIDDEN]
+        name = unquote(parameter[1]).partition("[")[0]
+        if parameter.start() < done or not _SECRET_PARAMETER.fullmatch(name):
+            continue
+        if value := _URL_VALUE.match(text, parameter.end()):
+            parts += [text[done : value.start()], HIDDEN]
             done = value.end()
     return "".join(parts) + text[done:]

@@ -12,6 +12,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
 from torch import nn
 
@@ -137,10 +138,7 @@ def initialize(
                 )
             except (AssertionError, TypeError) as error:
                 raise checked.error(f"refused by DeepSpeed: {error}").shared() from error
-            keep_autocast(made[0])
-            mend_updates(made[0])
-            follow_loads(made[0])
-            keep_curriculum(made[0])
+            _mend(made[0])
             warn_of_fp32(checked, made[0])
             return attach(made)
     check_supported(checked, model, mpu, client=client)
@@ -225,8 +223,13 @@ def _make_engine(
         **arguments,
     )
     configure_python_gc(engine)
+    _mend(engine)
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _mend(engine: DeepSpeedEngine) -> None:
+    """What DeepSpeed does otherwise than it says, whoever's the optimizer is."""
     keep_autocast(engine)
     mend_updates(engine)
     follow_loads(engine)
     keep_curriculum(engine)
-    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
