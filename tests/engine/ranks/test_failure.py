@@ -86,7 +86,9 @@ def test_a_bad_token_in_one_ranks_share_ends_all(corpus: Path, tmp_path: Path) -
 def test_a_file_limit_on_one_rank_ends_all_and_names_the_file(corpus: Path, tmp_path: Path) -> None:
     """As a full disk. The message named no file, and the other rank stayed."""
     config, run_dir = str(tiny_config(corpus, tmp_path)), tmp_path / "run"
-    process = start_ranks("train", config, "--set", "training.steps=100000")
+    # Without checkpoints, whose files the limit would meet every fourth step.
+    more = ["--set", "training.steps=100000", "--set", "training.checkpoint_interval=50000"]
+    process = start_ranks("train", config, *more)
     wait_for_step(run_dir, 3, process)
     ranks = [p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "0"]
     resource.prlimit(ranks[0].pid, resource.RLIMIT_FSIZE, (1, 1))
