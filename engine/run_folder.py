@@ -97,6 +97,15 @@ class RunLock:
             return error.errno != errno.ELOOP
         return os.path.samestat(found, os.fstat(self._file.fileno()))
 
+    def is_gone_within(self, seconds: float) -> bool:
+        """Whether the folder is not there, or is not after a while: what deletes it may be at other files yet."""
+        deadline = time.monotonic() + seconds
+        while self.is_there():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
     def release(self) -> None:
         self._file.close()
 

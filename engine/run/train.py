@@ -68,6 +68,8 @@ from .utilization import Utilization
 logger = logging.getLogger(__name__)
 # A trace has, inside of the optimizer's phase, reduce, fold and refresh by names of their own.
 _TRACED = {"optimizer": "step"}
+# From the first of the run folder's files that is deleted to the last.
+_SECONDS_OF_DELETION = 2.0
 
 
 def train(
@@ -329,7 +331,7 @@ class _Run:
         try:
             metrics.write(step, values)
         except (OSError, UserError):
-            if self.lock is not None and not self.lock.is_there():
+            if self.lock is not None and self.lock.is_gone_within(_SECONDS_OF_DELETION):
                 raise self._folder_is_gone() from None
             raise
 

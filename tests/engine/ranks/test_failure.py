@@ -104,6 +104,13 @@ def deleted(run_dir: Path) -> None:
     shutil.rmtree(run_dir)
 
 
+def deleted_slowly(run_dir: Path) -> None:
+    """TensorBoard's file is opened by name, and fails before the lock is gone."""
+    shutil.rmtree(run_dir / "tensorboard")
+    time.sleep(1)
+    shutil.rmtree(run_dir)
+
+
 def a_file_instead(run_dir: Path) -> None:
     run_dir.rename(run_dir.with_name("moved"))
     run_dir.write_text("")
@@ -114,7 +121,7 @@ def a_loop_instead(run_dir: Path) -> None:
     run_dir.symlink_to(run_dir.name)
 
 
-@pytest.mark.parametrize("change", [deleted, a_file_instead, a_loop_instead])
+@pytest.mark.parametrize("change", [deleted, deleted_slowly, a_file_instead, a_loop_instead])
 def test_a_run_folder_that_is_deleted_or_replaced_is_noticed(
     corpus: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
