@@ -8,6 +8,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?= configs/quickstart.json
 ARGS   ?=
+# More words for pytest.
+TESTS  ?=
 # Where this is set, each interpreter that a test starts would compile all sources again.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
@@ -41,16 +43,16 @@ types: $(VENV)/.installed-dev
 lint: format types
 
 quick: $(VENV)/.installed-dev
-	$(PYTEST) -m 'not slow and not alone' --numprocesses 3 --dist worksteal
+	$(PYTEST) -m 'not slow and not alone' --numprocesses 3 --dist worksteal $(TESTS)
 
 # Pyright takes one processor for a minute.
 test: format
 	$(MAKE) --jobs 2 types quick
-	$(PYTEST) -m 'not slow and alone'
+	$(PYTEST) -m 'not slow and alone' $(TESTS)
 
 test-all: lint
-	$(PYTEST) -m 'not alone' --numprocesses 3 --dist worksteal
-	$(PYTEST) -m alone
+	$(PYTEST) -m 'not alone' --numprocesses 3 --dist worksteal $(TESTS)
+	$(PYTEST) -m alone $(TESTS)
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env docs build/docs
