@@ -13,6 +13,11 @@ class _Reporter:
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
 
+    def pytest_collectreport(self, report: Any) -> None:
+        # A file that needs what is not installed.
+        if report.outcome == "skipped":
+            self._emit(case=report.nodeid.removeprefix("tests/"), outcome="skipped", seconds=0.0)
+
     def pytest_runtest_logreport(self, report: Any) -> None:
         # A test has three parts; what comes before its body is told of only if the body is not reached.
         if report.when == "call" or report.outcome != "passed":

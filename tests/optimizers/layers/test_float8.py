@@ -11,8 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("torchao")
+# A machine for the tests marked gpu need not have it.
+pytest.importorskip("pydantic")
+
 from narrowgauge.optimizers import GaLore, Grass
 from narrowgauge.optimizers.layers.compact import compact_units
+from narrowgauge.optimizers.layers.float8_quantizer import Float8Quantizer, Recipe
 from narrowgauge.optimizers.layers.quantized_linear import QuantizedLinear, quantize_linears
 from tests.engine.backends.ddp.test_parity import CASES, Model, finish, make_engine, train, weights_of
 from tests.support import forked
@@ -20,10 +25,6 @@ from tests.support.command import losses, tiny_config
 from tests.support.models import tiny, token_batch
 from tests.support.ranks import RankPool
 from tests.support.zero import worst
-
-pytest.importorskip("torchao")
-
-from narrowgauge.optimizers.layers.float8_quantizer import Float8Quantizer, Recipe
 
 
 def cast(x: Tensor, dtype: torch.dtype, axis: int | None = None) -> Tensor:

@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+# A machine for the tests marked gpu need not have it.
+pytest.importorskip("pydantic")
+
 from narrowgauge.engine.backends.megatron.fused_adam import count_by_parameter, fused_adamw, stepped_by
 from narrowgauge.engine.backends.megatron.installed import fused_by
 from narrowgauge.engine.backends.megatron.keys import ADAMW
