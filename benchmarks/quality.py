@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality_data import SMALL, WIDE, Task, Text
+from benchmarks.quality_data import LONG, SMALL, WIDE, Task, Text
 from benchmarks.quality_methods import METHODS
-from benchmarks.quality_report import best_results, plot, rows_of, show_table, title_of, write_markdown
+from benchmarks.quality_report import best_results, curves_of, plot, rows_of, show_table, title_of, write_markdown
 from benchmarks.quality_sweep import BASELINE, Search, Sweep
 from benchmarks.quality_time import compare_main, time_methods
 from benchmarks.results_file import write_rows
@@ -41,10 +41,15 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats", type=int, default=0, help="more runs of each method at its best rates, other seeds"
     )
     parser.add_argument("--wide", action="store_true", help="a smaller model, 2,048 tokens a step, 400 steps")
+    parser.add_argument("--long", action="store_true", help="the smallest model, prose, 512 tokens a step, 1,500 steps")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[], help="of the matrices: these alone, in the place of a search"
+    )
     parser.add_argument("--small", action="store_true", help="a tiny model and text, to see that everything works")
     parser.add_argument("--report", action="store_true", help="print the table instead of sweeping")
     parser.add_argument("--markdown", type=Path, help="write the table here instead of sweeping")
     parser.add_argument("--csv", type=Path, help="write the numbers here instead of sweeping")
+    parser.add_argument("--curves", type=Path, help="write the losses over the steps here instead of sweeping")
     parser.add_argument("--plot", type=Path, help="draw loss against memory here, a PNG, instead of sweeping")
     parser.add_argument(
         "--time", action="store_true", help="measure step times, here and at a larger shape, instead of sweeping"
@@ -71,7 +76,9 @@ def _chosen(patterns: Sequence[str]) -> list[str]:
 
 
 def _task(arguments: argparse.Namespace) -> Task:
-    task = replace(SMALL if arguments.small else WIDE if arguments.wide else Task(), seed=arguments.seed)
+    sizes = {"small": SMALL, "wide": WIDE, "long": LONG}
+    size = next((task for name, task in sizes.items() if getattr(arguments, name)), Task())
+    task = replace(size, seed=arguments.seed)
     if arguments.steps is None:
         return task
     return replace(task, steps=arguments.steps, warmup_steps=round(arguments.steps / 10))
@@ -90,8 +97,8 @@ def main(words: Sequence[str] | None = None) -> int:
         time_methods(task, methods, rounds=arguments.rounds, folder=arguments.out)
         compare_main(rounds=arguments.rounds, interval=arguments.interval, small=arguments.small, json=arguments.json)
         return 0
-    search = Search(task, Text(task).fingerprint, arguments.out, repeats=arguments.repeats)
-    if not (arguments.report or arguments.markdown or arguments.csv or arguments.plot):
+    search = Search(task, Text(task).fingerprint, arguments.out, repeats=arguments.repeats, matrix_lr=arguments.rates)
+    if not (arguments.report or arguments.markdown or arguments.csv or arguments.curves or arguments.plot):
         sweep = Sweep(search, methods, jobs=arguments.jobs, threads=arguments.threads)
         count = sweep.execute()
         if sweep.failed:
@@ -107,6 +114,8 @@ def main(words: Sequence[str] | None = None) -> int:
         write_markdown(arguments.markdown, search, found)
     if arguments.csv:
         write_rows(arguments.csv, rows_of(search, found))
+    if arguments.curves:
+        write_rows(arguments.curves, curves_of(found))
     if arguments.plot:
         plot(arguments.plot, rows_of(search, found), task=title_of(search, found))
     return 0

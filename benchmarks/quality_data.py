@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.quality_prose import prose_files
 from narrowgauge.engine.config.run_blocks import DataBlock, SourceBlock
 from narrowgauge.engine.data.loader import RankSampler, training_loader
 from narrowgauge.engine.data.packed import PackedTokens
-from narrowgauge.engine.data.prepare import prepare_data
+from narrowgauge.engine.data.prepare import made_cache, prepare_data
 
 _SMALL_TEXT = ("argparse", "ast", "calendar", "configparser", "csv", "datetime", "difflib", "heapq", "inspect")
 
@@ -23,11 +25,13 @@ class Task:
     """A model, a text and a length: the same for all methods.
 
     Attributes:
-        text: ``stdlib``, all source files of the running Python's standard library, or ``small``, a few of them.
+        text: ``stdlib``, all source files of the running Python's standard library; ``prose``, what they say in words
+            (:mod:`benchmarks.quality_prose`); or ``small``, a few of the files.
         interval: optimizer steps between changes of subspace, of every method that has one.
         num_evaluations: evenly over the run; the last is after the last step.
         eval_sequences: validation samples per evaluation, the same ones each time.
-        grid_lr, grid_matrix_lr: the rates of the other parameters and of the matrices with which AdamW begins.
+        grid_lr, grid_matrix_lr: the rates of the other parameters and of the matrices with which AdamW begins. A single
+            ``grid_lr`` is that of all runs.
     """
 
     text: str = "stdlib"
@@ -57,7 +61,22 @@ WIDE = Task(
     batch=16,
     steps=400,
     warmup_steps=40,
-    grid_matrix_lr=(2.5e-4, 5e-4),
+    grid_lr=(2e-2,),
+    grid_matrix_lr=(2e-3,),
+)
+# The smallest model, and a second text, for so many steps that what is left out adds up.
+LONG = Task(
+    text="prose",
+    hidden=128,
+    intermediate=256,
+    layers=2,
+    vocab=512,
+    steps=1500,
+    warmup_steps=150,
+    num_evaluations=10,
+    eval_sequences=128,
+    grid_lr=(2e-2,),
+    grid_matrix_lr=(2e-3,),
 )
 SMALL = Task(
     text="small",
@@ -77,15 +96,22 @@ SMALL = Task(
 )
 
 
+def _source(text: str) -> Literal["stdlib"] | list[SourceBlock]:
+    if text == "stdlib":
+        return "stdlib"
+    if text == "prose":
+        return [SourceBlock(path=str(path)) for path in prose_files(made_cache(DataBlock()))]
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return [SourceBlock(path=str(root / f"{name}.py")) for name in _SMALL_TEXT]
+
+
 class Text:
     """Packed samples for training and validation."""
 
     def __init__(self, task: Task) -> None:
         """Train the tokenizer and tokenize, or take what the cache holds."""
-        root = Path(sysconfig.get_paths()["stdlib"])
-        small = [SourceBlock(path=str(root / f"{name}.py")) for name in _SMALL_TEXT]
         block = DataBlock(
-            train="stdlib" if task.text == "stdlib" else small,
+            train=_source(task.text),
             vocab_size=task.vocab,
             sequence_length=task.length,
             validation_fraction=0.02,

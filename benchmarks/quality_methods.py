@@ -26,6 +26,7 @@ from benchmarks.quality_anchors import Both, NormalisedColumns, SketchedResidual
 from narrowgauge.optimizers.layers.targets import find_targets, rank_of
 
 _FP32, _INDEX = 4, 8
+_NEVER = 1_000_000  # steps: no run is as long.
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _make_lora(
 
 def _own(name: str) -> Make:
     """One of this project's optimizers; an option ``share`` is a rank as a share of the hidden size, ``own_interval``
-    stands in for the task's.
+    and ``own_beta2`` stand in for the task's and the rates'.
     """
 
     def make(
@@ -163,6 +164,7 @@ def _own(name: str) -> Make:
         interval: int,
         share: float | None = None,
         own_interval: int | None = None,
+        own_beta2: float | None = None,
         **options: Any,
     ) -> torch.optim.Optimizer:
         import narrowgauge.optimizers as optimizers
@@ -176,7 +178,7 @@ def _own(name: str) -> Make:
             model,
             lr=lr,
             matrix_lr_scale=matrix_lr_scale,
-            betas=betas,
+            betas=(betas[0], own_beta2 or betas[1]),
             weight_decay=0.0,
             refresh_interval=own_interval or interval,
             **options,
@@ -307,6 +309,12 @@ METHODS: dict[str, Method] = {
     "grass-columns-1/8-normuon-200": _grass("columns", 1 / 8, base="NorMuon", own_interval=200),
     "grass-columns-1/8-100": _grass("columns", 1 / 8, own_interval=100),
     "grass-columns-1/8-200": _grass("columns", 1 / 8, own_interval=200),
+    "grass-columns-1/8-500": _grass("columns", 1 / 8, own_interval=500),
+    "grass-columns-1/8-whole-run": _grass("columns", 1 / 8, own_interval=_NEVER),
+    "grass-columns-1/8-carry": _grass("columns", 1 / 8, moments="carry"),
+    "grass-columns-1/8-beta2-0.99": _grass("columns", 1 / 8, own_beta2=0.99),
+    "grass-columns-1/8-beta2-0.95": _grass("columns", 1 / 8, own_beta2=0.95),
+    "grass-columns-1/8-top": _grass("columns", 1 / 8, selection="top"),
     "grass-columns-1/16-sketch-1/8": _sketched(1 / 16, 1 / 16, 1 / 8),
     "grass-columns-1/16-sketch-1/32": _sketched(1 / 16, 1 / 16, 1 / 32),
     "grass-columns-1/16-sketch-1/128": _sketched(1 / 16, 1 / 16, 1 / 128),

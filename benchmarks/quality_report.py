@@ -42,8 +42,8 @@ _COLUMNS = (
 
 
 def best_results(search: Search, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Of each method with a result, the one of lowest loss, with ``runs``, ``finished``, ``matrix_rates`` (those tried)
-    and ``repeated`` added: the losses at its rates with other seeds.
+    """Of each method with a result, the one of lowest loss, with ``runs``, ``finished``, ``matrix_rates`` (those
+    tried), ``repeated`` (the losses at its rates with other seeds) and ``by_seed`` (the same and its own) added.
     """
     found = {}
     for method in methods:
@@ -54,11 +54,12 @@ def best_results(search: Search, methods: Sequence[str]) -> dict[str, dict[str, 
         if whole:
             best = min(whole, key=lambda result: result["loss"])
             finished = search.progress(method).best is not None
-            repeated = [search.loss_of(run) for run in search.repeated(method, Rates(**best["settings"]["rates"]))]
-            losses = [loss for loss in repeated if loss is not None]
+            again = search.repeated(method, Rates(**best["settings"]["rates"]))
+            others = {run.task.seed: loss for run in again if (loss := search.loss_of(run)) is not None}
             rates = sorted({result["settings"]["rates"]["matrix_lr"] for result in results})
-            more = {"runs": len(results), "finished": finished, "matrix_rates": rates, "repeated": losses}
-            found[method] = {**best, **more}
+            more = {"runs": len(results), "finished": finished, "matrix_rates": rates}
+            by_seed = {search.task.seed: best["loss"], **others}
+            found[method] = {**best, **more, "repeated": list(others.values()), "by_seed": by_seed}
     return found
 
 
@@ -74,11 +75,15 @@ def rows_of(search: Search, found: dict[str, dict[str, Any]]) -> list[Row]:
         size, rates, tried = result["bytes"], result["settings"]["rates"], result["matrix_rates"]
         losses = [result["loss"], *result["repeated"]]
         seeds = [statistics.fmean(losses), min(losses), max(losses)] if len(losses) > 1 else [None] * 3
+        shares = _shares_by_seed(found, method)
+        spread = [statistics.fmean(shares), min(shares), max(shares)] if len(shares) > 1 else [None] * 3
         step, optimizer_step = (times.get(method, {}).get(phase, {}).get("ratio") for phase in ("step", "optimizer"))
         rows.append(
             {
                 "method": method,
                 "share_percent": share_of_gap(result["loss"], base, frozen),
+                **dict(zip(("share_mean", "share_low", "share_high"), spread, strict=True)),
+                "seeds": max(len(shares), 1),
                 "loss": result["loss"],
                 **dict(zip(("loss_mean", "loss_low", "loss_high"), seeds, strict=True)),
                 "lr": rates["lr"],
@@ -107,6 +112,23 @@ def share_of_gap(loss: float, base: float | None, frozen: float | None) -> float
     if base is None or frozen is None or frozen < _LEAST_GAP * base:
         return None
     return 100 * (frozen - loss) / (frozen - base)
+
+
+def _shares_by_seed(found: dict[str, dict[str, Any]], method: str) -> list[float]:
+    """The method's shares of the gap, each with frozen matrices and AdamW of its own seed."""
+    base, frozen = (found.get(name, {}).get("by_seed", {}) for name in (BASELINE, FROZEN))
+    losses = found[method]["by_seed"].items()
+    shares = [share_of_gap(loss, base.get(seed), frozen.get(seed)) for seed, loss in losses]
+    return [share for share in shares if share is not None]
+
+
+def curves_of(found: dict[str, dict[str, Any]]) -> list[Row]:
+    """The losses of each method's best run as it goes, a row for each evaluation."""
+    return [
+        {"method": method, "step": int(step), "loss": loss}
+        for method, result in found.items()
+        for step, loss in result["losses"].items()
+    ]
 
 
 def _cells(rows: Sequence[Row]) -> list[list[str]]:

@@ -6,7 +6,8 @@ others use. Every other method: the coordinate search, begun at AdamW's best rat
 ``start``).
 
 The coordinate search tries three matrix rates a factor 2 apart and extends them by one while the best is at an edge;
-then the same with the other parameters' rate, at the best matrix rate.
+then the same with the other parameters' rate, at the best matrix rate. A task with one rate of the other parameters
+keeps it, and beta2 = 0.999, throughout.
 """
 
 import itertools
@@ -51,18 +52,25 @@ def search_line(losses: Losses, start: Rates, key: Literal["lr", "matrix_lr"]) -
             line.append(replace(start, **{key: 2 * getattr(line[-1], key)}))
 
 
-def search_rates(losses: Losses, start: Rates, *, of_matrices: bool = True) -> Progress:
+def search_rates(losses: Losses, start: Rates, *, of_matrices: bool = True, of_others: bool = True) -> Progress:
     """The coordinate search from ``start``.
 
     Args:
-        of_matrices: their rate counts.
+        of_matrices, of_others: their rate counts.
     """
-    progress = search_line(losses, start, "matrix_lr") if of_matrices else Progress(best=start)
-    return progress if progress.best is None else search_line(losses, progress.best, "lr")
+    progress = search_line(losses, start, "matrix_lr") if of_matrices else _best_of(losses, [start])
+    return search_line(losses, progress.best, "lr") if of_others and progress.best is not None else progress
+
+
+def search_only(losses: Losses, start: Rates, matrix_lr: Sequence[float]) -> Progress:
+    """These matrix rates and no others."""
+    return _best_of(losses, [replace(start, matrix_lr=rate) for rate in matrix_lr])
 
 
 def search_baseline(losses: Losses, grid_lr: Sequence[float], grid_matrix_lr: Sequence[float]) -> Progress:
     """AdamW's own search."""
+    if len(grid_lr) == 1:
+        return search_rates(losses, Rates(grid_lr[0], grid_matrix_lr[0], BETA2[0]), of_others=False)
     grid = [Rates(lr, matrix_lr, BETA2[0]) for lr, matrix_lr in itertools.product(grid_lr, grid_matrix_lr)]
     progress = _best_of(losses, grid)
     if progress.best is not None:

@@ -19,7 +19,7 @@ import torch
 from benchmarks.quality_data import Task, Text
 from benchmarks.quality_methods import METHODS
 from benchmarks.quality_run import Rates, Run, read_result, train
-from benchmarks.quality_search import Progress, search_baseline, search_rates
+from benchmarks.quality_search import Progress, search_baseline, search_only, search_rates
 
 BASELINE = "adamw"
 
@@ -29,10 +29,14 @@ class Search:
 
     Attributes:
         repeats: of each method at its best rates, with other seeds.
+        matrix_lr: the only rates of the matrices that are tried, but for AdamW's own; empty for a search.
     """
 
-    def __init__(self, task: Task, text: str, folder: Path, *, repeats: int = 0) -> None:
+    def __init__(
+        self, task: Task, text: str, folder: Path, *, repeats: int = 0, matrix_lr: Sequence[float] = ()
+    ) -> None:
         self.task, self.text, self.folder, self.repeats = task, text, folder, repeats
+        self.matrix_lr = matrix_lr
         self._known: dict[Path, float] = {}
 
     def run(self, method: str, rates: Rates) -> Run:
@@ -61,9 +65,14 @@ class Search:
         if method == BASELINE or baseline.best is None:
             return baseline if method == BASELINE else Progress()
         start = replace(baseline.best, matrix_lr=baseline.best.matrix_lr * METHODS[method].start)
-        return search_rates(
-            lambda rates: self.loss_of(self.run(method, rates)), start, of_matrices=METHODS[method].trains_matrices
-        )
+        of_matrices, of_others = METHODS[method].trains_matrices, len(self.task.grid_lr) > 1
+
+        def losses(rates: Rates) -> float | None:
+            return self.loss_of(self.run(method, rates))
+
+        if self.matrix_lr and of_matrices:
+            return search_only(losses, start, self.matrix_lr)
+        return search_rates(losses, start, of_matrices=of_matrices, of_others=of_others)
 
     def missing(self, methods: Sequence[str]) -> list[Run]:
         """The runs that are needed next, in the order of the methods; repetitions last."""

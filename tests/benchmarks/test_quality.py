@@ -1,10 +1,13 @@
 """The quality benchmark at its small size: resumable, two rates, bytes as stated, reports written."""
 
+import difflib
+import inspect
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -14,8 +17,9 @@ from torch import nn
 from benchmarks import quality_sweep
 from benchmarks.quality import main
 from benchmarks.quality_anchors import SketchedResidual
-from benchmarks.quality_data import SMALL, Text, build_model
+from benchmarks.quality_data import LONG, SMALL, Text, build_model
 from benchmarks.quality_methods import METHODS, Method, Shapes
+from benchmarks.quality_prose import prose_files
 from benchmarks.quality_report import best_results, share_of_gap
 from benchmarks.quality_run import Rates, Run, read_result, train
 from benchmarks.quality_search import BETA2, Progress, search_baseline, search_rates
@@ -180,7 +184,10 @@ def test_reports_are_written(out: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert name in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
-    sweep(out, "--csv", str(tmp_path / "rows.csv"))
+    sweep(out, "--csv", str(tmp_path / "rows.csv"), "--curves", str(tmp_path / "curves.csv"))
+    curves = read_rows(tmp_path / "curves.csv")
+    assert [(row["method"], row["step"]) for row in curves] == [(name, step) for name in NAMES for step in (6, 12)]
+    assert {row["method"]: row["loss"] for row in curves} == {name: found[name]["loss"] for name in NAMES}
     for row in read_rows(tmp_path / "rows.csv"):
         rates = {record["settings"]["rates"]["matrix_lr"] for record in _records(out, row["method"])}
         assert row["rates_tried"] == len(rates)
@@ -208,6 +215,7 @@ def test_repetitions_with_other_seeds_are_averaged_and_do_not_compete(out: Path,
     losses = [before["loss"], *found["repeated"]]
     assert len(set(losses)) == 3
     sweep(out, "--repeats", "2", "--markdown", str(table), methods=[name])
+    assert found["by_seed"] == dict(enumerate(losses))
     assert f"| {sum(losses) / 3:.4f} ({min(losses):.4f}-{max(losses):.4f}) |" in table.read_text()
     assert small_search(out).progress(name).best == Rates(**before["settings"]["rates"])
 
@@ -274,6 +282,28 @@ def test_others_wait_for_the_baseline_and_start_from_it(tmp_path: Path, monkeypa
     started = METHODS["grass-rows-1/4"].start * 2e-3
     expected = [Rates(1e-2, rate, 0.95) for rate in (started / 2, started, 2 * started)]
     assert search.progress("grass-rows-1/4").missing == expected
+
+
+def test_one_rate_of_the_others_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the long task AdamW tries the matrices' rates alone; with rates given, another method tries just these."""
+    (lr,), (first,) = LONG.grid_lr, LONG.grid_matrix_lr
+    landscape = Landscape(1e-1, 4 * first)
+    best = landscape.follow(lambda losses: search_baseline(losses, LONG.grid_lr, LONG.grid_matrix_lr))
+    assert best == Rates(lr, 4 * first, 0.999)
+    assert {(rates.lr, rates.beta2) for rates in landscape.known} == {(lr, 0.999)}
+    monkeypatch.setattr(quality_sweep, "search_baseline", lambda losses, lr, matrix_lr: Progress(best=best))
+    search = Search(LONG, "text", tmp_path, matrix_lr=[1e-2, 3e-2])
+    assert search.progress("grass-rows-1/4").missing == [Rates(lr, 1e-2, 0.999), Rates(lr, 3e-2, 0.999)]
+    assert search.progress("frozen").missing == [best]
+
+
+def test_prose_is_of_docstrings_and_topics(tmp_path: Path) -> None:
+    files = prose_files(tmp_path)
+    text = {path.name: path.read_text() for path in files}
+    assert text["topic-assert.txt"] == topics["assert"]
+    assert inspect.getdoc(difflib.SequenceMatcher.ratio) in "".join(text.values())
+    assert sum(map(len, text.values())) > 1_000_000
+    assert prose_files(tmp_path) == files
 
 
 def test_every_method_trains_with_less_state_than_adamw() -> None:
