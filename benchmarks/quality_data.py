@@ -75,7 +75,7 @@ LONG = Task(
     warmup_steps=150,
     num_evaluations=10,
     eval_sequences=128,
-    grid_lr=(2e-2,),
+    grid_lr=(1e-2,),
     grid_matrix_lr=(2e-3,),
 )
 SMALL = Task(

@@ -5,6 +5,7 @@ The text depends on the Python's version alone; its fingerprint is part of every
 
 import ast
 import platform
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -26,17 +27,19 @@ def _write(target: Path) -> None:
     # Documentation that classes repeat is written once.
     seen: set[str] = set()
     for number, path in enumerate(stdlib_files()):
-        own = [text for text in _docstrings(path) if not (text in seen or seen.add(text))]
+        own = [text for text in docstrings(path) if not (text in seen or seen.add(text))]
         if own:
             (target / f"module-{number:04d}.txt").write_text("\n\n".join(own) + "\n")
     for name, text in sorted(topics.items()):
         (target / f"topic-{name}.txt").write_text(text)
 
 
-def _docstrings(path: Path) -> Iterator[str]:
+def docstrings(path: Path) -> Iterator[str]:
     """Of the module, its classes and functions; none of a file that this Python cannot parse, as tests have some."""
     try:
-        tree = ast.parse(path.read_bytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
     for node in ast.walk(tree):
