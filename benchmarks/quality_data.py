@@ -100,7 +100,7 @@ def _source(text: str) -> Literal["stdlib"] | list[SourceBlock]:
     if text == "stdlib":
         return "stdlib"
     if text == "prose":
-        return [SourceBlock(path=str(path)) for path in prose_files(made_cache(DataBlock()))]
+        return [SourceBlock(path=str(path)) for path in prose_files(made_cache(DataBlock.model_validate({})))]
     root = Path(sysconfig.get_paths()["stdlib"])
     return [SourceBlock(path=str(root / f"{name}.py")) for name in _SMALL_TEXT]
 
