@@ -7,7 +7,9 @@ from pathlib import Path
 
 from narrowgauge.engine.errors import UserError
 
-_LINE = re.compile(r"(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9_.-]*)@)?(?P<name>[A-Za-z0-9_.:-]+)(?:\s+slots=(?P<slots>\d+))?")
+_LINE = re.compile(
+    r"(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9_.-]*)@)?(?P<name>[A-Za-z0-9_.:-]+)(?:\s+slots=(?P<slots>\d{1,6}))?"
+)
 
 
 @dataclass(frozen=True)

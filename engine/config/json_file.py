@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,15 +31,23 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = hjson.loads(text, object_pairs_hook=_without_duplicates)
     except hjson.HjsonDecodeError as error:
         raise ConfigError(str(path), [f"line {error.lineno}, column {error.colno}: {error.msg}"]) from error
-    except OverflowError as error:
-        raise ConfigError(str(path), ["expected finite numbers, got one that is too large"]) from error
     except RecursionError as error:
         raise ConfigError(str(path), [_TOO_DEEP]) from error
-    except ValueError as error:
-        raise ConfigError(str(path), [str(error)]) from error
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(str(path), [_of_a_number(text) or str(error)]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(path), [f"expected a JSON object, got {type(raw).__name__}"])
     return raw
+
+
+def _of_a_number(text: str) -> str | None:
+    """What is wrong with the first number that is too large for a float or, in digits, for an integer."""
+    for match in re.finditer(r"\d[\d.]*(?:[eE][+-]?\d+)?", text):
+        number = match[0]
+        if len(number) > sys.get_int_max_str_digits() or (number.count(".") < 2 and math.isinf(float(number))):
+            shown = number if len(number) <= 20 else f"{number[:10]}... of {len(number):,} characters"
+            return f"line {text.count(chr(10), 0, match.start()) + 1}: expected a finite number, got {shown}"
+    return None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def _check_notice(options: Mapping[str, Any]) -> None:
 
 def _seconds(time: Any) -> int | None:
     """Of a time limit as ``sbatch`` takes it; None where there is none, or it is not one."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(time))
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", str(time))
     if match is None or not any(map(int, filter(None, match.groups()))):
         return None
     days, *rest = (int(part) if part else 0 for part in match.groups())

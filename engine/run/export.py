@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import Checkpoint, checksum, find_checkpoints, verify_files
+from ..checkpoint.files import Checkpoint, checksum, find_checkpoints, verify_files, versions_of
 from ..checkpoint.values import decode
 from ..checkpoint.weights import INDEX_NAME
 from ..config.lora_block import LoraBlock
@@ -45,9 +45,7 @@ def export_run(run_dir: Path, folder: Path, *, step: int | None = None, merge: b
     if step is not None and step not in checkpoints:
         raise UserError(f"{run_dir}: no checkpoint of step {step}; there are {sorted(checkpoints)}")
     step = step if step is not None else max(checkpoints)
-    source = checkpoints[step]
-    checkpoint = verify_files(source)
-    check_step(checkpoint.state["client_state"], step, source)
+    source, checkpoint = _whole(run_dir / CHECKPOINTS / f"step-{step}", step)
     adapters = decode(checkpoint.state["client_state"].get("adapters"), {})
     if merge and adapters is None:
         raise UserError(f"{run_dir}: expected a run with lora to merge, got one that trained its whole model")
@@ -78,6 +76,26 @@ def export_run(run_dir: Path, folder: Path, *, step: int | None = None, merge: b
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{folder}: cannot be written: {error}") from error
     return source
+
+
+def _whole(folder: Path, step: int) -> tuple[Path, Checkpoint]:
+    """The checkpoint, or the one that it was to replace, where only that is whole.
+
+    Raises:
+        CheckpointError: neither is; of the first.
+    """
+    found: list[CheckpointError] = []
+    for version in versions_of(folder):
+        try:
+            checkpoint = verify_files(version)
+            check_step(checkpoint.state["client_state"], step, version)
+        except CheckpointError as error:
+            found.append(error)
+            continue
+        for error in found:
+            logger.warning(f"{error}; exporting {version}")
+        return version, checkpoint
+    raise found[0]
 
 
 def _copy_tokenizer(run_dir: Path, folder: Path) -> None:

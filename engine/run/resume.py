@@ -49,15 +49,15 @@ def resume(
         _say_what_is_lost(plan.run_dir)
         return 0, None, {}
     candidates = [(step, path) for step, folder in reversed(checkpoints) for path in versions_of(folder)]
-    for step, folder in candidates:
+    for (step, folder), earlier in zip(candidates, [*candidates[1:], None], strict=True):
         try:
             state = load_checkpoint(engine, folder)
             check_step(state, step, folder)
         except CheckpointError as error:
-            if (step, folder) == candidates[-1]:
+            if earlier is None:
                 raise
             if process_rank() == 0:
-                logger.warning(f"{error}; trying the checkpoint before it")
+                logger.warning(f"{error}; trying {earlier[1]}")
             continue
         _check_state(state, step, folder, plan)
         if plan.config.parsed.lora is not None:

@@ -73,7 +73,9 @@ def test_a_cycle_that_ends_before_the_run() -> None:
 def test_numbers_and_depths_that_no_file_means(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text('{"gradient_clipping": 1e400}')
-    assert problem(path) == f"{path}: expected finite numbers, got one that is too large"
+    assert problem(path) == f"{path}: line 1: expected a finite number, got 1e400"
+    path.write_text('{\n"training": {"steps": ' + "9" * 5000 + "}}")
+    assert problem(path) == f"{path}: line 2: expected a finite number, got 9999999999... of 5,000 characters"
     path.write_text('{"a":' * 5000 + "1" + "}" * 5000)
     assert problem(path) == f"{path}: it is nested too deeply"
     assert problem({**BASE, "train_batch_size": {1, 2}}).startswith("config: expected JSON values")

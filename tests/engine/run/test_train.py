@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from narrowgauge.engine.run.export import export_run
 from tests.support import command, forked
 from tests.support.cases import cases
 from tests.support.command import losses, records, tiny_config, under_megatron
@@ -217,6 +218,7 @@ def test_missing_summary_and_damaged_checkpoint(finished: Path, tmp_path: Path) 
     newest = tmp_path / "run" / "checkpoints" / "step-12"
     shutil.copytree(newest, newest.with_name("step-12.old"))
     flip_last_byte(newest / "model.safetensors")
+    assert export_run(tmp_path / "run", tmp_path / "exported") == newest.with_name("step-12.old")
     words = ["--set", f"logging.run_dir={tmp_path}/run", "--set", "training.keep_checkpoints=3"]
     again = forked.run("train", str(finished / "config.json"), *words)
     assert again.returncode == 0, again.stderr

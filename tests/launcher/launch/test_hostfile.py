@@ -32,6 +32,7 @@ def test_a_dry_run_prints_and_starts_nothing(call: Call, corpus: Path, tmp_path:
         ("h1 slots=1\nh1 slots=1\n", "line 2: h1 is given twice"),
         ("h1 slots=1\nh2 slots=2\n", "expected the same slots on all hosts, got 1 on h1 and 2 on h2"),
         ("h1 slots=one\n", "line 1: expected 'NAME slots=N' or 'USER@NAME slots=N', got 'h1 slots=one'"),
+        (f"h1 slots={'1' * 4301}\n", "line 1: expected 'NAME slots=N' or 'USER@NAME slots=N', got 'h1 slots=111"),
         ("h1 slots=0\n", "line 1: h1: expected at least 1 slot, got 0"),
         ("localhost slots=1\nnowhere.invalid slots=1\n", "nowhere.invalid: no address found for this host"),
     ],
