@@ -12,9 +12,14 @@ _SECRET_KEY = re.compile(
 )
 # To the last @ before the path: a password may hold one.
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s\"']+@")
-# A parameter after a URL's ``?`` (or ``#``): ``?token=...``, ``&X-Amz-Signature=...``, ``&%74oken[]=...``.
-_URL_PARAMETER = re.compile(r"[?&;#]([^=?&;#\s\"']+)=")
+# What begins a parameter, as ``?``, and what ends its name; both also encoded, once or more often: in a URL that is
+# another's parameter.
+_BEGIN = r"(?:[?&;#]|%(?:25)*(?:3F|26|3B|23))"
+_EQUALS = r"(?:=|%(?:25)*3D)"
+# ``?token=``, ``&X-Amz-Signature=``, ``&%74oken[]=``, ``%3Ftoken%3D``.
+_URL_PARAMETER = re.compile(rf"{_BEGIN}((?:(?!{_BEGIN}|{_EQUALS})[^\s\"'])+)({_EQUALS})", re.IGNORECASE)
 _URL_VALUE = re.compile(r"[^&;#\s\"']+")
+_ENCODED_VALUE = re.compile(rf"(?:(?!{_BEGIN})[^\s\"'])+", re.IGNORECASE)
 _SECRET_PARAMETER = re.compile(
     r"[\w.-]*((api|access|private|secret)[_-]?keys?|token|secrets?|passwords?|passwd|credentials?|signature|AccessKeyId)"
     r"|([\w.-]*[_-])?(key|auth|authorization|bearer|jwt|pwd|sas|sig|code|session|session_?id|sid)",
@@ -43,10 +48,11 @@ def redact_text(text: str) -> str:
     parts, done = [], 0
     # Also within the values of others, which may be URLs with parameters of their own.
     for parameter in _URL_PARAMETER.finditer(text):
-        name = unquote(parameter[1]).partition("[")[0]
-        if parameter.start() < done or not _SECRET_PARAMETER.fullmatch(name):
+        names = re.split(r"[\[\]]+", unquote(unquote(unquote(parameter[1]))))
+        if parameter.start() < done or not any(map(_SECRET_PARAMETER.fullmatch, names)):
             continue
-        if value := _URL_VALUE.match(text, parameter.end()):
+        pattern = _URL_VALUE if parameter[2] == "=" else _ENCODED_VALUE
+        if value := pattern.match(text, parameter.end()):
             parts += [text[done : value.start()], HIDDEN]
             done = value.end()
     return "".join(parts) + text[done:]

@@ -2,6 +2,7 @@
 written with.
 """
 
+import csv
 import re
 from pathlib import Path
 
@@ -58,6 +59,9 @@ _JSON_START = re.compile(rf"\ufeff?\s*(?:\{{\s*{_STRING}\s*:|\[\s*(?:\{{\s*{_STR
 
 # What a page or a document of another name than that of source code begins with.
 _MARKUP_START = re.compile(r"\ufeff?\s*<(?:!doctype\s+html|html[\s>]|\?xml\s)", re.IGNORECASE)
+# The first row of a table of another name than .csv or .tsv, and as many rows as tell one from prose or source code.
+_HEADER = re.compile(r"\ufeff?(\"?\w[\w.-]*\"?)(?:([,;\t|])(\"?\w[\w.-]*\"?))+")
+_ROWS = 5
 _MARKUP = (".htm", ".html", ".svg", ".xhtml", ".xml", ".xsd", ".xsl", ".xslt", ".vue", ".php", ".jsp")
 
 
@@ -95,4 +99,27 @@ def _kind_of(path: Path) -> str | None:
     text = start.decode(errors="ignore")
     if path.suffix.lower() not in _MARKUP and _MARKUP_START.match(text):
         return f"HTML or XML (which is taken as source code by the names {', '.join(_MARKUP)})"
-    return "JSON" if _JSON_START.match(text) else None
+    if _JSON_START.match(text):
+        return "JSON"
+    if _is_table(text, is_cut=len(start) == _START_BYTES):
+        return "comma- or tab-separated values, by its first rows"
+    return None
+
+
+def _is_table(start: str, *, is_cut: bool) -> bool:
+    """Whether names without spaces stand in the first line, and rows of as many fields below it to the end."""
+    lines = start.splitlines(keepends=True)
+    match = _HEADER.fullmatch(lines[0].rstrip("\r\n")) if lines else None
+    if match is None:
+        return False
+    rows: list[list[str]] = []
+    try:
+        for row in filter(None, csv.reader(lines, delimiter=match[2], strict=True)):
+            rows.append(row)
+    except csv.Error:
+        # Of the last row, perhaps.
+        if not is_cut:
+            return False
+    else:
+        del rows[len(rows) - is_cut :]
+    return len(rows) >= _ROWS and len({*rows[0]}) == len(rows[0]) and all(len(row) == len(rows[0]) for row in rows)

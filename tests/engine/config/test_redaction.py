@@ -42,6 +42,13 @@ def test_configurations(value: Any, expected: Any) -> None:
             "https://h/x?code=k1&session=k2&%74oken=k3&token[]=k4",
             "https://h/x?code=***&session=***&%74oken=***&token[]=***",
         ),
+        ("https://h/x?a[token]=k1&%2574oken=k2&b[c]=1", "https://h/x?a[token]=***&%2574oken=***&b[c]=1"),
+        ("https://h/x?password=a%26b&c=1", "https://h/x?password=***&c=1"),
+        (
+            "https://h/x?next=https%3A%2F%2Fg%2Fy%3Fa%3D1%26token%3Dk1%26b%3D2&c=3",
+            "https://h/x?next=https%3A%2F%2Fg%2Fy%3Fa%3D1%26token%3D***%26b%3D2&c=3",
+        ),
+        ("https://h/x?next=g%253Ftoken%253dk1%2526b", "https://h/x?next=g%253Ftoken%253d***%2526b"),
         ("https://h/x?next=https://g/y?token=k1&b=2", "https://h/x?next=https://g/y?token=***&b=2"),
         ("https://h/x?a=b?sig=k1", "https://h/x?a=b?sig=***"),
         ("https://h/x?token=k1?sig=k2&b=2", "https://h/x?token=***&b=2"),
