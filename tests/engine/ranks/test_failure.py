@@ -17,8 +17,6 @@ from tests.support import forked
 from tests.support.command import ROOT, arguments, environment, records, tiny_config, wait_for_step
 
 SECONDS = 15
-# Seconds are measured.
-pytestmark = pytest.mark.alone
 
 
 def start_ranks(*words: str) -> "subprocess.Popen[str]":
@@ -57,6 +55,8 @@ def tokens(path: Path, count: int, *, bad: int | None = None) -> None:
     write_tokens(path, documents, vocab_size=600)
 
 
+# Seconds are measured.
+@pytest.mark.alone
 def test_a_bad_token_in_one_ranks_share_ends_all(corpus: Path, tmp_path: Path) -> None:
     """The rank that met it waited at its exit for a worker of its loader, which ignores SIGTERM: torchrun never
     noticed, and the other rank sat in its collective until the watchdog came.
@@ -83,6 +83,8 @@ def test_a_bad_token_in_one_ranks_share_ends_all(corpus: Path, tmp_path: Path) -
     assert all(line.startswith("error: process rank ") and reason in line for line in others)
 
 
+# Seconds are measured.
+@pytest.mark.alone
 def test_a_file_limit_on_one_rank_ends_all_and_names_the_file(corpus: Path, tmp_path: Path) -> None:
     """As a full disk. The message named no file, and the other rank stayed."""
     config, run_dir = str(tiny_config(corpus, tmp_path)), tmp_path / "run"
@@ -121,6 +123,7 @@ def a_loop_instead(run_dir: Path) -> None:
     run_dir.symlink_to(run_dir.name)
 
 
+@pytest.mark.quick("deleted_slowly", "a_file_instead")
 @pytest.mark.parametrize("change", [deleted, deleted_slowly, a_file_instead, a_loop_instead])
 def test_a_run_folder_that_is_deleted_or_replaced_is_noticed(
     corpus: Path, tmp_path: Path, change: Callable[[Path], None]
