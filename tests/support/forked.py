@@ -54,6 +54,11 @@ class Forked:
             process.start()
             self._processes.append(process)
 
+    @property
+    def pids(self) -> list[int]:
+        """The process ids, in the order of the ranks."""
+        return [process.pid for process in self._processes]
+
     def poll(self) -> int | None:
         """The exit code, once all have ended; of several 0 or 1."""
         codes = [process.exitcode for process in self._processes]

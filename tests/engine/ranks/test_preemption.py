@@ -13,10 +13,11 @@ import psutil
 import pytest
 
 from narrowgauge.engine.ranks.exit_codes import EXIT_PREEMPTED
-from tests.support.command import ROOT, arguments, environment, losses, records, start, tiny_config, under_megatron
+from tests.support import forked
+from tests.support.command import Process, losses, records, start, tiny_config, under_megatron
 from tests.support.forked import run
 
-MORE = ["--set", "training.steps=120", "--set", "training.eval_interval=30", "--set", "training.checkpoint_interval=25"]
+MORE = ["--set", "training.steps=60", "--set", "training.eval_interval=30", "--set", "training.checkpoint_interval=25"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+def wait_until(condition: Callable[[], bool], process: Process) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
@@ -81,7 +82,7 @@ def test_one_rank_is_asked_and_all_save_and_end(
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
     reached = max(losses(run_dir))
-    assert reached < 120
+    assert reached < 60
     assert saved_steps(run_dir)[-1] == reached
     assert not is_saving(run_dir)
     assert run("train", config, *MORE, ranks=2).returncode == 0
@@ -96,7 +97,7 @@ def test_under_megatron_both_stages_save_and_go_on(corpus: Path, tmp_path: Path)
     ranks_of(process)[1].send_signal(signal.SIGUSR1)
     assert process.wait(60) != 0
     reached = max(losses(run_dir))
-    assert reached < 120
+    assert reached < 60
     assert saved_steps(run_dir)[-1] == reached
     assert run("train", config, *MORE, ranks=2).returncode == 0
     whole = tmp_path / "whole"
@@ -105,27 +106,28 @@ def test_under_megatron_both_stages_save_and_go_on(corpus: Path, tmp_path: Path)
 
 
 def test_the_exit_code_is_its_own_and_the_message_says_what_to_do(corpus: Path, tmp_path: Path) -> None:
-    config = str(tiny_config(corpus, tmp_path))
-    with (tmp_path / "stderr").open("w") as stderr:
-        process = start("train", config, *MORE, stderr=stderr)
-        wait_until(lambda: any(losses(tmp_path / "run")), process)
-        # As `timeout` and SLURM do: to the whole group, data loader workers too.
-        for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-            member.send_signal(signal.SIGTERM)
-        assert process.wait(60) == EXIT_PREEMPTED == 75
+    process = forked.start("train", str(tiny_config(corpus, tmp_path)), *MORE)
+    wait_until(lambda: any(losses(tmp_path / "run")), process)
+    # As `timeout` and SLURM do: to the whole group, data loader workers too.
+    (rank,) = map(psutil.Process, process.pids)
+    for member in [rank, *rank.children(recursive=True)]:
+        member.send_signal(signal.SIGTERM)
+    assert process.wait(60) == EXIT_PREEMPTED == 75
     reached = max(losses(tmp_path / "run"))
-    assert (tmp_path / "stderr").read_text().splitlines()[-1] == (
-        f"asked to end: saved after step {reached} of 120; the same command goes on from there"
+    assert process.said()[1].splitlines()[-1] == (
+        f"asked to end: saved after step {reached} of 60; the same command goes on from there"
     )
 
 
 @pytest.mark.slow
-def test_asked_again_and_again_at_random_moments(corpus: Path, tmp_path: Path, whole: Path) -> None:
+def test_asked_again_and_again_at_random_moments(corpus: Path, tmp_path: Path) -> None:
     config, run_dir, dice = str(tiny_config(corpus, tmp_path)), tmp_path / "run", random.Random(0)
+    words, whole = [*MORE, "--set", "training.steps=120"], tmp_path / "whole"
+    assert run("train", config, *words, "--set", f"logging.run_dir={whole}", ranks=2).returncode == 0
     interruptions = 0
     for _ in range(12):
         before = max(losses(run_dir), default=0)
-        process = start("train", config, *MORE, ranks=2)
+        process = start("train", config, *words, ranks=2)
         deadline = time.monotonic() + 120
         while process.poll() is None and max(losses(run_dir), default=0) <= before:
             assert time.monotonic() < deadline
@@ -139,7 +141,7 @@ def test_asked_again_and_again_at_random_moments(corpus: Path, tmp_path: Path, w
             break
         interruptions += max(losses(run_dir)) < 120
     else:
-        assert run("train", config, *MORE, ranks=2).returncode == 0
+        assert run("train", config, *words, ranks=2).returncode == 0
     assert interruptions >= 3
     assert_same(run_dir, whole)
 
@@ -148,17 +150,8 @@ def test_before_the_first_step_a_signal_ends_at_once(corpus: Path, tmp_path: Pat
     """While it waited for another process that compiles, SIGTERM was noted and nothing looked at the note."""
     with (tmp_path / "narrowgauge.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        process = subprocess.Popen(  # noqa: S603
-            arguments("train", str(tiny_config(corpus, tmp_path))),
-            env=environment(TORCH_EXTENSIONS_DIR=str(tmp_path)),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert any("waiting for another process" in line for line in process.stdout)
-        process.send_signal(signal.SIGTERM)
+        process = forked.start("train", str(tiny_config(corpus, tmp_path)), TORCH_EXTENSIONS_DIR=str(tmp_path))
+        wait_until(lambda: "waiting for another process" in process.said()[0], process)
+        os.kill(process.pids[0], signal.SIGTERM)
         assert process.wait(30) == EXIT_PREEMPTED
-        assert "asked to end (SIGTERM) before the first step: nothing to save" in process.stderr.read()
+        assert "asked to end (SIGTERM) before the first step: nothing to save" in process.said()[1]
