@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support import forked
 from tests.support.command import losses, start, tiny_config, wait_for_step
 from tests.support.forked import run
 
@@ -51,22 +52,18 @@ def test_a_rank_that_does_nothing_is_named_and_the_run_starts_again(corpus: Path
 
 def test_a_rank_whose_data_does_not_come_is_told_from_those_that_wait_for_it(corpus: Path, tmp_path: Path) -> None:
     config, run_dir = str(tiny_config(corpus, tmp_path)), tmp_path / "run"
-    with (tmp_path / "stderr").open("w") as stderr:
-        process = start("train", config, *FEW, "--set", "data.num_workers=1", ranks=2, stderr=stderr)
-        wait_for_step(run_dir, 5, process)
-        (worker,) = (
-            child
-            for child in rank_process(process, 1).children()
-            if child.environ().get("RANK") == "1" and "resource_tracker" not in " ".join(child.cmdline())
-        )
-        worker.send_signal(signal.SIGSTOP)
-        begin = time.monotonic()
-        assert process.wait(LIMIT + 60) == 1
+    process = forked.start("train", config, *FEW, "--set", "data.num_workers=1", ranks=2)
+    wait_for_step(run_dir, 5, process)
+    children = psutil.Process(process.pids[1]).children()
+    (worker,) = (child for child in children if "resource_tracker" not in " ".join(child.cmdline()))
+    worker.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    assert process.wait(LIMIT + 60) == 1
     assert time.monotonic() - begin < LIMIT + 15
     worker.send_signal(signal.SIGCONT)
     psutil.wait_procs([worker], timeout=30)
     assert not worker.is_running()
-    text, host = (tmp_path / "stderr").read_text(), socket.gethostname()
+    text, host = process.said()[1], socket.gethostname()
     assert f"behind the others: rank 1 on {host} at step " in text
     assert "waiting for data" in text.partition("behind the others")[2].splitlines()[0]
     for rank in (0, 1):
