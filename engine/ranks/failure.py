@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -76,6 +77,23 @@ class FailureWatch:
                 return
         if first is not None:
             raise RankFailed(f"ended, as {first}") from error
+        self._let_others_read()
+
+    def tell_of_end(self, reason: str) -> None:
+        """This rank is about to end without an error, and nobody may be there who would end the others."""
+        if self._store is None:
+            return
+        # The store may be gone, or not answer.
+        thread = threading.Thread(target=self._post_reason, args=(reason,), name="narrowgauge-end", daemon=True)
+        thread.start()
+        thread.join(_GRACE)
+        self._let_others_read()
+
+    def _post_reason(self, reason: str) -> None:
+        with suppress(Exception):
+            self._post(f"{process_rank()}|{say_where()}: {reason}")
+
+    def _let_others_read(self) -> None:
         if process_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             # This process keeps the store; the others look once more.
             time.sleep(2 * _POLL)

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 
@@ -28,10 +29,12 @@ class StopRequest:
 
     Attributes:
         received: the name of the signal, or None.
+        tell_others: called with the reason before a rank ends that others may wait for.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.tell_others: Callable[[str], None] = lambda reason: None
         self._is_heard, self._lock = False, threading.Lock()
         self._previous: dict[signal.Signals, object] = {}
         self._pipe: tuple[int, int] | None = None
@@ -80,6 +83,7 @@ class StopRequest:
             if not self._is_heard:
                 message = f"asked to end ({self.received}) before the first step: nothing to save"
                 print(f"process rank {process_rank()}: {message}", file=sys.stderr, flush=True)  # noqa: T201
+                self.tell_others(message)
                 os._exit(EXIT_PREEMPTED)
 
 

@@ -100,6 +100,7 @@ def train(
     with StopRequest() as stop:
         plan, lock = plan_together(config, overrides, fresh)
         with FailureWatch() as failures:
+            stop.tell_others = failures.tell_of_end
             run = _Run(plan, console, stop, lock)
             try:
                 if run.is_first_rank:

@@ -59,6 +59,11 @@ class Forked:
         """The process ids, in the order of the ranks."""
         return [process.pid for process in self._processes]
 
+    @property
+    def exit_codes(self) -> list[int | None]:
+        """Of each rank; None while it runs."""
+        return [process.exitcode for process in self._processes]
+
     def poll(self) -> int | None:
         """The exit code, once all have ended; of several 0 or 1."""
         codes = [process.exitcode for process in self._processes]

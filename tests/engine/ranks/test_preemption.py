@@ -147,11 +147,21 @@ def test_asked_again_and_again_at_random_moments(corpus: Path, tmp_path: Path) -
 
 
 def test_before_the_first_step_a_signal_ends_at_once(corpus: Path, tmp_path: Path) -> None:
-    """While it waited for another process that compiles, SIGTERM was noted and nothing looked at the note."""
+    """While it waited for another process that compiles, SIGTERM was noted and nothing looked at the note; then the
+    rank ended, and where no launcher was the other stayed.
+    """
     with (tmp_path / "narrowgauge.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        process = forked.start("train", str(tiny_config(corpus, tmp_path)), TORCH_EXTENSIONS_DIR=str(tmp_path))
-        wait_until(lambda: "waiting for another process" in process.said()[0], process)
-        os.kill(process.pids[0], signal.SIGTERM)
-        assert process.wait(30) == EXIT_PREEMPTED
-        assert "asked to end (SIGTERM) before the first step: nothing to save" in process.said()[1]
+        config = str(tiny_config(corpus, tmp_path))
+        process = forked.start("train", config, ranks=2, TORCH_EXTENSIONS_DIR=str(tmp_path))
+        wait_until(lambda: process.said()[0].count("waiting for another process") == 2, process)
+        os.kill(process.pids[1], signal.SIGTERM)
+        deadline = time.monotonic() + 30
+        while None in process.exit_codes and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert process.exit_codes == [1, EXIT_PREEMPTED]
+    reason = "asked to end (SIGTERM) before the first step: nothing to save"
+    first, second = process.said()[1].splitlines()
+    assert first == f"process rank 1: {reason}"
+    assert second.startswith("error: process rank 0 on ")
+    assert second.endswith(f": {reason}")
