@@ -9,7 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ OTHER = "between them"
 # Of a stretch, what is no whole number of bytes or elements.
 _GROUPED = torch.ops.aten._grouped_mm.default
 _WORK = ("flops", "moved", "sent")
+_FORWARD_WORK = ("forward_flops", "forward_moved", "forward_sent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class Stretch:
         flops: of matrix products, in forward and backward.
         moved: bytes that the other operations read and write.
         sent: bytes that its collectives send to the ranks that share it.
+        forward_flops, forward_moved, forward_sent: of these, its forward's; of no use where head and loss are.
     """
 
     saved: int = 0
@@ -65,16 +67,21 @@ class Stretch:
     flops: float = 0.0
     moved: float = 0.0
     sent: float = 0.0
+    forward_flops: float = 0.0
+    forward_moved: float = 0.0
+    forward_sent: float = 0.0
 
     def towards(self, other: "Stretch", times: float) -> "Stretch":
         """This one and ``times`` the difference to another: what it is with more sequences."""
         assert len(self.offloadable) == len(other.offloadable)
         found: dict[str, Any] = {
             key: getattr(self, key) + times * (getattr(other, key) - getattr(self, key))
-            for key in ("saved", "forward", "backward", "gradients", "observed", *_WORK)
+            for key in ("saved", "forward", "backward", "gradients", "observed", *_WORK, *_FORWARD_WORK)
         }
         # What a stretch takes beyond what is kept may be nothing, and not less.
-        whole = {key: value if key in _WORK else max(0, round(value)) for key, value in found.items()}
+        whole = {
+            key: value if key in (*_WORK, *_FORWARD_WORK) else max(0, round(value)) for key, value in found.items()
+        }
         sizes = zip(self.offloadable, other.offloadable, strict=True)
         return Stretch(
             **whole,
@@ -132,6 +139,14 @@ class Passes:
     @property
     def sent(self) -> float:
         return sum(stretch.sent for stretch in self.stretches)
+
+    def with_another_forward(self) -> "Passes":
+        """With the work of a second forward, which has no gradients and ends before what comes after the layers."""
+        before, *layers = (
+            replace(stretch, **{key: getattr(stretch, key) + getattr(stretch, f"forward_{key}") for key in _WORK})
+            for stretch in (self.before, *self.layers)
+        )
+        return replace(self, before=before, layers=layers)
 
     def towards(self, other: "Passes", times: float) -> "Passes":
         """See :meth:`Stretch.towards`."""
@@ -361,6 +376,7 @@ class _Watch:
         draft = self._stretches[self._at]
         draft.forward, draft.kept = peak - self._kept_before(self._at), now
         self._take_work(draft)
+        draft.forward_flops, draft.forward_moved, draft.forward_sent = draft.flops, draft.moved, draft.sent
         self._at = next_one
 
     def _close_backward(self, number: int) -> None:
@@ -451,6 +467,9 @@ class _Watch:
                     flops=draft.flops,
                     moved=draft.moved,
                     sent=draft.sent,
+                    forward_flops=draft.forward_flops,
+                    forward_moved=draft.forward_moved,
+                    forward_sent=draft.forward_sent,
                 )
             )
         return Passes(before=found[0], layers=found[1:-1], after=found[-1])
@@ -472,6 +491,9 @@ class _Draft:
     flops: float = 0.0
     moved: float = 0.0
     sent: float = 0.0
+    forward_flops: float = 0.0
+    forward_moved: float = 0.0
+    forward_sent: float = 0.0
 
 
 def _kind_of(name: str) -> str | None:

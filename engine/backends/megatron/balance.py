@@ -1,6 +1,6 @@
 """How evenly a model's experts are used: what its routers count, over all process ranks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,12 @@ import torch
 import torch.distributed as dist
 
 from .model import StagedModel
+from .router import CountingRouter
+
+
+def needs_counts_ahead(routers: Iterable[CountingRouter], accumulation_steps: int) -> bool:
+    """Whether a step begins with forwards that only count. Its one micro-batch would tell in its own forward."""
+    return accumulation_steps > 1 and any(router.has_global_balance for router in routers)
 
 
 class Balance:
@@ -20,9 +26,7 @@ class Balance:
 
     def __init__(self, model: StagedModel, accumulation_steps: int) -> None:
         self._model, self._routers = model, model.routers
-        # The one micro-batch that a step may have tells in its forward what is chosen.
-        is_global = any(router.has_global_balance for router in self._routers.values())
-        self.needs_counts_ahead = is_global and accumulation_steps > 1
+        self.needs_counts_ahead = needs_counts_ahead(self._routers.values(), accumulation_steps)
         self._found: dict[str, Any] = {}
 
     def begin_step(self) -> None:

@@ -22,6 +22,7 @@ from ...forecast.subject import Subject, groups_of, on_meta, sharded_moments
 from ...forecast.whole_model import offloaded_of
 from ..deepspeed import forecast as zero
 from . import cpu
+from .balance import needs_counts_ahead
 from .compact.tree import ModelTree, compact_units_of
 from .even_experts import even_shares
 from .globs import options_of_stage
@@ -82,6 +83,9 @@ class _Stage:
                 whole = sum(p.numel() for group in self._own.param_groups for p in group["params"])
                 self._moments = sharded_moments(self._own) / max(1, whole)
             self._tree.hand_over(self._own)
+        # Each step begins with forwards that find out what its balance loss is over.
+        accumulation_steps = config.batches(model.layout.data).accumulation_steps
+        self._counts_ahead = needs_counts_ahead(model.routers.values(), accumulation_steps)
         self._units = list(compact_units_of(self._own)) if self._own is not None else []
 
     def told(self, process_ranks: str, steps: int) -> tuple[Rank, Sent]:
@@ -126,6 +130,8 @@ class _Stage:
         subject = self._subject(counts) if config.zero_stage else None
         # These leave a few of the layers.
         passes = [self._passes(number, batches.micro) for number in range(layout.chunks)]
+        if self._counts_ahead:
+            passes = [found.with_another_forward() for found in passes]
         moved = [offloaded_of(config, found) for found in passes]
         schedule = schedule_of(layout, model.place, batches.accumulation_steps)
         step = 2 * _FP32 * min(largest, round(shares))
@@ -219,6 +225,9 @@ class _Stage:
         # Forward to the next chunk, and its gradient to the one before.
         ends = sum(layout.is_last(place, n) + layout.is_first(place, n) for n in range(layout.chunks))
         sent = (2 * layout.chunks - ends) * hidden / layout.length_shares
+        if self._counts_ahead:
+            lasts = sum(layout.is_last(place, n) for n in range(layout.chunks))
+            sent += (layout.chunks - lasts) * hidden / layout.length_shares
         return batches.accumulation_steps * sent
 
     def _summed_once(self) -> float:

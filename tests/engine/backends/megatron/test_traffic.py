@@ -15,6 +15,7 @@ from narrowgauge.engine.backends import backend_of
 from narrowgauge.engine.forecast.forecast import forecast
 from narrowgauge.engine.forecast.hardware import LINKS
 from narrowgauge.engine.forecast.machine import Machine
+from narrowgauge.engine.forecast.sent import Sent
 from tests.support.cases import cases
 from tests.support.megatron_models import hf_config
 from tests.support.megatron_ranks import MegatronPool
@@ -102,13 +103,10 @@ def test_what_layers_and_stages_send(
     found = megatron_ranks.run(sent, layout, optimizer, ranks=ranks)
     assert found == pytest.approx(expected, abs=64)
     more = {"optimizer": OPTIMIZERS[optimizer]} if optimizer != "AdamW" else {}
-    config = run_config("megatron", "llama", layout, **more)
-    told = [
-        sent for _, sent in backend_of("megatron").forecast(config, hf_config("llama"), ranks, on_gpu=False, steps=3)
-    ]
-    assert [own.activations for own in told] == pytest.approx(expected[:: ranks // len(told)], abs=64)
+    ahead = told(layout, "llama", ranks, **more)
+    assert [own.activations for own in ahead] == pytest.approx(expected[:: ranks // len(ahead)], abs=64)
     pieces = layout.get("virtual_pipeline", 1)
-    assert [own.stages for own in told] == [STEP * (2 * pieces - 1) * H if len(told) > 1 else 0.0] * len(told)
+    assert [own.stages for own in ahead] == [STEP * (2 * pieces - 1) * H if len(ahead) > 1 else 0.0] * len(ahead)
 
 
 @pytest.mark.slow
@@ -120,6 +118,37 @@ def test_what_experts_are_sent(megatron_ranks: MegatronPool) -> None:
     choices = TOKENS * 2 / 2
     expected = 2 * LAYERS * (4 * choices * HIDDEN * 4 + 2 * choices * 4)
     assert torch.tensor(found).mean() == pytest.approx(expected, rel=0.03)
+
+
+def told(layout: dict[str, Any], family: str, ranks: int, **more: Any) -> list[Sent]:
+    """Of a rank of each stage."""
+    config = run_config("megatron", family, layout, **more)
+    return [
+        sent for _, sent in backend_of("megatron").forecast(config, hf_config(family), ranks, on_gpu=False, steps=3)
+    ]
+
+
+GLOBAL = {"balance_loss": "global"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "stages"),
+    [({**TP2, **SP}, [0.0]), (PP2, [2.0, 1.0]), ({**PP2, "virtual_pipeline": 2}, [5.0, 4.0])],
+    ids=["TP2-SP", "PP2", "VPP"],
+)
+def test_counting_ahead_sends_each_forward_twice(
+    megatron_ranks: MegatronPool, layout: dict[str, Any], stages: list[float]
+) -> None:
+    """Of a balance loss over several micro-batches: what is counted is told, and more than without it."""
+    found = megatron_ranks.run(sent, {**layout, **GLOBAL}, "AdamW", "mixtral", ranks=2)
+    with_counts, without = told({**layout, **GLOBAL}, "mixtral", 2), told(layout, "mixtral", 2)
+    # Once a step, each expert's choices in each layer.
+    assert [own.activations for own in with_counts] == pytest.approx(found[:: 2 // len(stages)], rel=1e-3, abs=512)
+    assert [own.stages for own in with_counts] == [STEP * times * H for times in stages]
+    for own, less in zip(with_counts, without, strict=True):
+        # A third of what layers send is sent in their forwards, and more without the backward's second gather.
+        assert own.activations - own.stages >= 1.3 * (less.activations - less.stages)
 
 
 @pytest.mark.parametrize(
