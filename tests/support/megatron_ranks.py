@@ -1,10 +1,10 @@
-"""Process ranks with Megatron for tests: four forks of one import, in a gloo group of as many as a call asks for."""
+"""Process ranks with Megatron for tests: four forks of the server of :mod:`tests.support.forked`, in a gloo group of as
+many as a call asks for.
+"""
 
 import gc
 import importlib
-import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 import traceback
@@ -14,11 +14,13 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tests.support.forked import server
+from tests.support.gloo import share_device
 from tests.support.ranks import answers
 
 SIZE = 4
 _TIMEOUT = 240.0
-# Of a rank, beyond which its next call is a new process's: three a process group, each waking a hundred times a second.
+# Of a rank, beyond which its next call is a new process's: each process group that something still holds has two.
 _MOST_THREADS = 120
 
 
@@ -28,13 +30,12 @@ class MegatronPool:
     """
 
     def __init__(self) -> None:
-        self._server: Any = None
+        self._processes: list[Any] = []
         self._pipes: list[Connection] = []
-        self._pids: list[int] = []
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: int = SIZE, **kwargs: Any) -> list[Any]:
         """Call a module-level function on this many ranks; returns what each returned, in rank order."""
-        if self._server is None:
+        if not self._processes:
             self._start()
         rendezvous = tempfile.mktemp(prefix="narrowgauge-megatron-")  # noqa: S306 (the store makes the file)
         for pipe in self._pipes[:ranks]:
@@ -42,7 +43,7 @@ class MegatronPool:
         results = answers(self._pipes[:ranks], self._receive, self.close, seconds=_TIMEOUT)
         with suppress(OSError):
             os.unlink(rendezvous)
-        if any(_num_threads(pid) > _MOST_THREADS for pid in self._pids):
+        if any(_num_threads(process.pid) > _MOST_THREADS for process in self._processes):
             self.close()
         return results
 
@@ -50,27 +51,25 @@ class MegatronPool:
         try:
             return self._pipes[rank].recv()
         except EOFError:
-            return True, "the process died"
+            return True, f"the process died with exit code {self._processes[rank].exitcode}"
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        mine, others = zip(*(context.Pipe() for _ in range(SIZE)), strict=True)
-        told, telling = context.Pipe()
-        self._server = context.Process(target=_serve_all, args=(others, telling))
-        self._server.start()
-        for other in others:
+        context = server()
+        for rank in range(SIZE):
+            own, other = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, other), daemon=True)
+            process.start()
             other.close()
-        self._pids, self._pipes = told.recv(), list(mine)
+            self._processes.append(process)
+            self._pipes.append(own)
 
     def close(self) -> None:
-        for pid in self._pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for process in self._processes:
+            process.kill()
+            process.join()
         for pipe in self._pipes:
             pipe.close()
-        if self._server is not None:
-            self._server.join()
-        self._server, self._pipes, self._pids = None, [], []
+        self._processes, self._pipes = [], []
 
 
 def _num_threads(pid: int) -> int:
@@ -80,44 +79,20 @@ def _num_threads(pid: int) -> int:
         return 0
 
 
-def _serve_all(pipes: tuple[Connection, ...], telling: Connection) -> None:
-    """Import Megatron, and be forked into the ranks."""
-    import megatron.core  # noqa: F401  # pyright: ignore[reportMissingImports]
-
-    from narrowgauge.engine.backends.megatron import cpu
-
-    cpu.install()
-    for family in ("llama", "mixtral"):
-        importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    for name in ("model", "masters", "training", "construct", "build", "zero.build"):
-        with suppress(ImportError):
-            importlib.import_module(f"narrowgauge.engine.backends.megatron.{name}")
-    gc.collect()
-    gc.freeze()  # as in tests/support/preloaded.py
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_serve, args=(rank, pipes)) for rank in range(len(pipes))]
-    for process in processes:
-        process.start()
-    telling.send([process.pid for process in processes])
-    for pipe in pipes:
-        pipe.close()
-    for process in processes:
-        process.join()
-
-
-def _serve(rank: int, pipes: tuple[Connection, ...]) -> None:
+def _serve(rank: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    for other, pipe in enumerate(pipes):
-        if other != rank:
-            pipe.close()
+    from narrowgauge.engine.backends.megatron import cpu
+
     warnings.simplefilter("ignore")
+    cpu.install()
     torch.set_num_threads(1)
+    share_device()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     while True:
         try:
-            module, name, args, kwargs, size, rendezvous = pipes[rank].recv()
+            module, name, args, kwargs, size, rendezvous = pipe.recv()
         except EOFError:
             return
         try:
@@ -126,9 +101,9 @@ def _serve(rank: int, pipes: tuple[Connection, ...]) -> None:
             function = getattr(importlib.import_module(module), name)
             found = function(*args, **kwargs)
             _leave()
-            pipes[rank].send((False, found))
+            pipe.send((False, found))
         except BaseException:
-            pipes[rank].send((True, traceback.format_exc()))
+            pipe.send((True, traceback.format_exc()))
 
 
 def _leave() -> None:
@@ -143,7 +118,7 @@ def _leave() -> None:
 
         release_destroyed_groups()
         _count_from_the_start()
-    # Each group that something unreachable still holds has three threads that wake a hundred times a second.
+    # Each group that something unreachable still holds has threads.
     gc.collect()
 
 

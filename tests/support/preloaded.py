@@ -6,6 +6,7 @@ import warnings
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (every engine's start imports it)
 import lightning.pytorch  # noqa: F401
 import torch
+import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 import trl.trainer.sft_trainer  # noqa: F401
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -23,7 +24,8 @@ from narrowgauge.optimizers.layers.unfit import unfit_layers
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import narrowgauge.engine.backends.megatron.build
-    import narrowgauge.engine.backends.megatron.construct  # noqa: F401
+    import narrowgauge.engine.backends.megatron.construct
+    import narrowgauge.engine.backends.megatron.zero.build  # noqa: F401
 
 # Else each fork would, and DeepSpeed without our lock: it waits forever where a rank that did was killed.
 ensure_extensions()
