@@ -32,7 +32,7 @@ def plot(path: Path, rows: Sequence[Row], *, task: str) -> Any:
     from matplotlib.figure import Figure
 
     losses = {(row["method"], row["step"]): row["loss"] for row in rows}
-    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     gap, share = figure.subplots(1, 2)
     for method, colour in _COLOURS.items():
@@ -47,7 +47,7 @@ def plot(path: Path, rows: Sequence[Row], *, task: str) -> Any:
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
-    gap.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     figure.suptitle(task, fontsize=10, x=0.01, ha="left")
     figure.savefig(path)
     return figure

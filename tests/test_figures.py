@@ -13,6 +13,7 @@ from benchmarks.results_file import read_rows, write_rows
 
 def test_no_label_covers_another(tmp_path: Path) -> None:
     figures = draw_all(tmp_path)
+    assert len(figures["quality_curve"].axes[0].get_lines()) == len(figures["quality_curve"].legends[0].texts) + 1
     for name, count in (("quality", 16), ("quality_wide", 14), ("offload", 9), ("network", 32), ("memory", 22)):
         labels = [text for axes in figures[name].axes for text in axes.texts if text.get_text()]
         assert len(labels) >= count
