@@ -48,7 +48,7 @@ def ranks_of(
     """
     layout = layout_of(config, world_size)
     if config.zero_stage == 3:
-        raise config.error("zero_optimization.stage: what the megatron engine sends at stage 3 is not told ahead")
+        _check_stage_3(config)
     cpu.install()
     size = layout.tensor * layout.replicas
     for stage in range(layout.pipeline):
@@ -61,6 +61,24 @@ def ranks_of(
                 )
             finally:
                 destroy_groups()
+
+
+def _check_stage_3(config: Config) -> None:
+    """
+    Raises:
+        ConfigError: more is held or sent at stage 3 than is told.
+    """
+    if config.optimizer_options is not None:
+        assert config.parsed.optimizer is not None
+        raise config.error(
+            "zero_optimization.stage: what the megatron engine takes at stage 3 is told ahead with AdamW, got"
+            f" {config.parsed.optimizer.type}"
+        )
+    if (recompute := megatron_block(config).recompute) != "none":
+        raise config.error(
+            f"megatron.recompute: expected 'none' at stage 3 to be told ahead, got {recompute!r}: it gathers parameters"
+            " once more"
+        )
 
 
 class _Stage:

@@ -96,6 +96,9 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dense-tensor-zero": {**under_megatron(tensor_parallel=2), **optimizer("AdamW"), **zero(1)},
     "grass-zero-2": {**under_megatron(), **zero(2)},
+    "dense-zero-3": {**under_megatron(), **optimizer("AdamW"), **zero(3)},
+    "dense-zero-3-bf16": {**under_megatron(), **optimizer("AdamW"), **zero(3), "bf16": {"enabled": True}},
+    "dense-tensor-zero-3": {**under_megatron(tensor_parallel=2), **optimizer("AdamW"), **zero(3)},
 }
 
 

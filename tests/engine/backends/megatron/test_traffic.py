@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from narrowgauge.engine.backends import backend_of
+from narrowgauge.engine.errors import ConfigError
 from narrowgauge.engine.forecast.forecast import forecast
 from narrowgauge.engine.forecast.hardware import LINKS
 from narrowgauge.engine.forecast.machine import Machine
@@ -129,6 +130,7 @@ def told(layout: dict[str, Any], family: str, ranks: int, **more: Any) -> list[S
 
 
 GLOBAL = {"balance_loss": "global"}
+ZERO_3 = {"zero_optimization": {"stage": 3}}
 
 
 @pytest.mark.slow
@@ -149,6 +151,19 @@ def test_counting_ahead_sends_each_forward_twice(
     for own, less in zip(with_counts, without, strict=True):
         # A third of what layers send is sent in their forwards, and more without the backward's second gather.
         assert own.activations - own.stages >= 1.3 * (less.activations - less.stages)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "more", "message"),
+    [
+        ("mixtral", {"expert_dispatcher": "allgather"}, {}, "expert_dispatcher: expected 'alltoall'"),
+        ("llama", TP2, {**ZERO_3, "optimizer": OPTIMIZERS["columns"]}, "zero_optimization.stage: .*AdamW, got Grass"),
+        ("llama", {**TP2, "recompute": "full"}, ZERO_3, "recompute: expected 'none' at stage 3"),
+    ],
+)
+def test_what_is_not_told_ahead(family: str, layout: dict[str, Any], more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        told(layout, family, 4, **more)
 
 
 @pytest.mark.parametrize(
