@@ -6,6 +6,7 @@ share an expert's matrices, then come the ranks with other experts, then those w
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -58,13 +59,13 @@ class Layout(Sizes):
             raise ValueError(
                 f"tensor_parallel: expected tensor_parallel ({sizes.tensor}){context} x pipeline_parallel"
                 f" ({sizes.pipeline}) to divide the number of process ranks, got {world_size}"
-                f"{_nearest(sizes, world_size)}"
+                f"{_nearest([sizes.tensor, *([sizes.context] if context else []), sizes.pipeline], world_size)}"
             )
         if world_size % experts:
             raise ValueError(
                 f"expert_parallel: expected expert_tensor_parallel ({sizes.expert_tensor}) x expert_parallel"
                 f" ({sizes.expert}) x pipeline_parallel ({sizes.pipeline}) to divide the number of process ranks, got"
-                f" {world_size}"
+                f" {world_size}{_nearest([sizes.expert_tensor, sizes.expert, sizes.pipeline], world_size)}"
             )
         return cls(**vars(sizes), data=world_size // dense, expert_data=world_size // experts)
 
@@ -155,10 +156,9 @@ class Place:
     expert_data: int
 
 
-def _nearest(sizes: Sizes, world_size: int) -> str:
+def _nearest(wanted: Sequence[int], world_size: int) -> str:
     """``; nearest that fit: ...``: the products of the sizes that divide the ranks, nearest first."""
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
-    wanted = [sizes.tensor, *([sizes.context] if sizes.context > 1 else []), sizes.pipeline]
     fitting = [found for found in product(divisors, repeat=len(wanted)) if world_size % math.prod(found) == 0]
 
     def distance(found: tuple[int, ...]) -> float:

@@ -147,6 +147,13 @@ def test_layouts_of_experts() -> None:
     assert problems[-1].endswith("nearest that fit 8 process ranks: TP2 EP4 ETP1 DP4 SP, EP4 DP8, TP2 EP4 DP4 SP")
 
 
+def test_experts_that_do_not_divide_the_ranks() -> None:
+    """The sizes nearest to those given, in the same order."""
+    (problem,) = refused({"expert_parallel": 3, "pipeline_parallel": 2}, ranks=8, family="mixtral")
+    assert "(1) x expert_parallel (3) x pipeline_parallel (2) to divide the number of process ranks, got 8" in problem
+    assert problem.endswith("nearest that fit: 1 x 4 x 2, 1 x 2 x 2, 1 x 1 x 2")
+
+
 def test_the_nearest_layouts_are_accepted() -> None:
     (problem,) = refused({"tensor_parallel": 4, "sequence_parallel": True}, ranks=4)
     assert problem.endswith("nearest that fit 4 process ranks: TP2 DP2 SP, TP2 PP2 DP1 SP, DP4")
