@@ -1,6 +1,8 @@
 """How much disk one process rank reserves."""
 
 import os
+import random
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from .filesystem import available_bytes
 from .slab import SlabStore, round_up
 
 LEAST_CAPACITY = 64 << 20
+_ATTEMPTS = 20
 
 
 def reserve(folders: Sequence[Path], capacity_bytes: int | None) -> SlabStore:
@@ -19,7 +22,17 @@ def reserve(folders: Sequence[Path], capacity_bytes: int | None) -> SlabStore:
         OffloadSpaceError: there is less room.
         OffloadError: a folder cannot be written to.
     """
-    return SlabStore(folders, capacity_bytes if capacity_bytes is not None else _default_capacity(folders))
+    if capacity_bytes is not None:
+        return SlabStore(folders, capacity_bytes)
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            return SlabStore(folders, _default_capacity(folders))
+        except OffloadSpaceError:
+            # Somebody else has taken his half since this process asked what is free.
+            if not left:
+                raise
+            time.sleep(random.uniform(0.0, 0.2))
+    raise AssertionError
 
 
 def warn_of_page_cache(store: SlabStore) -> None:

@@ -4,7 +4,10 @@ import errno
 import gc
 import os
 import random
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,10 @@ from typing import Any
 import pytest
 
 from narrowgauge.offload import OffloadError, OffloadSpaceError
+from narrowgauge.offload.storage import reservation
 from narrowgauge.offload.storage import slab as slab_module
 from narrowgauge.offload.storage.filesystem import available_bytes
+from narrowgauge.offload.storage.reservation import reserve
 from narrowgauge.offload.storage.slab import ALIGNMENT, Extent, SlabFile, SlabStore, round_up
 from tests.offload.faults import open_descriptors
 
@@ -293,3 +298,30 @@ def test_capacity_is_rounded_up(tmp_path: Path) -> None:
     assert extent is not None
     assert extent.nbytes == ALIGNMENT
     store.close()
+
+
+def test_who_reserves_what_others_take_at_the_same_time_asks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each took half of what had been free before the others took theirs: one of two ranks failed, now and then."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    count = 3
+    barrier, asked = threading.Barrier(count), set[int]()
+
+    def ask_together(folder: Path) -> int:
+        found = available_bytes(folder)
+        if threading.get_ident() not in asked:
+            asked.add(threading.get_ident())
+            barrier.wait()
+        return found
+
+    def reserve_and_close(_: int) -> int:
+        store = reserve([tmp_path], None)
+        # The others come by what is left, or later by this.
+        time.sleep(0.2)
+        store.close()
+        return sum(file.capacity for file in store.files)
+
+    monkeypatch.setattr(reservation, "available_bytes", ask_together)
+    with ThreadPoolExecutor(count) as pool:
+        assert all(pool.map(reserve_and_close, range(count)))
