@@ -14,9 +14,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.support.forked import server
 from tests.support.gloo import share_device
-from tests.support.ranks import answers
+from tests.support.ranks import Forks, answers
 
 SIZE = 4
 _TIMEOUT = 240.0
@@ -24,19 +23,15 @@ _TIMEOUT = 240.0
 _MOST_THREADS = 120
 
 
-class MegatronPool:
+class MegatronPool(Forks):
     """Runs functions of modules on 1 to :data:`SIZE` ranks. A call that raises or hangs on any ends all of them, and
     the next call starts new ones.
     """
 
-    def __init__(self) -> None:
-        self._processes: list[Any] = []
-        self._pipes: list[Connection] = []
-
     def run(self, function: Callable[..., Any], *args: Any, ranks: int = SIZE, **kwargs: Any) -> list[Any]:
         """Call a module-level function on this many ranks; returns what each returned, in rank order."""
         if not self._processes:
-            self._start()
+            self._fork(SIZE, _serve)
         rendezvous = tempfile.mktemp(prefix="narrowgauge-megatron-")  # noqa: S306 (the store makes the file)
         for pipe in self._pipes[:ranks]:
             pipe.send((function.__module__, function.__qualname__, args, kwargs, ranks, rendezvous))
@@ -46,30 +41,6 @@ class MegatronPool:
         if any(_num_threads(process.pid) > _MOST_THREADS for process in self._processes):
             self.close()
         return results
-
-    def _receive(self, rank: int) -> tuple[bool, Any]:
-        try:
-            return self._pipes[rank].recv()
-        except EOFError:
-            return True, f"the process died with exit code {self._processes[rank].exitcode}"
-
-    def _start(self) -> None:
-        context = server()
-        for rank in range(SIZE):
-            own, other = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, other), daemon=True)
-            process.start()
-            other.close()
-            self._processes.append(process)
-            self._pipes.append(own)
-
-    def close(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
-        for pipe in self._pipes:
-            pipe.close()
-        self._processes, self._pipes = [], []
 
 
 def _num_threads(pid: int) -> int:

@@ -21,13 +21,45 @@ from tests.support.forked import server
 _TIMEOUT = 480.0
 
 
-class RankPool:
+class Forks:
+    """Process ranks that are forks of the server of :mod:`tests.support.forked`, each at the other end of a pipe."""
+
+    def __init__(self) -> None:
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def _fork(self, size: int, serve: Callable[..., None], *args: Any) -> None:
+        """Start ``serve(rank, *args, pipe)`` for each rank."""
+        context = server()
+        for rank in range(size):
+            own, other = context.Pipe()
+            process = context.Process(target=serve, args=(rank, *args, other), daemon=True)
+            process.start()
+            other.close()
+            self._processes.append(process)
+            self._pipes.append(own)
+
+    def _receive(self, rank: int) -> tuple[bool, Any]:
+        try:
+            return self._pipes[rank].recv()
+        except EOFError:
+            return True, f"the process died with exit code {self._processes[rank].exitcode}"
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+
+class RankPool(Forks):
     """``world_size`` processes that run the same function, each as its rank of one gloo group."""
 
     def __init__(self, world_size: int) -> None:
+        super().__init__()
         self._world_size = world_size
-        self._processes: list[Any] = []
-        self._pipes: list[Connection] = []
         self._port: socket.socket | None = None
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -38,33 +70,15 @@ class RankPool:
             pipe.send((function.__module__, function.__qualname__, args, kwargs))
         return answers(self._pipes, self._receive, self.close, seconds=_TIMEOUT)
 
-    def _receive(self, rank: int) -> tuple[bool, Any]:
-        try:
-            return self._pipes[rank].recv()
-        except EOFError:
-            return True, f"the process died with exit code {self._processes[rank].exitcode}"
-
     def _start(self) -> None:
-        context = server()
         rendezvous = tempfile.mktemp(prefix="narrowgauge-ranks-")  # noqa: S306 (the store makes the file)
         # Kept: no other pool of the machine gets its port.
         self._port = socket.socket()
         self._port.bind(("127.0.0.1", 0))
-        port = self._port.getsockname()[1]
-        for rank in range(self._world_size):
-            own, other = context.Pipe()
-            args = (rank, self._world_size, rendezvous, port, other)
-            process = context.Process(target=_serve, args=args, daemon=True)
-            process.start()
-            other.close()
-            self._processes.append(process)
-            self._pipes.append(own)
+        self._fork(self._world_size, _serve, self._world_size, rendezvous, self._port.getsockname()[1])
 
     def close(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
-        self._processes, self._pipes = [], []
+        super().close()
         if self._port is not None:
             self._port.close()
 

@@ -2,8 +2,10 @@
 
 import json
 import signal
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,13 +25,19 @@ def plain_config(corpus: Path, folder: Path) -> str:
     return str(path)
 
 
+def start_in_terminal(*words: str, stderr: Any = subprocess.DEVNULL) -> "subprocess.Popen[str]":
+    """As a shell does that is not under nohup, where SIGHUP is ignored: whom we start inherits that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        return start(*words, stderr=stderr)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_signals_of_all_kinds_save_once_and_leave_nothing(corpus: Path, tmp_path: Path) -> None:
     config, run_dir = str(tiny_config(corpus, tmp_path)), tmp_path / "run"
-    # Under nohup SIGHUP is ignored, and whom we start inherits that.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with (tmp_path / "stderr").open("w") as stderr:
-        process = start("launch", config, *HERE, *LONG, stderr=stderr)
-    signal.signal(signal.SIGHUP, before)
+        process = start_in_terminal("launch", config, *HERE, *LONG, stderr=stderr)
     wait_for_step(run_dir, 6, process)
     family = psutil.Process(process.pid).children(recursive=True)
     agent = psutil.Process(process.pid).children()[0]
@@ -53,10 +61,7 @@ def test_signals_of_all_kinds_save_once_and_leave_nothing(corpus: Path, tmp_path
 def test_a_closed_terminal_saves_and_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
     """SIGHUP ended ``launch`` alone: torchrun and its ranks went on."""
     config, run_dir = plain_config(corpus, tmp_path), tmp_path / "run"
-    # Under nohup it is ignored, and whom we start inherits that.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    process = start("launch", config, *HERE, *LONG)
-    signal.signal(signal.SIGHUP, before)
+    process = start_in_terminal("launch", config, *HERE, *LONG)
     wait_for_step(run_dir, 3, process)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGHUP)
