@@ -17,6 +17,10 @@ _TOO_DEEP = "it is nested too deeply"
 _DEEPEST = 100
 
 
+class _TwiceError(ValueError):
+    """A key stands twice in one object."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; comments and trailing commas are allowed, as in DeepSpeed.
 
@@ -33,6 +37,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), [f"line {error.lineno}, column {error.colno}: {error.msg}"]) from error
     except RecursionError as error:
         raise ConfigError(str(path), [_TOO_DEEP]) from error
+    except _TwiceError as error:
+        raise ConfigError(str(path), [str(error)]) from error
     except (ValueError, OverflowError) as error:
         raise ConfigError(str(path), [_of_a_number(text) or str(error)]) from error
     if not isinstance(raw, dict):
@@ -42,9 +48,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _of_a_number(text: str) -> str | None:
     """What is wrong with the first number that is too large for a float or, in digits, for an integer."""
+    most_digits = sys.get_int_max_str_digits() or math.inf
     for match in re.finditer(r"\d[\d.]*(?:[eE][+-]?\d+)?", text):
         number = match[0]
-        if len(number) > sys.get_int_max_str_digits() or (number.count(".") < 2 and math.isinf(float(number))):
+        if len(number) > most_digits or (number.count(".") < 2 and math.isinf(float(number))):
             shown = number if len(number) <= 20 else f"{number[:10]}... of {len(number):,} characters"
             return f"line {text.count(chr(10), 0, match.start()) + 1}: expected a finite number, got {shown}"
     return None
@@ -54,7 +61,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} stands twice in one object")
+            raise _TwiceError(f"the key {key!r} stands twice in one object")
         found[key] = value
     return found
 

@@ -76,6 +76,8 @@ def test_numbers_and_depths_that_no_file_means(tmp_path: Path) -> None:
     assert problem(path) == f"{path}: line 1: expected a finite number, got 1e400"
     path.write_text('{\n"training": {"steps": ' + "9" * 5000 + "}}")
     assert problem(path) == f"{path}: line 2: expected a finite number, got 9999999999... of 5,000 characters"
+    path.write_text('{"note": "of 1e400", "a": 1, "a": 2}')
+    assert problem(path) == f"{path}: the key 'a' stands twice in one object"
     path.write_text('{"a":' * 5000 + "1" + "}" * 5000)
     assert problem(path) == f"{path}: it is nested too deeply"
     assert problem({**BASE, "train_batch_size": {1, 2}}).startswith("config: expected JSON values")
