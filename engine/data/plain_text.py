@@ -121,5 +121,6 @@ def _is_table(start: str, *, is_cut: bool) -> bool:
         if not is_cut:
             return False
     else:
-        del rows[len(rows) - is_cut :]
+        if is_cut:
+            rows.pop()
     return len(rows) >= _ROWS and len({*rows[0]}) == len(rows[0]) and all(len(row) == len(rows[0]) for row in rows)

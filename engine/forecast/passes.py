@@ -36,7 +36,7 @@ OTHER = "between them"
 # Of a stretch, what is no whole number of bytes or elements.
 _GROUPED = torch.ops.aten._grouped_mm.default
 _WORK = ("flops", "moved", "sent")
-_FORWARD_WORK = ("forward_flops", "forward_moved", "forward_sent")
+_ALL_WORK = (*_WORK, *(f"forward_{key}" for key in _WORK))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +76,10 @@ class Stretch:
         assert len(self.offloadable) == len(other.offloadable)
         found: dict[str, Any] = {
             key: getattr(self, key) + times * (getattr(other, key) - getattr(self, key))
-            for key in ("saved", "forward", "backward", "gradients", "observed", *_WORK, *_FORWARD_WORK)
+            for key in ("saved", "forward", "backward", "gradients", "observed", *_ALL_WORK)
         }
         # What a stretch takes beyond what is kept may be nothing, and not less.
-        whole = {
-            key: value if key in (*_WORK, *_FORWARD_WORK) else max(0, round(value)) for key, value in found.items()
-        }
+        whole = {key: value if key in _ALL_WORK else max(0, round(value)) for key, value in found.items()}
         sizes = zip(self.offloadable, other.offloadable, strict=True)
         return Stretch(
             **whole,
